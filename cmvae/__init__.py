@@ -1,0 +1,1 @@
+"""CMVAE: multimodal generative clustering."""

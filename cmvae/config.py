@@ -1,0 +1,299 @@
+"""The whole experiment as frozen pydantic models: load YAML, apply `key=value` overrides, explain mistakes.
+
+Imports neither torch nor anything that does, so that a mistake is reported in the first second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from cmvae.data.schema import ModalityName, ShardIndex
+from cmvae.errors import UserError
+
+Family = Literal["normal", "laplace"]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LikelihoodConfig(_Settings):
+    """How a decoder's output is compared with the data: log p(x_n | z, w_n) and its weight s_n."""
+
+    family: Family = "laplace"
+    scale: float = Field(default=0.75, gt=0)
+    """Scale of the density: Laplace's b or the Normal's standard deviation, in units of data in [0, 1]."""
+    weight: float = Field(default=1.0, gt=0)
+    """s_n: what the modality's log-likelihood is multiplied by in every log-weight."""
+
+
+class ModalityConfig(_Settings):
+    """Networks and likelihood of one modality."""
+
+    network: str = "resnet"
+    """Encoder and decoder family, a name from `cmvae.networks.NETWORKS`."""
+    width: PositiveInt = 64
+    """Filters of the first stage; the published PolyMNIST networks have 64."""
+    likelihood: LikelihoodConfig = LikelihoodConfig()
+
+
+class ModelConfig(_Settings):
+    """The generative model and its encoders."""
+
+    family: Family = "laplace"
+    """Family of every prior and posterior."""
+    shared_dim: PositiveInt = 32
+    """Dimensions of z."""
+    private_dim: PositiveInt = 32
+    """Dimensions of each w_m."""
+    num_clusters: int = Field(default=40, ge=2)
+    """Clusters to start from: more than are expected, the selection drops what is not needed."""
+    cluster_mean_range: float = Field(default=1.0, gt=0)
+    """Cluster means start uniform in (−range, range)."""
+    modalities: dict[ModalityName, ModalityConfig] = Field(min_length=1)
+
+
+class ObjectiveConfig(_Settings):
+    """The bound that is maximised."""
+
+    name: Literal["iwae", "dreg"] = "iwae"
+    """`iwae` with one sample is the ELBO."""
+    num_samples: PositiveInt = 1
+    """K: samples of the latents for each source modality."""
+    beta: float = Field(default=1.0, gt=0)
+    """Weight of the prior and posterior terms in every log-weight."""
+
+
+class DataConfig(_Settings):
+    """Which shards are read, and how."""
+
+    shards: Path
+    """Folder that tools/make_shards.py wrote."""
+    num_workers: int = Field(default=1, ge=0)
+    """Reader processes a rank; the order of samples does not depend on it."""
+    shuffle_window: PositiveInt = 4096
+    """Samples are shuffled among neighbouring shards that hold at least so many samples together."""
+
+
+class OptimizerConfig(_Settings):
+    """Adam and its learning rate."""
+
+    learning_rate: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    amsgrad: bool = True
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or a half cosine down to zero at the last step."""
+    warmup_steps: int = Field(default=0, ge=0)
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """Gradients are scaled down to this norm; null leaves them alone."""
+
+
+class TrainConfig(_Settings):
+    """The training loop. A step is one optimizer update."""
+
+    batch_size: PositiveInt = 128
+    """Samples a rank in one forward pass."""
+    gradient_accumulation_steps: PositiveInt = 1
+    epochs: PositiveInt | None = None
+    max_steps: PositiveInt | None = None
+    """Training ends after `epochs` or `max_steps`, whichever comes first."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the networks; densities and reductions are always fp32."""
+    log_every: PositiveInt = 25
+    """Steps between two points of the training curves."""
+    validate_every: PositiveInt | None = None
+    """Steps between validations; null validates at the end only."""
+    checkpoint_every: PositiveInt | None = None
+    """Steps between checkpoints; null keeps only the one at the end."""
+    keep_checkpoints: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> TrainConfig:
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("say how long to train: set epochs or max_steps")
+        return self
+
+
+class EvaluationConfig(_Settings):
+    """Validation, cluster selection and `launch/evaluate.py`."""
+
+    batch_size: PositiveInt = 256
+    map_samples: PositiveInt = 2000
+    """Samples on the 2-D map of z."""
+
+
+class TrackingConfig(_Settings):
+    """MLflow."""
+
+    enabled: bool = True
+    experiment: str = "cmvae"
+    picture_every: PositiveInt | None = None
+    """Steps between pictures of reconstructions; null draws them with every validation."""
+
+
+class ExperimentConfig(_Settings):
+    """One experiment: what a YAML file in configs/ says."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name of the run, and of its folder below runs/."""
+    output_dir: Path | None = None
+    """Folder of the run; null is runs/NAME."""
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig
+    model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return self.output_dir if self.output_dir is not None else Path("runs") / self.name
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read an experiment from YAML and apply overrides such as `train.batch_size=64`.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value`, the key dotted, the value read as YAML.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value does not fit; the message names the file,
+            the key and the remedy.
+    """
+    path = Path(path)
+    settings = _read_yaml(path)
+    for override in overrides:
+        _apply_override(settings, override)
+    try:
+        return ExperimentConfig.model_validate(settings)
+    except ValidationError as error:
+        problems = [_explain(problem, settings) for problem in error.errors()]
+        source = str(path) if not overrides else f"{path} with {' '.join(overrides)}"
+        raise UserError("\n".join(f"{source}: {problem}" for problem in problems)) from error
+
+
+def save_config(config: ExperimentConfig, path: str | Path) -> None:
+    """Write an experiment as YAML that `load_config` reads back."""
+    Path(path).write_text(dump_yaml(config), encoding="utf-8")
+
+
+def dump_yaml(config: ExperimentConfig) -> str:
+    """The experiment as YAML text, every setting spelt out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def flatten(config: ExperimentConfig) -> dict[str, Any]:
+    """All settings under dotted keys, for experiment trackers."""
+
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, child in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else key, child)
+        else:
+            yield prefix, value
+
+    return dict(walk("", config.model_dump(mode="json")))
+
+
+def check_against_shards(config: ExperimentConfig, index: ShardIndex, source: str) -> None:
+    """Refuse a config that asks for modalities which the shards lack.
+
+    Args:
+        config: the experiment.
+        index: the index of `config.data.shards`.
+        source: the config's file, for the message.
+
+    Raises:
+        UserError: a modality is missing, or the train split is smaller than a batch.
+    """
+    missing = [name for name in config.model.modalities if name not in index.modalities]
+    if missing:
+        raise UserError(
+            f"{source}: model.modalities.{missing[0]}: {config.data.shards} has no modality "
+            f"{missing[0]!r}; it has {', '.join(index.modalities)}. Rename or remove it, or set data.shards "
+            "to a data set that has it"
+        )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        known = sorted(str(other) for other in path.parent.glob("*.yaml"))
+        hint = f"; {path.parent} has {', '.join(known)}" if known else ""
+        raise UserError(f"{path}: no such file{hint}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: no valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values, this file holds {settings!r}")
+    return settings
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r}: write key=value, for example train.batch_size=64")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is no valid YAML: {error}") from error
+    *parents, last = key.split(".")
+    node = settings
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {parent} is a value, it has no keys below it")
+        # YAML anchors make several keys share one mapping; an override must change only its own.
+        node[parent] = child = dict(child)
+        node = child
+    node[last] = value
+
+
+def _explain(problem: Any, settings: dict[str, Any]) -> str:
+    """One pydantic problem as: key, what is wrong, what to do."""
+    location = [str(part) for part in problem["loc"] if part != "[key]"]
+    key = ".".join(location) or "the experiment"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
+        return f"{key}: no such key; {remedy}"
+    if problem["type"] == "missing":
+        return f"{key}: missing; add it"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem["input"]
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return f"{key}: {value!r} does not fit: {message[:1].lower()}{message[1:]}"
+    return f"{key}: {message[:1].lower()}{message[1:]}"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """The keys that settings have at `location`, found by walking the models' own fields."""
+    annotation: Any = ExperimentConfig
+    for part in location:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            field = annotation.model_fields.get(part)
+            annotation = field.annotation if field is not None else None
+        elif typing.get_origin(annotation) is dict:
+            annotation = typing.get_args(annotation)[1]
+        else:
+            return []
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return list(annotation.model_fields)
+    return []

@@ -1,0 +1,133 @@
+"""What a packed data set is: its modalities, its shards and `index.json`.
+
+This module imports neither torch nor webdataset, so that a wrong path or a missing modality is reported
+in the first second.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cmvae.errors import UserError
+
+INDEX_NAME = "index.json"
+FORMAT_VERSION = 1
+# Members of a tar sample that are not modalities, and keys of a batch that are not modalities.
+RESERVED_NAMES = frozenset({"cls", "key", "label", "mask", "valid"})
+
+_MODALITY_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
+
+
+def _check_modality_name(name: str) -> str:
+    if not _MODALITY_NAME.fullmatch(name) or name in RESERVED_NAMES:
+        raise ValueError(
+            f"modality name {name!r} must be lower-case letters, digits and '_', begin with a letter, "
+            f"and be none of {sorted(RESERVED_NAMES)}"
+        )
+    return name
+
+
+def _check_shard_name(name: str) -> str:
+    # Shards lie beside their index: a name with a slash or `..` could make a reader open any file.
+    if not _SHARD_NAME.fullmatch(name):
+        raise ValueError(f"shard name {name!r} must be a plain file name that ends in .tar")
+    return name
+
+
+ModalityName = Annotated[str, AfterValidator(_check_modality_name)]
+ShardName = Annotated[str, AfterValidator(_check_shard_name)]
+SplitName = Literal["train", "validation", "test"]
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModalitySchema(_Schema):
+    """One modality as it lies in the shards; in a tar an image of modality `m0` is `KEY.m0.png`."""
+
+    kind: Literal["image"]
+    shape: tuple[int, ...]
+    """Shape of one sample; an image is (channels, height, width)."""
+    dtype: Literal["uint8"]
+
+
+class ShardSchema(_Schema):
+    """One tar file, beside the index."""
+
+    name: ShardName
+    num_samples: int = Field(ge=1)
+    num_bytes: int = Field(ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class SplitSchema(_Schema):
+    """The shards of one split, in the order in which they were written."""
+
+    num_samples: int = Field(ge=1)
+    shards: tuple[ShardSchema, ...]
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> SplitSchema:
+        total = sum(shard.num_samples for shard in self.shards)
+        if total != self.num_samples:
+            raise ValueError(f"num_samples is {self.num_samples}, but its shards hold {total}")
+        return self
+
+
+class ShardIndex(_Schema):
+    """`index.json`: everything that a reader needs to know before it opens a tar."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    name: str
+    source: dict[str, str | int | float | bool | None]
+    """Where the data came from and the settings it was packed with, for people."""
+    modalities: dict[ModalityName, ModalitySchema]
+    class_names: tuple[str, ...] | None
+    """Names of the labels 0, 1, …; null where the data has no labels."""
+    splits: dict[SplitName, SplitSchema]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ShardIndex:
+        """Read `folder/index.json`.
+
+        Raises:
+            UserError: the folder or its index is missing or damaged.
+        """
+        folder = Path(folder)
+        path = folder / INDEX_NAME
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder}: no such shard folder. Pack a data set first, "
+                f"for example: python tools/make_shards.py digits --out {folder}"
+            )
+        if not path.is_file():
+            raise UserError(
+                f"{path}: missing, so {folder} is no finished shard folder (packing may have been "
+                f"interrupted). Run tools/make_shards.py again with --out {folder}"
+            )
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise UserError(
+                f"{path}: {where}: {first['msg']}. Pack the data set again with this version of "
+                "tools/make_shards.py"
+            ) from error
+
+    def split(self, name: str, folder: str | Path) -> SplitSchema:
+        """The split called `name`; `folder` only names the data set in the error message.
+
+        Raises:
+            UserError: the data set has no such split.
+        """
+        for known, split in self.splits.items():
+            if known == name:
+                return split
+        raise UserError(f"{folder}: no split {name!r}; it has {', '.join(self.splits)}")
