@@ -1,0 +1,239 @@
+"""What the model says about clusters: responsibilities, votes, how many clusters there are, and how good.
+
+Pure functions of numpy arrays. One pass of the encoders over a data set gives `log_density`, of shape
+(N, M, C): log p(z_nm | c) of sample n's encoding by modality m under cluster c. Everything else is
+arithmetic on it. CMVAE is Palumbo et al., ICLR 2024.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import linear_sum_assignment
+from scipy.special import entr, logsumexp
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics.cluster import contingency_matrix
+
+FloatArray = npt.NDArray[np.floating]
+IntArray = npt.NDArray[np.integer]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Outcome of the entropy-based selection: the kept clusters, and the curve behind the choice.
+
+    Point s of the curve stands for a set of `num_clusters[s]` clusters: the first for all C, every next one
+    for the set before it without `dropped[s]`, the last for two clusters.
+    """
+
+    active: BoolArray
+    """(C,) the clusters that are kept."""
+    num_clusters: IntArray
+    """(S,) sizes of the sets, C, C − 1, …, 2."""
+    criterion: FloatArray
+    """(S,) penalised normalised entropy, `entropy_term` + `likelihood_term`; the smallest wins."""
+    entropy_term: FloatArray
+    """(S,) β · mean of H[p(c|z)] over its largest possible value, in [0, β]."""
+    likelihood_term: FloatArray
+    """(S,) −mean of log p(z) / dim z, in nats a dimension."""
+    dropped: IntArray
+    """(S − 1,) ids of the clusters in the order in which they were dropped."""
+
+
+def responsibilities(log_density: FloatArray, log_weights: FloatArray, active: BoolArray) -> FloatArray:
+    """p(c | z) ∝ π_c p(z | c) over the active clusters.
+
+    Args:
+        log_density: (N, M, C) log p(z_nm | c), in nats.
+        log_weights: (C,) log π_c; π is renormalised over the active clusters.
+        active: (C,) bool, the clusters that exist.
+
+    Returns:
+        (N, M, C) float64; sums to one over clusters, zero where a cluster is not active.
+
+    Raises:
+        ValueError: shapes disagree, a value is not finite, or no cluster is active.
+    """
+    _check(log_density, log_weights)
+    if active.shape != log_weights.shape or not active.any():
+        raise ValueError(f"active must be a mask over {log_weights.shape[0]} clusters with at least one set")
+    posterior = np.zeros(log_density.shape)
+    posterior[..., active], _ = _posterior(
+        log_density[..., active].astype(np.float64), log_weights[active].astype(np.float64)
+    )
+    return posterior
+
+
+def vote(responsibilities: FloatArray) -> IntArray:
+    """One cluster a sample: the mode of what its modalities choose.
+
+    Where several clusters have the most votes, the most confident among the modalities that voted for one
+    of them decides. With two modalities the mode says nothing when they disagree, so that this rule makes
+    the more confident one decide.
+
+    Args:
+        responsibilities: (N, M, C).
+
+    Returns:
+        (N,) cluster ids.
+    """
+    choices = responsibilities.argmax(axis=2)
+    certainty = responsibilities.max(axis=2)
+    num_votes = (choices[:, :, None] == choices[:, None, :]).sum(axis=2)
+    in_mode = num_votes == num_votes.max(axis=1, keepdims=True)
+    deciding = np.where(in_mode, certainty, -1.0).argmax(axis=1)
+    return np.take_along_axis(choices, deciding[:, None], axis=1)[:, 0]
+
+
+def confidence(responsibilities: FloatArray, assignments: IntArray) -> FloatArray:
+    """How much the modalities agree with the vote: their mean responsibility of the sample's cluster.
+
+    Args:
+        responsibilities: (N, M, C).
+        assignments: (N,) cluster ids, from `vote`.
+
+    Returns:
+        (N,) in [0, 1].
+    """
+    return np.take_along_axis(responsibilities, assignments[:, None, None], axis=2)[:, :, 0].mean(axis=1)
+
+
+def select_clusters(
+    log_density: FloatArray,
+    log_weights: FloatArray,
+    beta: float,
+    shared_dim: int,
+    normaliser: Literal["active", "initial"] = "active",
+) -> Selection:
+    """Entropy-based selection of the number of clusters (CMVAE, "penalised normalised entropy").
+
+    For a set of clusters the criterion is β · mean H[p(c|z)] / log(number of clusters) −
+    mean log p(z) / dim z, means over samples and modalities, π renormalised. From all C clusters, the one
+    of the lowest mass is dropped again and again; its mass is the sum over modalities of p(c|z) of the
+    samples that the modality assigns to it. The set with the smallest criterion is kept, a single cluster
+    excluded. Dropping clusters does not change the encodings, so that one encoding pass is enough.
+
+    "Number of clusters" is read in two ways. "active", the default, counts those still in the set, as the
+    formula says. "initial" is always C: the released code adds 1e-20 to every probability before it counts
+    those that are not zero. On well-separated clusters both select the same. Where clusters overlap they
+    differ, and fail differently: "active" tends to keep clusters without samples, because they raise the
+    largest possible entropy, but no sample is ever assigned to those; "initial" can merge true clusters,
+    at worst down to two, because that lowers the entropy and nothing else counts the clusters.
+
+    Args:
+        log_density: (N, M, C) log p(z_nm | c) on validation data, in nats.
+        log_weights: (C,) log π_c.
+        beta: β of the objective.
+        shared_dim: dimensions of z.
+        normaliser: which clusters the largest possible entropy counts.
+
+    Raises:
+        ValueError: shapes disagree, a value is not finite, or there are fewer than two clusters.
+    """
+    _check(log_density, log_weights)
+    total = log_weights.shape[0]
+    if total < 2:
+        raise ValueError("selection needs at least two clusters")
+    remaining = np.arange(total)
+    # A copy that shrinks: every step then costs in proportion to the clusters that are left.
+    log_density, log_weights = log_density.astype(np.float64), log_weights.astype(np.float64)
+    entropy_terms, likelihood_terms, dropped = [], [], []
+    while True:
+        posterior, log_evidence = _posterior(log_density, log_weights)
+        entropy = entr(posterior).sum(axis=2).mean()
+        entropy_terms.append(beta * entropy / np.log(len(remaining) if normaliser == "active" else total))
+        likelihood_terms.append(-log_evidence.mean() / shared_dim)
+        if len(remaining) == 2:
+            break
+        # Several clusters may have no samples at all; among them the one with the least weight goes.
+        lowest = np.lexsort((log_weights, _mass(posterior)))[0]
+        dropped.append(remaining[lowest])
+        remaining = np.delete(remaining, lowest)
+        log_density = np.delete(log_density, lowest, axis=2)
+        log_weights = np.delete(log_weights, lowest)
+    criterion = np.add(entropy_terms, likelihood_terms)
+    active = np.ones(total, dtype=bool)
+    active[dropped[: criterion.argmin()]] = False
+    return Selection(
+        active=active,
+        num_clusters=np.arange(total, 1, -1),
+        criterion=criterion,
+        entropy_term=np.array(entropy_terms),
+        likelihood_term=np.array(likelihood_terms),
+        dropped=np.array(dropped, dtype=np.int64),
+    )
+
+
+def clustering_metrics(assignments: IntArray, labels: IntArray) -> dict[str, float]:
+    """How well a clustering agrees with labels that it has not seen.
+
+    Args:
+        assignments: (N,) cluster ids.
+        labels: (N,) class ids.
+
+    Returns:
+        `num_clusters` (how many are used), `acc` (accuracy under the best one-to-one matching of clusters
+        to classes; samples of unmatched clusters count as wrong), `nmi` (normalised by the arithmetic
+        mean), `ari`, `purity` (accuracy when every cluster stands for its most frequent class).
+    """
+    counts = contingency_matrix(labels, assignments)
+    matching = linear_sum_assignment(counts, maximize=True)
+    return {
+        "num_clusters": float(counts.shape[1]),
+        "acc": float(counts[matching].sum() / counts.sum()),
+        "nmi": float(normalized_mutual_info_score(labels, assignments)),
+        "ari": float(adjusted_rand_score(labels, assignments)),
+        "purity": float(counts.max(axis=0).sum() / counts.sum()),
+    }
+
+
+def confusion(assignments: IntArray, labels: IntArray, num_classes: int) -> tuple[IntArray, IntArray]:
+    """Samples of every class in every used cluster, the clusters ordered by the class they match.
+
+    Args:
+        assignments: (N,) cluster ids.
+        labels: (N,) class ids below `num_classes`.
+        num_classes: number of rows.
+
+    Returns:
+        counts: (num_classes, U), U the number of used clusters. The columns are first the clusters with a
+            class in the best one-to-one matching, in the order of the classes, then the others, the
+            largest first.
+        cluster_ids: (U,) which cluster each column is.
+    """
+    cluster_ids, columns = np.unique(assignments, return_inverse=True)
+    counts = np.zeros((num_classes, len(cluster_ids)), dtype=np.int64)
+    np.add.at(counts, (labels, columns), 1)
+    _, matched = linear_sum_assignment(counts, maximize=True)
+    unmatched = np.setdiff1d(np.arange(len(cluster_ids)), matched)
+    unmatched = unmatched[np.argsort(-counts[:, unmatched].sum(axis=0), kind="stable")]
+    order = np.concatenate([matched, unmatched])
+    return counts[:, order], cluster_ids[order]
+
+
+def _posterior(log_density: FloatArray, log_weights: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """p(c | z) (N, M, C) and log p(z) (N, M) under renormalised weights."""
+    log_joint = log_density + (log_weights - logsumexp(log_weights))
+    log_evidence = logsumexp(log_joint, axis=2)
+    return np.exp(log_joint - log_evidence[:, :, None]), log_evidence
+
+
+def _mass(posterior: FloatArray) -> FloatArray:
+    """Mass of each cluster (C,): summed confidence of what is assigned to it, over samples and modalities."""
+    mass = np.zeros(posterior.shape[2])
+    np.add.at(mass, posterior.argmax(axis=2), posterior.max(axis=2))
+    return mass
+
+
+def _check(log_density: FloatArray, log_weights: FloatArray) -> None:
+    if log_density.ndim != 3 or log_weights.shape != log_density.shape[2:]:
+        raise ValueError(
+            f"log_density must be (N, M, C) and log_weights (C,), "
+            f"not {log_density.shape} and {log_weights.shape}"
+        )
+    if not (np.isfinite(log_density).all() and np.isfinite(log_weights).all()):
+        raise ValueError("log_density and log_weights must be finite; did the training diverge?")

@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Laplace, Normal
+
+from cmvae.clustering import (
+    clustering_metrics,
+    confidence,
+    confusion,
+    responsibilities,
+    select_clusters,
+    vote,
+)
+
+FAMILIES = {"normal": Normal, "laplace": Laplace}
+
+
+class SimulatedEncodings:
+    """Encodings of a trained CMVAE: data in `num_true` clusters, the prior with more than those.
+
+    Of the superfluous clusters three nearly duplicate one that is used and share its weight; the others
+    lie where no data is and have lost almost all their weight.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        num_true: int,
+        family: str,
+        *,
+        num_clusters: int = 40,
+        num_samples: int = 1500,
+        num_modalities: int = 3,
+        shared_dim: int = 16,
+        spread: float = 2.0,
+        num_duplicates: int = 3,
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        self.family, self.shared_dim = FAMILIES[family], shared_dim
+        true_means = rng.normal(size=(num_true, shared_dim)) * spread
+        duplicated = rng.choice(num_true, size=num_duplicates, replace=False)
+        duplicates = true_means[duplicated] + rng.normal(size=(num_duplicates, shared_dim)) * 0.05
+        num_empty = num_clusters - num_true - num_duplicates
+        empty = rng.normal(size=(num_empty, shared_dim)) * spread
+        weights = np.concatenate(
+            [
+                np.full(num_true, 1 / num_true),
+                np.full(num_duplicates, 0.4 / num_true),
+                np.full(num_empty, 1e-4),
+            ]
+        )
+        weights[duplicated] *= 0.6
+        # A trained prior has its clusters in no order.
+        order = rng.permutation(num_clusters)
+        self.means = torch.from_numpy(np.concatenate([true_means, duplicates, empty])[order])
+        self.log_weights = np.log(weights / weights.sum())[order]
+        self.labels = rng.permutation(np.arange(num_samples) % num_true)
+        draw = rng.normal if family == "normal" else rng.laplace
+        noise = draw(size=(num_samples, num_modalities, shared_dim)) * 0.7
+        self.z = torch.from_numpy(true_means[self.labels][:, None] + noise)
+
+    def log_density(self, clusters: np.ndarray | None = None) -> np.ndarray:
+        """(N, M, C'): log p(z | c) of the clusters asked for, afresh."""
+        means = self.means if clusters is None else self.means[clusters]
+        prior = self.family(means, torch.ones_like(means))
+        return prior.log_prob(self.z[:, :, None, :]).sum(-1).numpy()
+
+
+def brute_force_responsibilities(
+    log_density: np.ndarray, log_weights: np.ndarray, active: np.ndarray
+) -> np.ndarray:
+    result = np.zeros(log_density.shape)
+    for n, m in np.ndindex(log_density.shape[:2]):
+        joint = {c: math.exp(log_weights[c] + log_density[n, m, c]) for c in np.flatnonzero(active)}
+        for c, value in joint.items():
+            result[n, m, c] = value / sum(joint.values())
+    return result
+
+
+def stepwise_selection(
+    encodings: SimulatedEncodings, beta: float, normaliser: str
+) -> tuple[list[float], list[int]]:
+    """The selection as the paper words it: at each step p(z|c) anew for the clusters that are left."""
+    remaining = list(range(len(encodings.log_weights)))
+    num_modalities = encodings.z.shape[1]
+    criterion, dropped = [], []
+    while True:
+        logits = torch.from_numpy(encodings.log_weights[remaining])
+        prior = torch.distributions.MixtureSameFamily(
+            torch.distributions.Categorical(logits=logits),
+            torch.distributions.Independent(
+                encodings.family(
+                    encodings.means[remaining], torch.ones(len(remaining), encodings.shared_dim)
+                ),
+                1,
+            ),
+        )
+        entropies, likelihoods, mass = [], [], dict.fromkeys(remaining, 0.0)
+        for m in range(num_modalities):
+            z = encodings.z[:, m]
+            joint = prior.component_distribution.log_prob(z[:, None]) + torch.log_softmax(logits, 0)
+            posterior = torch.distributions.Categorical(logits=joint)
+            entropies.append(posterior.entropy().mean().item())
+            likelihoods.append(prior.log_prob(z).mean().item())
+            for probabilities in posterior.probs:
+                mass[remaining[int(probabilities.argmax())]] += probabilities.max().item()
+        count = len(remaining) if normaliser == "active" else len(encodings.log_weights)
+        criterion.append(
+            beta * np.mean(entropies) / math.log(count) - np.mean(likelihoods) / encodings.shared_dim
+        )
+        if len(remaining) == 2:
+            return criterion, dropped
+        worst = min(remaining, key=lambda c: (mass[c], encodings.log_weights[c]))
+        dropped.append(worst)
+        remaining.remove(worst)
+
+
+@pytest.fixture
+def scores() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    log_weights = np.log(rng.dirichlet(np.ones(6)))
+    active = np.array([True, False, True, True, False, True])
+    return rng.normal(size=(7, 3, 6)) * 3, log_weights, active
+
+
+def test_responsibilities_equal_bayes_rule(scores: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    posterior = responsibilities(*scores)
+    np.testing.assert_allclose(posterior, brute_force_responsibilities(*scores), rtol=1e-12)
+    assert (posterior[..., ~scores[2]] == 0).all()
+
+
+def test_responsibilities_survive_densities_that_underflow(
+    scores: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    log_density, log_weights, active = scores
+    np.testing.assert_allclose(
+        responsibilities(log_density - 5000, log_weights, active),
+        responsibilities(log_density, log_weights, active),
+        rtol=1e-9,
+    )
+
+
+def test_responsibilities_refuse_what_makes_no_sense(
+    scores: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    log_density, log_weights, active = scores
+    with pytest.raises(ValueError, match="at least one"):
+        responsibilities(log_density, log_weights, np.zeros(6, dtype=bool))
+    with pytest.raises(ValueError, match=r"\(N, M, C\)"):
+        responsibilities(log_density, log_weights[:5], active)
+    broken = log_density.copy()
+    broken[0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="finite"):
+        responsibilities(broken, log_weights, active)
+
+
+@pytest.mark.parametrize(
+    ("modalities", "expected"),
+    [
+        pytest.param([[0.2, 0.8]], 1, id="one modality decides"),
+        pytest.param([[0.6, 0.4], [0.1, 0.9]], 1, id="of two that disagree the more confident decides"),
+        pytest.param([[0.6, 0.4], [0.9, 0.1]], 0, id="two that agree"),
+        pytest.param([[0.6, 0.4], [0.6, 0.4], [0.0, 1.0]], 0, id="the mode beats one confident modality"),
+        pytest.param([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6], [0.2, 0.7, 0.1]], 1, id="three ways apart"),
+        pytest.param(
+            [[0.6, 0.4, 0.0], [0.6, 0.4, 0.0], [0.1, 0.9, 0.0], [0.4, 0.5, 0.1], [0.0, 0.0, 1.0]],
+            1,
+            id="a tie goes to the surest of the tied, not to the surest of all",
+        ),
+    ],
+)
+def test_vote(modalities: list[list[float]], expected: int) -> None:
+    # A second sample, sure of the last cluster, shows that samples do not mix.
+    other = np.zeros_like(modalities)
+    other[:, -1] = 1.0
+    votes = vote(np.array([modalities, other]))
+    assert votes.tolist() == [expected, len(modalities[0]) - 1]
+
+
+def test_confidence_is_the_mean_responsibility_of_the_vote() -> None:
+    posterior = np.array([[[0.6, 0.4], [0.8, 0.2], [0.1, 0.9]]])
+    np.testing.assert_allclose(confidence(posterior, vote(posterior)), [(0.6 + 0.8 + 0.1) / 3])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("num_true", "num_modalities", "shared_dim", "beta"),
+    [(3, 3, 16, 2.5), (10, 5, 32, 2.5), (25, 3, 32, 1.0)],
+)
+def test_selection_finds_the_true_number(
+    num_true: int, num_modalities: int, shared_dim: int, beta: float, family: str, seed: int
+) -> None:
+    encodings = SimulatedEncodings(
+        seed, num_true, family, num_modalities=num_modalities, shared_dim=shared_dim
+    )
+    log_density = encodings.log_density()
+    selection = select_clusters(log_density, encodings.log_weights, beta, shared_dim)
+    assert selection.active.sum() == num_true
+    assignments = vote(responsibilities(log_density, encodings.log_weights, selection.active))
+    metrics = clustering_metrics(assignments, encodings.labels)
+    assert metrics["num_clusters"] == num_true
+    assert metrics["acc"] > 0.99
+
+
+@pytest.mark.parametrize("normaliser", ["active", "initial"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_encoding_pass_equals_encoding_at_every_step(family: str, normaliser: str) -> None:
+    # Close clusters, so that entropies and masses are far from trivial.
+    encodings = SimulatedEncodings(
+        5, 6, family, num_clusters=12, num_samples=200, shared_dim=4, spread=1.0, num_duplicates=3
+    )
+    selection = select_clusters(encodings.log_density(), encodings.log_weights, 2.5, 4, normaliser)
+    criterion, dropped = stepwise_selection(encodings, 2.5, normaliser)
+    np.testing.assert_allclose(selection.criterion, criterion, rtol=1e-6)
+    assert selection.dropped.tolist() == dropped
+    kept = set(range(12)) - set(dropped[: int(np.argmin(criterion))])
+    assert set(np.flatnonzero(selection.active)) == kept
+
+
+def test_selection_describes_its_curve() -> None:
+    encodings = SimulatedEncodings(0, 5, "normal", num_clusters=9, num_samples=300)
+    log_density = encodings.log_density()
+    before = log_density.copy()
+    selection = select_clusters(log_density, encodings.log_weights, 2.5, 16)
+    np.testing.assert_array_equal(log_density, before)
+    assert selection.num_clusters.tolist() == [9, 8, 7, 6, 5, 4, 3, 2]
+    assert len(set(selection.dropped)) == len(selection.dropped) == 7
+    np.testing.assert_allclose(selection.criterion, selection.entropy_term + selection.likelihood_term)
+    assert selection.entropy_term.min() >= 0
+    assert selection.entropy_term.max() <= 2.5
+
+
+def test_the_two_normalisers_fail_differently_where_clusters_overlap() -> None:
+    # The reason why "active" is the default: its surplus is clusters without samples.
+    encodings = SimulatedEncodings(0, 25, "normal", spread=0.7)
+    log_density = encodings.log_density()
+
+    def used(normaliser: str) -> tuple[int, float]:
+        selection = select_clusters(log_density, encodings.log_weights, 2.5, 16, normaliser)
+        assignments = vote(responsibilities(log_density, encodings.log_weights, selection.active))
+        return int(selection.active.sum()), clustering_metrics(assignments, encodings.labels)["acc"]
+
+    num_active, acc_active = used("active")
+    num_initial, acc_initial = used("initial")
+    assert num_active > num_initial
+    assert acc_active > 0.9 > acc_initial
+
+
+def test_selection_refuses_a_single_cluster() -> None:
+    with pytest.raises(ValueError, match="two clusters"):
+        select_clusters(np.zeros((4, 2, 1)), np.zeros(1), 1.0, 2)
+
+
+@pytest.mark.parametrize(("num_clusters", "num_classes"), [(4, 4), (6, 4), (3, 5)])
+def test_accuracy_is_the_best_over_all_matchings(num_clusters: int, num_classes: int) -> None:
+    rng = np.random.default_rng(num_clusters)
+    labels = rng.integers(num_classes, size=300)
+    assignments = np.where(rng.random(300) < 0.5, labels % num_clusters, rng.integers(num_clusters, size=300))
+    # Cluster ids need not be 0, 1, …: after the selection they have gaps.
+    gapped = assignments * 7 + 3
+    size = max(num_clusters, num_classes)
+    best = max(
+        np.mean(np.array(match)[assignments] == labels) for match in itertools.permutations(range(size))
+    )
+    metrics = clustering_metrics(gapped, labels)
+    assert metrics["acc"] == pytest.approx(best)
+    assert metrics["num_clusters"] == num_clusters
+
+
+def test_a_perfect_clustering_with_other_names_is_perfect() -> None:
+    labels = np.array([0, 0, 1, 1, 2, 2, 2])
+    metrics = clustering_metrics(np.array([9, 9, 4, 4, 0, 0, 0]), labels)
+    assert metrics == pytest.approx({"num_clusters": 3, "acc": 1, "nmi": 1, "ari": 1, "purity": 1})
+
+
+def test_purity_forgives_split_classes_and_accuracy_does_not() -> None:
+    labels = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    metrics = clustering_metrics(np.array([0, 0, 0, 1, 2, 2, 2, 2]), labels)
+    assert metrics["purity"] == 1
+    assert metrics["acc"] == pytest.approx(7 / 8)
+
+
+def test_confusion_orders_clusters_by_the_class_they_match() -> None:
+    labels = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 2])
+    assignments = np.array([7, 7, 7, 2, 2, 7, 5, 5, 5, 4])
+    counts, cluster_ids = confusion(assignments, labels, num_classes=3)
+    assert cluster_ids.tolist() == [7, 2, 5, 4]
+    assert counts.tolist() == [[3, 0, 0, 0], [1, 2, 0, 0], [0, 0, 3, 1]]
+
+
+def test_confusion_with_fewer_clusters_than_classes() -> None:
+    counts, cluster_ids = confusion(np.array([1, 1, 1, 8, 8]), np.array([2, 2, 0, 1, 1]), num_classes=4)
+    assert cluster_ids.tolist() == [8, 1]
+    assert counts.tolist() == [[0, 1], [2, 0], [0, 2], [0, 0]]
