@@ -1,0 +1,9 @@
+"""The data sets that can be packed: name of the sub-command to its module.
+
+Importing this imports no library that is slow to import: the modules import theirs when a source is opened.
+"""
+
+from cmvae.data.sources import digits, polymnist
+from cmvae.data.sources.source import SourceModule
+
+SOURCES: dict[str, SourceModule] = {"digits": digits, "polymnist": polymnist}

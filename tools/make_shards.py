@@ -1,0 +1,111 @@
+"""Pack a data set into shards: python tools/make_shards.py SOURCE --out shards/NAME."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a checkout that is not installed
+
+from cmvae.data.sources import SOURCES
+from cmvae.errors import UserError
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _non_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; flags of a source are known to its sub-command only."""
+    parser = argparse.ArgumentParser(description="Pack a data set into shards that training reads.")
+    commands = parser.add_subparsers(dest="source", metavar="SOURCE", required=True)
+    for name, module in SOURCES.items():
+        command = commands.add_parser(name, help=module.DESCRIPTION, description=module.DESCRIPTION)
+        command.add_argument(
+            "--out", type=Path, required=True, metavar="FOLDER", help="for example shards/NAME"
+        )
+        command.add_argument("--seed", type=_non_negative, default=0, help="default: 0")
+        command.add_argument(
+            "--workers",
+            type=_positive,
+            default=os.cpu_count() or 1,
+            metavar="N",
+            help="writer processes; the bytes do not depend on it (default: all processors)",
+        )
+        command.add_argument(
+            "--shard-size",
+            type=_positive,
+            default=1000,
+            metavar="N",
+            help="samples of a shard (default: 1000)",
+        )
+        command.add_argument(
+            "--limit",
+            type=_positive,
+            metavar="N",
+            help="for a quick trial: N train samples, and of the other splits as large a part",
+        )
+        command.add_argument("--force", action="store_true", help="replace a data set that is in --out")
+        module.add_arguments(command)
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Pack, print a summary and the next command."""
+    arguments = parse_arguments()
+    # Slow to import; after the flags, so that a mistake in them shows at once.
+    from tqdm import tqdm
+
+    from cmvae.data.writer import write_shards
+
+    started = time.perf_counter()
+    try:
+        source = SOURCES[arguments.source].from_arguments(arguments)
+        with tqdm(desc=str(arguments.out), unit=" samples") as bar:
+
+            def report(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            index = write_shards(
+                source,
+                arguments.out,
+                seed=arguments.seed,
+                shard_size=arguments.shard_size,
+                num_workers=arguments.workers,
+                limit=arguments.limit,
+                force=arguments.force,
+                report=report,
+            )
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    seconds = time.perf_counter() - started
+    num_samples = sum(split.num_samples for split in index.splits.values())
+    num_bytes = sum(shard.num_bytes for split in index.splits.values() for shard in split.shards)
+    for name, split in index.splits.items():
+        print(f"{name:>10}  {split.num_samples:>7,} samples in {len(split.shards)} shards")
+    rate = num_samples / seconds
+    print(f"{num_samples:,} samples, {num_bytes:,} bytes in {seconds:.1f} s: {rate:,.0f} samples/s")
+    print(f"Look at it: python tools/inspect_shards.py {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
