@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import yaml
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+
+from cmvae.config import ExperimentConfig, flatten
+from cmvae.tracking import MlflowTracker, NullTracker, Tracker, open_tracker, resume_tracker
+
+
+@pytest.fixture(autouse=True)
+def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "trial"
+
+
+def make_config(**changes: object) -> ExperimentConfig:
+    return ExperimentConfig.model_validate(
+        {
+            "name": "trial",
+            "data": {"shards": "shards/digits"},
+            "model": {"modalities": {f"m{m}": {} for m in range(3)}},
+            "train": {"max_steps": 10},
+            **changes,
+        }
+    )
+
+
+def client(tmp_path: Path) -> MlflowClient:
+    return MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def run_id(run_dir: Path) -> str:
+    return json.loads((run_dir / "mlflow.json").read_text())["run_id"]
+
+
+def draw() -> Figure:
+    figure = Figure(figsize=(2, 1), dpi=50)
+    figure.add_subplot().plot([0, 1])
+    return figure
+
+
+def own_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "cmvae.tracking"]
+
+
+def log_one_of_everything(tracker: Tracker, folder: Path) -> None:
+    (folder / "notes.txt").write_text("hello")
+    tracker.log_metrics({"train/loss": 3.0}, step=1)
+    tracker.log_figure(draw(), "selection")
+    tracker.log_image(draw(), "reconstruction", step=1)
+    tracker.log_artifact(folder / "notes.txt")
+    tracker.end("FINISHED")
+
+
+def test_a_training_can_be_read_back(tmp_path: Path, run_dir: Path) -> None:
+    config = make_config()
+    tracker = open_tracker(config, run_dir, is_main=True)
+    tracker.log_metrics({"train/loss": 3.5, "validation/loss": 4.0}, step=1)
+    tracker.log_metrics({"train/loss": 2.5}, step=2)
+    tracker.log_figure(draw(), "selection")
+    tracker.log_image(draw(), "reconstruction", step=1)
+    tracker.log_image(np.full((8, 9, 3), 0.5), "reconstruction", step=2)
+    tracker.log_artifact(_write(tmp_path / "notes.txt", "hello"))
+    tracker.end("FINISHED")
+
+    reader = client(tmp_path)
+    run = reader.get_run(run_id(run_dir))
+    assert run.data.params == {key: str(value) for key, value in flatten(config).items()}
+    history = reader.get_metric_history(run.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(1, 3.5), (2, 2.5)]
+    assert run.data.metrics["validation/loss"] == 4.0
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "trial"
+    assert reader.get_experiment(run.info.experiment_id).name == "cmvae"
+    assert run.data.tags["task"] == "cmvae"
+    assert run.data.tags["world_size"] == "2"
+    assert run.data.tags["host"]
+
+    artifacts = tmp_path / "mlruns" / run.info.experiment_id / run.info.run_id / "artifacts"
+    assert ExperimentConfig.model_validate(yaml.safe_load((artifacts / "config.yaml").read_text())) == config
+    assert (artifacts / "figures" / "selection.png").read_bytes().startswith(b"\x89PNG")
+    assert (artifacts / "notes.txt").read_text() == "hello"
+    images = sorted(path.name for path in (artifacts / "images").glob("*.png"))
+    assert [name.split("+")[:3] for name in images] == [
+        ["reconstruction", "step", "1"],
+        ["reconstruction", "step", "2"],
+    ]
+    pixels = mlflow.Image(str(artifacts / "images" / images[0])).to_array()
+    assert pixels.shape == (50, 100, 3)
+
+
+def test_the_source_commit_is_a_tag(tmp_path: Path, run_dir: Path) -> None:
+    source = Path(__file__).parent
+    head = subprocess.run(["git", "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if head.returncode != 0:
+        pytest.skip("these sources are no git checkout")
+    open_tracker(make_config(), run_dir, is_main=True).end("FINISHED")
+    tags = client(tmp_path).get_run(run_id(run_dir)).data.tags
+    assert tags["mlflow.source.git.commit"] == head.stdout.strip()
+    assert tags["git_dirty"] in {"true", "false"}
+
+
+def test_system_metrics_are_sampled(tmp_path: Path, run_dir: Path) -> None:
+    tracker = open_tracker(make_config(), run_dir, is_main=True)
+    for _ in range(100):
+        if any(key.startswith("system/") for key in client(tmp_path).get_run(run_id(run_dir)).data.metrics):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("no system metrics within 10 seconds")
+    tracker.end("FINISHED")
+
+
+def test_a_resumed_training_goes_on_in_its_run(tmp_path: Path, run_dir: Path) -> None:
+    first = open_tracker(make_config(), run_dir, is_main=True)
+    first.log_metrics({"train/loss": 3.0}, step=1)
+    first.end("KILLED")
+    second = open_tracker(make_config(train={"max_steps": 20}), run_dir, is_main=True)
+    reader = client(tmp_path)
+    assert reader.get_run(run_id(run_dir)).info.status == "RUNNING"
+    second.log_metrics({"train/loss": 2.0}, step=11)
+    second.end("FINISHED")
+
+    (run,) = reader.search_runs([reader.get_experiment_by_name("cmvae").experiment_id])
+    assert run.info.run_id == run_id(run_dir)
+    assert [point.step for point in reader.get_metric_history(run.info.run_id, "train/loss")] == [1, 11]
+    assert run.info.status == "FINISHED"
+    # MLflow's parameters never change; what did change must be findable all the same.
+    assert run.data.params["train.max_steps"] == "10"
+    assert run.data.tags["resumed.train.max_steps"] == "20"
+    assert not [key for key in run.data.tags if key.startswith("resumed.model")]
+
+
+def test_an_evaluation_adds_to_the_run_and_leaves_its_status(
+    tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_tracker(make_config(), run_dir, is_main=True).end("KILLED")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    evaluation = resume_tracker(make_config(), run_dir, is_main=True)
+    evaluation.log_metrics({"clustering/acc": 0.98}, step=10)
+    evaluation.log_figure(draw(), "confusion")
+    evaluation.end("FINISHED")
+    run = client(tmp_path).get_run(run_id(run_dir))
+    assert run.data.metrics["clustering/acc"] == 0.98
+    assert run.info.status == "KILLED"
+    assert run.data.tags["world_size"] == "2"
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_an_evaluation_without_a_run_makes_one(tmp_path: Path, run_dir: Path) -> None:
+    evaluation = resume_tracker(make_config(), run_dir, is_main=True)
+    evaluation.log_metrics({"clustering/acc": 0.98}, step=10)
+    evaluation.end("FINISHED")
+    run = client(tmp_path).get_run(run_id(run_dir))
+    assert run.data.metrics == {"clustering/acc": 0.98}
+    assert run.data.params["train.max_steps"] == "10"
+    assert run.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("loss", ["database", "deleted run", "damaged record"])
+def test_a_lost_run_is_told_and_a_new_one_begins(
+    loss: str, tmp_path: Path, run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_tracker(make_config(), run_dir, is_main=True).end("FINISHED")
+    lost = run_id(run_dir)
+    if loss == "database":
+        # Not moved away: in one process MLflow keeps the open file and would not notice.
+        record = {"tracking_uri": f"sqlite:///{tmp_path}/gone.db", "run_id": lost}
+        _write(run_dir / "mlflow.json", json.dumps(record))
+    elif loss == "deleted run":
+        client(tmp_path).delete_run(lost)
+    else:
+        (run_dir / "mlflow.json").write_text('{"run_id": ')
+    tracker = open_tracker(make_config(), run_dir, is_main=True)
+    tracker.log_metrics({"train/loss": 1.0}, step=1)
+    tracker.end("FINISHED")
+    (warning,) = own_warnings(caplog)
+    assert str(run_dir / "mlflow.json") in warning
+    assert "new" in warning
+    assert run_id(run_dir) != lost
+    assert not (tmp_path / "gone.db").exists()
+    assert client(tmp_path).get_run(run_id(run_dir)).data.metrics["train/loss"] == 1.0
+
+
+@pytest.mark.parametrize(("enabled", "is_main"), [(False, True), (True, False)])
+def test_untracked_leaves_nothing_on_the_disk(
+    enabled: bool, is_main: bool, tmp_path: Path, run_dir: Path
+) -> None:
+    config = make_config(tracking={"enabled": enabled})
+    outside = tmp_path.parent / f"{tmp_path.name}-notes"
+    outside.mkdir()
+    for tracker in (open_tracker(config, run_dir, is_main), resume_tracker(config, run_dir, is_main)):
+        assert isinstance(tracker, NullTracker)
+        log_one_of_everything(tracker, outside)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_importing_the_module_does_not_import_mlflow() -> None:
+    script = "import sys, cmvae.tracking; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_the_environment_says_where_to_track(
+    tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
+    open_tracker(make_config(), run_dir, is_main=True).end("FINISHED")
+    assert (tmp_path / "other.db").is_file()
+    assert not (tmp_path / "mlflow.db").exists()
+    record = json.loads((run_dir / "mlflow.json").read_text())
+    assert record["tracking_uri"] == f"sqlite:///{tmp_path}/other.db"
+
+
+def test_an_unusable_server_at_the_start_does_not_stop_a_training(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/no/such/folder/mlflow.db")
+    # MLflow would make the folder.
+    _write(tmp_path / "no", "a file where the folder should be")
+    log_one_of_everything(open_tracker(make_config(), run_dir, is_main=True), tmp_path)
+    (warning,) = own_warnings(caplog)
+    assert "goes on without it" in warning
+    assert "tracking.enabled=false" in warning
+    assert not (run_dir / "mlflow.json").exists()
+
+
+def test_failures_in_the_middle_are_told_once_and_end_by_themselves(
+    tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_tracker(make_config(), run_dir, is_main=True)
+    assert isinstance(tracker, MlflowTracker)
+    reader = client(tmp_path)
+    (tmp_path / "mlflow.db").rename(tmp_path / "away.db")
+    _write(tmp_path / "mlflow.db", "no database at all, and long enough to be read as one" * 200)
+    # MLflow's pool may still hold connections to the renamed file.
+    _forget_connections(tracker)
+    caplog.clear()
+    for step in range(5):
+        tracker.log_metrics({"train/loss": 3.0}, step)
+        tracker.log_image(draw(), "reconstruction", step)
+    assert len(own_warnings(caplog)) == 1
+
+    (tmp_path / "away.db").rename(tmp_path / "mlflow.db")
+    _forget_connections(tracker)
+    tracker.log_metrics({"train/loss": 2.0}, step=5)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    tracker.log_metrics({"train/loss": 1.0}, step=6)
+    tracker.end("FINISHED")
+    run = reader.get_run(run_id(run_dir))
+    points = reader.get_metric_history(run.info.run_id, "train/loss")
+    # Step 5 fell into the pause; step 6 came after it.
+    assert [point.step for point in points] == [6]
+    assert run.info.status == "FINISHED"
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def _forget_connections(tracker: MlflowTracker) -> None:
+    tracker._client._tracking_client.store.engine.dispose()
