@@ -1,0 +1,45 @@
+"""Encoder and decoder pairs, one file a family, found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from cmvae.data.schema import ModalitySchema
+from cmvae.errors import UserError
+from cmvae.networks.image import ImageDecoder, ImageEncoder, check_image_size
+
+
+@dataclass(frozen=True)
+class NetworkFamily:
+    """An encoder, a decoder and the check of what they can be used for.
+
+    `encoder` and `decoder` are built from (schema, width, shared_dim, private_dim). The encoder returns loc
+    and raw scale of q(z|x), then of q(w|x); the decoder takes (B, D_z + D_w).
+    """
+
+    encoder: Callable[[ModalitySchema, int, int, int], nn.Module]
+    decoder: Callable[[ModalitySchema, int, int, int], nn.Module]
+    check: Callable[[ModalitySchema, str], None]
+
+
+NETWORKS: dict[str, NetworkFamily] = {
+    "resnet": NetworkFamily(ImageEncoder, ImageDecoder, check_image_size),
+}
+
+
+def network_family(name: str, schema: ModalitySchema, modality: str) -> NetworkFamily:
+    """The family called `name`, checked against the modality that it is for.
+
+    Raises:
+        UserError: there is no such family, or it does not fit the modality.
+    """
+    if name not in NETWORKS:
+        raise UserError(
+            f"model.modalities.{modality}.network: no network {name!r}; known are {', '.join(NETWORKS)}"
+        )
+    family = NETWORKS[name]
+    family.check(schema, modality)
+    return family
