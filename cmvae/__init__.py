@@ -1,1 +1,23 @@
-"""CMVAE: multimodal generative clustering."""
+"""CMVAE: multimodal generative clustering.
+
+`from cmvae import CMVAE; model = CMVAE.from_pretrained("runs/NAME/export")`, then `model.encode`,
+`model.decode`, `model.assign` and `model.generate`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cmvae.model import CMVAE as CMVAE
+
+__all__ = ["CMVAE"]
+
+
+def __getattr__(name: str) -> Any:
+    # The model imports torch, which takes seconds; the checks of configs and shards must not wait for it.
+    if name == "CMVAE":
+        from cmvae.model import CMVAE
+
+        return CMVAE
+    raise AttributeError(f"module 'cmvae' has no attribute {name!r}")

@@ -1,0 +1,342 @@
+"""CMVAE: encoders, decoders, the cluster prior; no loss in it.
+
+Everything that training and validation need goes through calls of submodules, because under DeepSpeed ZeRO-3
+a parameter is empty outside its module's call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cmvae.clustering import confidence, responsibilities, vote
+from cmvae.config import ModelConfig
+from cmvae.data.schema import ModalityName, ModalitySchema
+from cmvae.distributions import FAMILIES, LocationScale
+from cmvae.errors import UserError
+from cmvae.files import whole_folder
+from cmvae.networks import network_family
+
+WEIGHTS_NAME = "model.safetensors"
+EXPORT_CONFIG_NAME = "config.yaml"
+
+
+def _full_precision(output: Tensor) -> Tensor:
+    """Densities and reductions want at least fp32, whatever precision the networks ran in."""
+    return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+
+
+class Posterior(NamedTuple):
+    """What one modality says: q(z|x_m) with parameters (B, D_z) and q(w_m|x_m) with (B, D_w)."""
+
+    shared: LocationScale
+    private: LocationScale
+
+
+class Assignment(NamedTuple):
+    """Clusters of a batch, after the selection."""
+
+    cluster: Tensor
+    """(B,) int64, the voted cluster."""
+    confidence: Tensor
+    """(B,) mean over the modalities of the voted cluster's responsibility."""
+    responsibilities: Tensor
+    """(B, M, C) p(c | z) at each modality's posterior location."""
+
+
+class ExportConfig(BaseModel):
+    """`config.yaml` of an export: all that is needed to build the model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    model: ModelConfig
+    modalities: dict[ModalityName, ModalitySchema]
+
+
+class ClusterPrior(nn.Module):
+    """p(c) p(z|c): learned weights π and means, scales fixed at the neutral raw 0."""
+
+    def __init__(self, family: type[LocationScale], num_clusters: int, dim: int, mean_range: float) -> None:
+        super().__init__()
+        self.family = family
+        self.logits = nn.Parameter(torch.zeros(num_clusters))
+        self.means = nn.Parameter(torch.empty(num_clusters, dim).uniform_(-mean_range, mean_range))
+        self.register_buffer("scale", family.scale_from_raw(torch.zeros(dim)), persistent=False)
+        # Clusters that the selection kept; all of them while training.
+        self.register_buffer("active", torch.ones(num_clusters, dtype=torch.bool))
+        self.scale: Tensor
+        self.active: Tensor
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """log π (C,), −∞ where a cluster is not active, and log p(z|c) (..., C) of every cluster.
+
+        Args:
+            z: (..., D).
+        """
+        return self.log_weights, self.family(self.means, self.scale).log_prob(z.unsqueeze(-2))
+
+    @property
+    def log_weights(self) -> Tensor:
+        """log π (C,), renormalised over the active clusters, −∞ elsewhere."""
+        return self.logits.masked_fill(~self.active, -torch.inf).log_softmax(-1)
+
+    def sample(self, clusters: Tensor, noise: Tensor) -> Tensor:
+        """Samples of p(z|c) for `clusters` (B,) from `noise` (B, D)."""
+        return self.family(self.means[clusters], self.scale).sample(noise)
+
+
+class AuxiliaryPrior(nn.Module):
+    """r_m(w_m) of MMVAE+: mean 0, learned scale; stands in for w_m when another modality is the source."""
+
+    def __init__(self, family: type[LocationScale], dim: int) -> None:
+        super().__init__()
+        self.family = family
+        self.raw_scale = nn.Parameter(torch.zeros(dim))
+
+    def forward(self) -> Tensor:
+        """The scales (D,)."""
+        return self.family.scale_from_raw(self.raw_scale)
+
+
+class CMVAE(nn.Module):
+    """The generative model with its encoders.
+
+    Args:
+        config: sizes, family and networks.
+        schemas: shape and kind of each modality that `config` names.
+        autocast_dtype: precision of the networks; None is fp32. Densities are fp32 in any case.
+
+    Raises:
+        UserError: a modality has no schema, or its network does not fit it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        schemas: Mapping[str, ModalitySchema],
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.schemas = {name: schemas[name] for name in config.modalities}
+        self.autocast_dtype = autocast_dtype
+        self.family = FAMILIES[config.family]
+        self.encoders = nn.ModuleDict()
+        self.decoders = nn.ModuleDict()
+        for name, modality in config.modalities.items():
+            schema = self.schemas[name]
+            networks = network_family(modality.network, schema, name)
+            sizes = (schema, modality.width, config.shared_dim, config.private_dim)
+            self.encoders[name] = networks.encoder(*sizes)
+            self.decoders[name] = networks.decoder(*sizes)
+        self.cluster_prior = ClusterPrior(
+            self.family, config.num_clusters, config.shared_dim, config.cluster_mean_range
+        )
+        # With one modality there is no other source, so r would be a parameter that nothing uses.
+        self.auxiliary_priors = nn.ModuleDict(
+            {name: AuxiliaryPrior(self.family, config.private_dim) for name in config.modalities}
+            if len(config.modalities) > 1
+            else {}
+        )
+        private_raw = torch.zeros(config.private_dim)
+        self.register_buffer("private_scale", self.family.scale_from_raw(private_raw), persistent=False)
+        self.private_scale: Tensor
+
+    @property
+    def modality_names(self) -> tuple[str, ...]:
+        """The modalities, in the order of every M axis."""
+        return tuple(self.config.modalities)
+
+    @property
+    def private_prior(self) -> LocationScale:
+        """p(w_m), the same fixed density for every modality; parameters (D_w,)."""
+        return self.family(torch.zeros_like(self.private_scale), self.private_scale)
+
+    def auxiliary_prior(self, modality: str) -> LocationScale:
+        """r_m(w_m), parameters (D_w,)."""
+        scale = self.auxiliary_priors[modality]()
+        return self.family(torch.zeros_like(scale), scale)
+
+    def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, Posterior]:
+        """Posteriors of the modalities in `inputs`.
+
+        Args:
+            inputs: by modality, images (B, C, H, W) in [0, 1].
+        """
+        posteriors = {}
+        for name, x in inputs.items():
+            with self._network_precision(x.device):
+                outputs = self.encoders[name](x)
+            shared_loc, shared_raw, private_loc, private_raw = map(_full_precision, outputs)
+            posteriors[name] = Posterior(
+                self.family(shared_loc, self.family.scale_from_raw(shared_raw)),
+                self.family(private_loc, self.family.scale_from_raw(private_raw)),
+            )
+        return posteriors
+
+    def decode(self, shared: Tensor, private: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Locations of p(x_m | z, w_m) for every modality in `private`, each decoder called once.
+
+        Args:
+            shared: z, (..., D_z).
+            private: w_m by modality, (..., D_w) with the same leading axes as z.
+
+        Returns:
+            By modality (..., C, H, W), fp32.
+        """
+        lead = shared.shape[:-1]
+        decoded = {}
+        for name, w in private.items():
+            latents = torch.cat([shared, w], dim=-1).flatten(0, -2)
+            with self._network_precision(shared.device):
+                location = self.decoders[name](latents)
+            decoded[name] = _full_precision(location).unflatten(0, lead)
+        return decoded
+
+    @torch.no_grad()
+    def assign(self, inputs: Mapping[str, Tensor]) -> Assignment:
+        """Clusters of a batch from the modalities given, by the vote of `cmvae.clustering.vote`.
+
+        Args:
+            inputs: by modality, images (B, C, H, W) in [0, 1].
+        """
+        posteriors = self.encode(inputs)
+        shared = torch.stack([posterior.shared.loc for posterior in posteriors.values()], dim=1)
+        log_weights, log_density = (tensor.cpu().numpy() for tensor in self.cluster_prior(shared))
+        active = self.cluster_prior.active.cpu().numpy()
+        probabilities = responsibilities(log_density, np.where(active, log_weights, 0), active)
+        clusters = vote(probabilities)
+        return Assignment(
+            torch.from_numpy(clusters),
+            torch.from_numpy(confidence(probabilities, clusters)),
+            torch.from_numpy(probabilities),
+        )
+
+    @torch.no_grad()
+    def reconstruct(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each modality from its own posterior locations, (B, C, H, W)."""
+        return {
+            name: self.decode(posterior.shared.loc, {name: posterior.private.loc})[name]
+            for name, posterior in self.encode(inputs).items()
+        }
+
+    @torch.no_grad()
+    def generate(
+        self,
+        num_samples: int | None = None,
+        *,
+        given: Mapping[str, Tensor] | None = None,
+        cluster: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Generate every modality: unconditionally, of one cluster, or from other modalities.
+
+        z comes from the prior p(z), from p(z|c), or from the mixture of q(z|x_m) over the modalities given;
+        w always from p(w), as method and protocols have it.
+
+        Args:
+            num_samples: how many; only without `given`.
+            given: by modality, images (B, C, H, W) in [0, 1] to condition on.
+            cluster: index of a cluster; only without `given`.
+            generator: random stream, on the model's device; None uses torch's default.
+
+        Returns:
+            By modality (num_samples or B, C, H, W), the decoders' locations.
+
+        Raises:
+            ValueError: neither or both of `num_samples` and `given`, or `cluster` with `given`.
+        """
+        device = self.private_scale.device
+        if given is not None and num_samples is None and cluster is None:
+            shared = self._sample_posterior(given, generator)
+        elif num_samples is not None and given is None:
+            shared = self._sample_prior(num_samples, cluster, generator)
+        else:
+            raise ValueError("give num_samples (and cluster, if wanted) or given, not both")
+        private = {}
+        for name in self.modality_names:
+            noise = self.family.draw_noise((len(shared), self.config.private_dim), device, generator)
+            private[name] = self.private_prior.sample(noise)
+        return self.decode(shared, private)
+
+    def _sample_prior(
+        self, num_samples: int, cluster: int | None, generator: torch.Generator | None
+    ) -> Tensor:
+        device = self.private_scale.device
+        noise = self.family.draw_noise((num_samples, self.config.shared_dim), device, generator)
+        if cluster is None:
+            weights = self.cluster_prior.log_weights.exp()
+            clusters = torch.multinomial(weights, num_samples, replacement=True, generator=generator)
+        else:
+            clusters = torch.full((num_samples,), cluster, dtype=torch.long, device=device)
+        return self.cluster_prior.sample(clusters, noise)
+
+    def _sample_posterior(self, given: Mapping[str, Tensor], generator: torch.Generator | None) -> Tensor:
+        posteriors = list(self.encode(given).values())
+        locations = torch.stack([posterior.shared.loc for posterior in posteriors])  # (J, B, D)
+        scales = torch.stack([posterior.shared.scale for posterior in posteriors])
+        num_sources, batch_size, dim = locations.shape
+        source = torch.randint(num_sources, (batch_size,), device=locations.device, generator=generator)
+        rows = torch.arange(batch_size, device=locations.device)
+        noise = self.family.draw_noise((batch_size, dim), locations.device, generator)
+        return self.family(locations[source, rows], scales[source, rows]).sample(noise)
+
+    def _network_precision(self, device: torch.device) -> torch.autocast:
+        """Autocast for the networks alone; with fp32 it switches off whatever a launcher switched on."""
+        return torch.autocast(
+            device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
+        )
+
+    def save_pretrained(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write an export, `model.safetensors` and `config.yaml`, whole or not at all.
+
+        Args:
+            folder: where to; an older export there is replaced.
+            state: the weights, where they are not this module's own (gathered from ZeRO-3 shards).
+        """
+        state = self.state_dict() if state is None else state
+        export = ExportConfig(model=self.config, modalities=self.schemas)
+        with whole_folder(Path(folder)) as partial:
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+            save_file(weights, partial / WEIGHTS_NAME)
+            text = yaml.safe_dump(export.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            (partial / EXPORT_CONFIG_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        autocast_dtype: torch.dtype | None = None,
+    ) -> CMVAE:
+        """Load an export that `save_pretrained` wrote, in evaluation mode.
+
+        Raises:
+            UserError: the folder is no export, is damaged, or its weights do not fit its config.
+        """
+        folder = Path(folder)
+        for name in (WEIGHTS_NAME, EXPORT_CONFIG_NAME):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"{folder / name}: missing, so this is no export. A training writes RUN/export when it "
+                    "ends; give that folder"
+                )
+        try:
+            export = ExportConfig.model_validate(
+                yaml.safe_load((folder / EXPORT_CONFIG_NAME).read_text(encoding="utf-8"))
+            )
+            model = cls(export.model, export.modalities, autocast_dtype)
+            model.load_state_dict(load_file(folder / WEIGHTS_NAME))
+        except (ValidationError, yaml.YAMLError, SafetensorError, RuntimeError) as error:
+            raise UserError(f"{folder}: a damaged export: {error}. Export the run again") from error
+        return model.to(device).eval()

@@ -1,0 +1,119 @@
+"""Log-weights and the bounds IWAE and DReG, as pure functions of tensors.
+
+Axes: M source modalities, K samples, B samples of the batch, D dimensions. All in fp32, in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cmvae.distributions import LocationScale
+
+
+@dataclass(frozen=True)
+class LogWeightTerms:
+    """The terms of lw[m, k], each (M, K, B): source modality, sample, member of the batch."""
+
+    log_likelihood: Mapping[str, Tensor]
+    """Of each target n: log p(x_n | z, w_m if n = m else w̃_n), not yet multiplied by s_n."""
+    log_prior_shared: Tensor
+    """log p(z)."""
+    log_prior_private: Tensor
+    """log p(w_m)."""
+    log_posterior_shared: Tensor
+    """log (1/M) Σ_j q(z|x_j)."""
+    log_posterior_private: Tensor
+    """log q(w_m|x_m)."""
+
+
+def mixture_log_prob(components: Sequence[LocationScale], value: Tensor) -> Tensor:
+    """log (1/J) Σ_j q_j(value): the joint posterior of the modalities (paper, section 3).
+
+    Args:
+        components: J posteriors with parameters (B, D).
+        value: (..., B, D).
+
+    Returns:
+        (..., B)
+    """
+    log_densities = torch.stack([component.log_prob(value) for component in components])
+    return log_densities.logsumexp(0) - math.log(len(components))
+
+
+def cluster_log_prob(log_weights: Tensor, log_density: Tensor) -> Tensor:
+    """log p(z) = logsumexp_c(log π_c + log p(z|c)).
+
+    With the optimal q(c|z) = p(c|z) this equals the paper's E_q(c|z)[log p(c) p(z|c) / q(c|z)].
+
+    Args:
+        log_weights: log π, (C,).
+        log_density: log p(z|c), (..., C).
+
+    Returns:
+        (...)
+    """
+    return (log_weights + log_density).logsumexp(-1)
+
+
+def log_weights(terms: LogWeightTerms, likelihood_weights: Mapping[str, float], beta: float) -> Tensor:
+    """lw[m, k] of the objective, (M, K, B).
+
+    Args:
+        terms: the summands.
+        likelihood_weights: s_n of each target modality.
+        beta: weight of the prior and posterior terms.
+    """
+    likelihood = sum(
+        likelihood_weights[name] * log_likelihood for name, log_likelihood in terms.log_likelihood.items()
+    )
+    regularisation = (
+        terms.log_prior_shared
+        + terms.log_prior_private
+        - terms.log_posterior_private
+        - terms.log_posterior_shared
+    )
+    return likelihood + beta * regularisation
+
+
+def iwae(log_weights: Tensor) -> Tensor:
+    """The looser importance-weighted bound: mean over m of log (1/K) Σ_k exp lw[m, k]; K = 1 is the ELBO.
+
+    Args:
+        log_weights: (M, K, B).
+
+    Returns:
+        (B,), to be maximised.
+    """
+    num_samples = log_weights.shape[1]
+    return (log_weights.logsumexp(1) - math.log(num_samples)).mean(0)
+
+
+def dreg(log_weights: Tensor, latents: Sequence[Tensor]) -> Tensor:
+    """The value of `iwae` with the doubly reparametrised gradient (Tucker et al., ICLR 2019).
+
+    The caller has cut the posteriors' parameters out of every log q in `log_weights`; what is left of their
+    gradient flows through `latents`, where it is multiplied once more by the self-normalised weight.
+
+    For M = 1 the gradient agrees with IWAE's in expectation. For M > 1 it does not: the identity behind it
+    integrates by parts against the density that z was drawn from, q(z|x_m), while the denominator here holds
+    the mixture of all modalities. MMVAE and its successors use it all the same, and so does this.
+
+    Args:
+        log_weights: (M, K, B), with posterior parameters detached in its denominators.
+        latents: reparametrised samples (M, K, B, D) of the posteriors.
+
+    Returns:
+        (B,), to be maximised. Calling it installs gradient hooks on `latents`.
+    """
+    normalised = log_weights.detach().softmax(1)
+    for latent in latents:
+        if latent.requires_grad:
+            latent.register_hook(lambda gradient: gradient * normalised.unsqueeze(-1))
+    surrogate = (normalised * log_weights).sum(1).mean(0)
+    # The surrogate has the right gradient but not the bound's value: swap the value in.
+    return surrogate + (iwae(log_weights) - surrogate).detach()

@@ -1,0 +1,227 @@
+"""What training knows of a model: a task maps a batch to a loss and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.special import entr
+from torch import Tensor, nn
+
+from cmvae.clustering import Selection, clustering_metrics, responsibilities, select_clusters, vote
+from cmvae.config import ObjectiveConfig
+from cmvae.distributions import FAMILIES
+from cmvae.evaluation.figures import cross_modal_grid
+from cmvae.model import CMVAE, Posterior
+from cmvae.objectives import (
+    LogWeightTerms,
+    cluster_log_prob,
+    dreg,
+    iwae,
+    log_weights,
+    mixture_log_prob,
+)
+
+
+@dataclass(frozen=True)
+class LatentNoise:
+    """Standard noise of one step; with it the objective is a deterministic function of the batch."""
+
+    shared: Tensor
+    """(M, K, B, D_z), for z ~ q(z|x_m)."""
+    private: Tensor
+    """(M, M, K, B, D_w), target by source: on the diagonal for w_m ~ q(w_m|x_m), elsewhere for w̃_n ~ r_n."""
+
+
+class CMVAETask(nn.Module):
+    """The CMVAE and its objective, as one module so that data parallelism and ZeRO wrap both.
+
+    Args:
+        model: the model to train.
+        objective: bound, K and β.
+    """
+
+    def __init__(self, model: CMVAE, objective: ObjectiveConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.likelihoods = {name: modality.likelihood for name, modality in model.config.modalities.items()}
+
+    def draw_noise(self, batch_size: int, device: torch.device) -> LatentNoise:
+        """Noise of one step from torch's default stream."""
+        num_modalities, num_samples = len(self.model.modality_names), self.objective.num_samples
+        shape = (num_modalities, num_samples, batch_size)
+        draw, config = self.model.family.draw_noise, self.model.config
+        return LatentNoise(
+            shared=draw((*shape, config.shared_dim), device),
+            private=draw((num_modalities, *shape, config.private_dim), device),
+        )
+
+    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Negative bound of a batch, and what it is made of.
+
+        Args:
+            batch: by modality images (B, C, H, W) in [0, 1], and `valid` (B,), false where a sample only
+                pads the batch.
+
+        Returns:
+            The loss, a mean over valid samples in nats, and a report: by name (B,) per sample the bound and
+            its terms (means over sources and samples; likelihoods before their weights). In evaluation mode
+            also `log_weights` (B, C) and `log_density` (B, M, C) of the clusters and `shared_loc`
+            (B, M, D_z), at the locations of the posteriors.
+        """
+        inputs = {name: batch[name] for name in self.model.modality_names}
+        valid = batch["valid"]
+        # Whatever precision a launcher switched on around this call is for networks, never for densities.
+        with torch.autocast(valid.device.type, enabled=False):
+            posteriors = self.model.encode(inputs)
+            noise = self.draw_noise(len(valid), valid.device)
+            bound, report = self._bound(inputs, posteriors, noise)
+            if not self.training:
+                report |= self._cluster_report(posteriors)
+            loss = -(bound * valid).sum() / valid.sum().clamp(min=1)
+        return loss, report
+
+    def _bound(
+        self, inputs: Mapping[str, Tensor], posteriors: Mapping[str, Posterior], noise: LatentNoise
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        sources = list(posteriors.values())
+        shared = torch.stack([source.shared.sample(noise.shared[m]) for m, source in enumerate(sources)])
+        private = torch.stack(
+            [source.private.sample(noise.private[m, m]) for m, source in enumerate(sources)]
+        )
+        # DReG cuts the posteriors out of the denominators; the gradient comes back through the samples.
+        cut = self.objective.name == "dreg"
+        shared_posteriors = [source.shared.detach() if cut else source.shared for source in sources]
+        private_posteriors = [source.private.detach() if cut else source.private for source in sources]
+
+        reconstructions = self.model.decode(shared, self._private_of_targets(private, noise))
+        terms = LogWeightTerms(
+            log_likelihood={
+                name: self._log_likelihood(name, inputs[name], location)
+                for name, location in reconstructions.items()
+            },
+            log_prior_shared=cluster_log_prob(*self.model.cluster_prior(shared)),
+            log_prior_private=self.model.private_prior.log_prob(private),
+            log_posterior_shared=mixture_log_prob(shared_posteriors, shared),
+            log_posterior_private=torch.stack(
+                [posterior.log_prob(private[m]) for m, posterior in enumerate(private_posteriors)]
+            ),
+        )
+        weights = {name: likelihood.weight for name, likelihood in self.likelihoods.items()}
+        log_w = log_weights(terms, weights, self.objective.beta)
+        bound = dreg(log_w, [shared, private]) if cut else iwae(log_w)
+        return bound, {"bound": bound.detach(), **_per_sample(terms)}
+
+    def _private_of_targets(self, private: Tensor, noise: LatentNoise) -> dict[str, Tensor]:
+        """For each target n, w of every source (M, K, B, D_w): its own w_n, for other sources w̃_n ~ r_n."""
+        targets = {}
+        for n, name in enumerate(self.model.modality_names):
+            if len(self.model.modality_names) == 1:
+                targets[name] = private
+                continue
+            substitutes = self.model.auxiliary_prior(name).sample(noise.private[n])
+            own = torch.arange(len(private), device=private.device).eq(n).view(-1, 1, 1, 1)
+            targets[name] = torch.where(own, private, substitutes)
+        return targets
+
+    def _log_likelihood(self, modality: str, x: Tensor, location: Tensor) -> Tensor:
+        """log p(x | location), (M, K, B), for x (B, ...) and location (M, K, B, ...)."""
+        likelihood = self.likelihoods[modality]
+        density = FAMILIES[likelihood.family](location, location.new_tensor(likelihood.scale))
+        return density.log_prob(x, event_dims=x.ndim - 1)
+
+    def _cluster_report(self, posteriors: Mapping[str, Posterior]) -> dict[str, Tensor]:
+        shared_loc = torch.stack([posterior.shared.loc for posterior in posteriors.values()], dim=1)
+        log_cluster_weights, log_density = self.model.cluster_prior(shared_loc)
+        return {
+            "log_weights": log_cluster_weights.expand(len(shared_loc), -1),
+            "log_density": log_density,
+            "shared_loc": shared_loc,
+        }
+
+    def select_clusters(self, records: Mapping[str, np.ndarray]) -> Selection:
+        """Entropy-based selection from one validation pass; the model keeps only what is selected.
+
+        Args:
+            records: `log_weights` and `log_density` of the report, over the validation split (N, ...).
+        """
+        selection = select_clusters(
+            records["log_density"],
+            records["log_weights"][0],
+            beta=self.objective.beta,
+            shared_dim=self.model.config.shared_dim,
+        )
+        self.model.cluster_prior.active.copy_(torch.from_numpy(selection.active))
+        return selection
+
+    def validation_metrics(self, records: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Means of the report, cluster occupancy, and agreement with the labels where there are any.
+
+        Args:
+            records: the report over the validation split, (N, ...) each, and `label` (N,), −1 for none.
+        """
+        metrics = {name: float(values.mean()) for name, values in records.items() if name in self.term_names}
+        log_cluster_weights = records["log_weights"][0]
+        active = np.ones_like(log_cluster_weights, dtype=bool)
+        assignments = vote(responsibilities(records["log_density"], log_cluster_weights, active))
+        occupancy = np.bincount(assignments, minlength=len(active)) / len(assignments)
+        # Perplexity counts clusters as if all were equally full: it falls before a cluster is quite empty.
+        metrics["clusters/occupied"] = float((occupancy > 0).sum())
+        metrics["clusters/perplexity"] = float(np.exp(entr(occupancy).sum()))
+        metrics["clusters/largest_share"] = float(occupancy.max())
+        labelled = records["label"] >= 0
+        if labelled.any():
+            agreement = clustering_metrics(assignments[labelled], records["label"][labelled])
+            metrics |= {f"clustering/{name}": value for name, value in agreement.items()}
+        return metrics
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """Names in the report that are terms of the objective, (B,) each."""
+        likelihoods = [f"log_likelihood/{name}" for name in self.model.modality_names]
+        return ("bound", *likelihoods, "log_prior/z", "log_prior/w", "log_posterior/z", "log_posterior/w")
+
+    def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Write the model as an export.
+
+        Args:
+            folder: where to.
+            state: the whole state of this task, gathered if it was spread over ranks.
+        """
+        weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        self.model.save_pretrained(folder, weights)
+
+    @torch.no_grad()
+    def pictures(self, batch: Mapping[str, Any], num_samples: int) -> dict[str, Figure]:
+        """Inputs, reconstructions and cross-modal generations of the first samples of a batch.
+
+        Only encodes and decodes, so that it may be called on all ranks under ZeRO-3.
+        """
+        inputs = {name: batch[name][:num_samples] for name in self.model.modality_names}
+        generated = {}
+        for source in inputs:
+            targets = self.model.generate(given={source: inputs[source]})
+            for target, images in targets.items():
+                generated[source, target] = images.cpu().numpy()
+        for name, images in self.model.reconstruct(inputs).items():
+            generated[name, name] = images.cpu().numpy()
+        shown = {name: images.cpu().numpy() for name, images in inputs.items()}
+        return {"cross_modal": cross_modal_grid(shown, generated)}
+
+
+def _per_sample(terms: LogWeightTerms) -> dict[str, Tensor]:
+    """Every term as (B,), averaged over sources and samples."""
+    named = {f"log_likelihood/{name}": term for name, term in terms.log_likelihood.items()}
+    named |= {
+        "log_prior/z": terms.log_prior_shared,
+        "log_prior/w": terms.log_prior_private,
+        "log_posterior/z": terms.log_posterior_shared,
+        "log_posterior/w": terms.log_posterior_private,
+    }
+    return {name: term.detach().mean((0, 1)) for name, term in named.items()}
