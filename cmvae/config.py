@@ -110,7 +110,7 @@ class TrainConfig(_Settings):
     log_every: PositiveInt = 25
     """Steps between two points of the training curves."""
     validate_every: PositiveInt | None = None
-    """Steps between validations; null validates at the end only."""
+    """Steps between validations, each with a picture; null validates at the end only."""
     checkpoint_every: PositiveInt | None = None
     """Steps between checkpoints; null keeps only the one at the end."""
     keep_checkpoints: PositiveInt = 2
@@ -134,9 +134,8 @@ class TrackingConfig(_Settings):
     """MLflow."""
 
     enabled: bool = True
+    """False switches MLflow off altogether."""
     experiment: str = "cmvae"
-    picture_every: PositiveInt | None = None
-    """Steps between pictures of reconstructions; null draws them with every validation."""
 
 
 class ExperimentConfig(_Settings):

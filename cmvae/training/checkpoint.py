@@ -1,0 +1,96 @@
+"""Checkpoints that are whole or absent: written beside, flushed, renamed; found, loaded, thinned out."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from cmvae.config import ExperimentConfig, flatten
+from cmvae.errors import UserError
+from cmvae.files import publish_folder
+from cmvae.training.state import TrainState
+
+STATE_NAME = "state.json"
+_CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
+
+# What a run may change when it goes on: how long it trains, and what it reports.
+_CHANGEABLE = re.compile(
+    r"name|output_dir|tracking\..*|evaluation\..*|data\.(shards|num_workers)"
+    r"|train\.(epochs|max_steps|log_every|validate_every|checkpoint_every|keep_checkpoints)"
+)
+
+
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, state: TrainState, config: ExperimentConfig
+) -> Path:
+    """Write `folder/step-XXXXXXXX` and remove the oldest ones; to be called on all ranks.
+
+    It holds what `Accelerator.save_state` saves (weights, optimizer, scaler, random streams of every rank)
+    and `state.json`: the counters, the world size and the settings.
+    """
+    path = folder / f"step-{state.step:08d}"
+    partial = folder / f".{path.name}.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        content = {
+            "state": asdict(state),
+            "world_size": accelerator.num_processes,
+            "distributed_type": str(accelerator.distributed_type.value),
+            "settings": flatten(config),
+        }
+        (partial / STATE_NAME).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        publish_folder(partial, path)
+        for old in list_checkpoints(folder)[: -config.train.keep_checkpoints]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, the newest last."""
+    if not folder.is_dir():
+        return []
+    named = [path for path in folder.iterdir() if _CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(path for path in named if (path / STATE_NAME).is_file())
+
+
+def load_checkpoint(accelerator: Accelerator, path: Path, config: ExperimentConfig) -> TrainState:
+    """Restore weights, optimizer and random streams; to be called on all ranks.
+
+    Raises:
+        UserError: the checkpoint was written by another number of ranks, under another way of distributing,
+            or with settings that cannot change within a run.
+    """
+    content = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
+    now = {
+        "world_size": accelerator.num_processes,
+        "distributed_type": str(accelerator.distributed_type.value),
+    }
+    for key, value in now.items():
+        if content[key] != value:
+            raise UserError(
+                f"{path}: written with {key} {content[key]}, but this run has {value}. Launch it as it was "
+                "launched before, or start a new run with output_dir=…"
+            )
+    _check_settings(path, content["settings"], flatten(config))
+    accelerator.load_state(str(path))
+    return TrainState(**content["state"])
+
+
+def _check_settings(path: Path, before: dict[str, object], now: dict[str, object]) -> None:
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not _CHANGEABLE.fullmatch(key):
+            raise UserError(
+                f"{path}: {key} was {before.get(key)!r} and is now {now.get(key)!r}. Set it back to go on, or "
+                "start a new run with output_dir=…"
+            )

@@ -1,0 +1,160 @@
+"""How one process finds the others: the Accelerator, and the agreement of all ranks at every step."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+)
+from torch import Tensor
+
+from cmvae.config import ExperimentConfig
+from cmvae.errors import UserError
+
+class NonFiniteError(UserError):
+    """A term of the loss, or the gradient, is not finite on some rank; raised on all ranks alike."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__(
+            f"not finite: {names}. All ranks stopped, and no checkpoint was written since. Look at the "
+            "curves of these terms; a lower optimizer.learning_rate, an optimizer.max_grad_norm or "
+            "train.mixed_precision=no may help. Go on from the last checkpoint with --resume"
+        )
+
+
+AUTOCAST_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def start_accelerator(config: ExperimentConfig) -> Accelerator:
+    """The Accelerator that the launcher's environment asks for, on GPUs or on CPU.
+
+    The model switches autocast on around its networks itself; so Accelerate is told of no precision but
+    fp16, for which it scales the loss, and its own autocast around the whole call is off. DeepSpeed gets its
+    `torch_autocast` block, which leaves parameters and densities in fp32, never its `bf16` block.
+
+    Raises:
+        UserError: the ranks that the launcher started did not find each other, or fp16 on a CPU.
+    """
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    on_cpu = wants_cpu or not torch.accelerator.is_available()
+    precision = config.train.mixed_precision
+    if precision == "fp16" and on_cpu:
+        raise UserError("train.mixed_precision: fp16 needs a GPU; on a CPU take bf16 or no")
+
+    # DeepSpeed scales an fp16 loss itself.
+    scales_loss = precision == "fp16" and not deepspeed
+    # Our buffers never change in training, so there is nothing to broadcast at every forward.
+    handlers: list[KwargsHandler] = [
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ]
+    if scales_loss:
+        handlers.append(AutocastKwargs(enabled=False))
+    if deepspeed:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if on_cpu:
+            # Without it DeepSpeed picks a backend that is not there, and every rank thinks that it is rank 0.
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    accelerator = Accelerator(
+        # Under DeepSpeed `cpu=True` would switch DeepSpeed off; its own variable above says it instead.
+        cpu=on_cpu and not deepspeed,
+        mixed_precision="fp16" if scales_loss else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.train.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        kwargs_handlers=handlers,
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"the launcher started {launched} ranks, but they found {accelerator.num_processes} "
+            f"({accelerator.distributed_type.value}): they would train apart. Launch with one of "
+            "configs/accelerate/*.yaml"
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _configure_deepspeed(accelerator, config)
+    return accelerator
+
+
+def _configure_deepspeed(accelerator: Accelerator, config: ExperimentConfig) -> None:
+    settings = accelerator.deepspeed_plugin.deepspeed_config
+    # `auto` needs a prepared loader, and ours is split by rank already; one value feeds both libraries.
+    settings["train_micro_batch_size_per_gpu"] = config.train.batch_size
+    settings["gradient_accumulation_steps"] = config.train.gradient_accumulation_steps
+    settings["gradient_clipping"] = config.optimizer.max_grad_norm or 0.0
+    dtype = AUTOCAST_DTYPES[config.train.mixed_precision]
+    if dtype is not None:
+        settings["torch_autocast"] = {"enabled": True, "dtype": str(dtype).removeprefix("torch.")}
+
+
+class StopRequest:
+    """Whether the process was asked to stop; signal handlers set it, the loop reads it between steps."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    @classmethod
+    @contextmanager
+    def listening(cls) -> Iterator[StopRequest]:
+        """Catch SIGTERM and SIGINT once; a second one has its usual effect."""
+        request = cls()
+        usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def restore() -> None:
+            for number, handler in usual.items():
+                signal.signal(number, handler)
+
+        def note(number: int, frame: FrameType | None) -> None:
+            request.signal = signal.Signals(number)
+            restore()
+
+        for number in usual:
+            signal.signal(number, note)
+        try:
+            yield request
+        finally:
+            restore()
+
+
+def agree(
+    accelerator: Accelerator, loss: Tensor, report: Mapping[str, Tensor], stop: StopRequest
+) -> signal.Signals | None:
+    """Let all ranks know, before the update, whether one of them has a non-finite loss or must stop.
+
+    Args:
+        accelerator: the ranks.
+        loss: this rank's loss.
+        report: this rank's terms, by name, (B,) each.
+        stop: this rank's request.
+
+    Returns:
+        The signal that some rank caught, on all ranks alike, or None.
+
+    Raises:
+        NonFiniteError: on all ranks, when a term or the loss of any rank is not finite.
+    """
+    names = [*report, "loss"]
+    finite = torch.stack([value.isfinite().all() for value in (*report.values(), loss.detach())])
+    flags = torch.zeros(len(names) + 1, dtype=torch.int32, device=loss.device)
+    flags[:-1] = (~finite).int()
+    flags[-1] = stop.signal or 0
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    values = flags.tolist()
+    broken = [name for name, flag in zip(names, values[:-1], strict=True) if flag]
+    if broken:
+        raise NonFiniteError(", ".join(broken))
+    return signal.Signals(values[-1]) if values[-1] else None

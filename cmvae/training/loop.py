@@ -1,0 +1,263 @@
+"""The training run: read from top to bottom, it is the whole of it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn, optim
+from tqdm import tqdm
+
+from cmvae.config import ExperimentConfig, save_config
+from cmvae.data.batch import to_device
+from cmvae.data.reader import EvaluationLoader, TrainingLoader
+from cmvae.data.schema import ShardIndex
+from cmvae.model import CMVAE
+from cmvae.tasks import CMVAETask
+from cmvae.tracking import Tracker, open_tracker
+from cmvae.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from cmvae.training.distributed import (
+    AUTOCAST_DTYPES,
+    NonFiniteError,
+    StopRequest,
+    agree,
+    start_accelerator,
+)
+from cmvae.training.meter import Meter
+from cmvae.training.optimization import build_optimizer, learning_rate, set_learning_rate
+from cmvae.training.state import TrainState
+from cmvae.training.validation import collect_records
+
+# Validated before training starts, so that a broken validation fails in the first minute.
+TRIAL_BATCHES = 2
+# Samples in a picture of reconstructions.
+PICTURE_SAMPLES = 8
+
+
+def run_training(
+    config: ExperimentConfig, index: ShardIndex, resume: bool = False, overwrite: bool = False
+) -> signal.Signals | None:
+    """Train the CMVAE of `config` and export it; to be called on every rank.
+
+    Args:
+        config: the experiment.
+        index: the index of `config.data.shards`.
+        resume: go on from the newest checkpoint of the run, if there is one.
+        overwrite: delete what an earlier run left in the folder.
+
+    Returns:
+        None when the training is complete, or the signal that stopped it after a checkpoint.
+
+    Raises:
+        UserError: settings, data or checkpoint do not fit each other; or a term of the loss is not finite.
+    """
+    accelerator = start_accelerator(config)
+    # Every rank starts from the same weights, then draws noise of its own.
+    set_seed(config.seed)
+    model = CMVAE(config.model, index.modalities, AUTOCAST_DTYPES[config.train.mixed_precision])
+    task = CMVAETask(model, config.objective)
+    module, optimizer = accelerator.prepare(task, build_optimizer(task, config.optimizer))
+    set_seed(config.seed + 1 + accelerator.process_index)
+
+    state = TrainState()
+    checkpoints = list_checkpoints(config.run_dir / "checkpoints") if resume else []
+    if checkpoints:
+        state = load_checkpoint(accelerator, checkpoints[-1], config)
+        accelerator.print(f"resumed from {checkpoints[-1]} at epoch {state.epoch}, step {state.step}")
+    if accelerator.is_main_process:
+        if overwrite:
+            shutil.rmtree(config.run_dir, ignore_errors=True)
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, config.run_dir / "config.yaml")
+
+    tracker = open_tracker(
+        config, config.run_dir, accelerator.is_main_process, resume=bool(checkpoints)
+    )
+    status = "FAILED"
+    try:
+        trainer = Trainer(config, accelerator, task, module, optimizer, state, tracker)
+        with StopRequest.listening() as stop:
+            stopped_by = trainer.fit(stop)
+        if stopped_by is None:
+            trainer.export()
+        status = "FINISHED" if stopped_by is None else "KILLED"
+    finally:
+        tracker.end(status)
+        accelerator.end_training()
+    return stopped_by
+
+
+class Trainer:
+    """Everything that one run works with, on one rank."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        accelerator: Accelerator,
+        task: CMVAETask,
+        module: nn.Module,
+        optimizer: optim.Optimizer,
+        state: TrainState,
+        tracker: Tracker,
+    ) -> None:
+        self.config, self.accelerator, self.tracker, self.state = config, accelerator, tracker, state
+        self.task, self.module, self.optimizer = task, module, optimizer
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        modalities = task.model.modality_names
+        self.train_loader = TrainingLoader(
+            config.data.shards,
+            modalities=modalities,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
+            num_workers=config.data.num_workers,
+            shuffle_window=config.data.shuffle_window,
+        )
+        self.validation_loader = EvaluationLoader(
+            config.data.shards,
+            split="validation",
+            modalities=modalities,
+            batch_size=config.evaluation.batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+        self.accumulation = config.train.gradient_accumulation_steps
+        self.samples_per_batch = config.train.batch_size * world_size
+        self.total_steps = self._count_steps()
+        self.meter = Meter()
+
+    def fit(self, stop: StopRequest) -> signal.Signals | None:
+        """Train to the last step, or to a signal; a checkpoint is there in either case."""
+        collect_records(
+            self.accelerator, self.module, self.validation_loader, self.config.seed, TRIAL_BATCHES
+        )
+        every, caught, saved_at = self.config.train, None, self.state.step
+        batches = self._batches()
+        progress = self._progress_bar()
+        while self.state.step < self.total_steps and caught is None:
+            caught = self._update(batches, stop)
+            self.state.step += 1
+            progress.update(self.samples_per_batch * self.accumulation)
+            if _is_due(self.state.step, every.log_every):
+                progress.set_postfix(self._log_curves())
+            if _is_due(self.state.step, every.validate_every) and self.state.step < self.total_steps:
+                self.validate()
+            if _is_due(self.state.step, every.checkpoint_every):
+                saved_at = self._save_checkpoint()
+        progress.close()
+        if saved_at != self.state.step:
+            self._save_checkpoint()
+        return caught
+
+    def _update(self, batches: Iterator[dict[str, Any]], stop: StopRequest) -> signal.Signals | None:
+        """One optimizer update from as many batches as are accumulated."""
+        rate = learning_rate(self.state.step, self.total_steps, self.config.optimizer)
+        set_learning_rate(self.optimizer, rate)
+        caught = None
+        for _ in range(self.accumulation):
+            asked = time.perf_counter()
+            raw = next(batches)
+            waited = time.perf_counter() - asked
+            batch = to_device(raw, self.accelerator.device)
+            with self.accelerator.accumulate(self.module):
+                loss, report = self.module(batch)
+                caught = agree(self.accelerator, loss, report, stop) or caught
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self._clip_gradients()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self.meter.add(report, self.samples_per_batch, waited)
+        return caught
+
+    def _clip_gradients(self) -> None:
+        """Clip to `max_grad_norm`; refuse a gradient that is not finite, where fp16 does not expect some."""
+        limit = self.config.optimizer.max_grad_norm or math.inf
+        # DeepSpeed has clipped already, and only tells the norm.
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
+        fp16 = self.config.train.mixed_precision == "fp16"
+        if norm is not None and not fp16 and not math.isfinite(norm):
+            raise NonFiniteError("the gradient, though the loss is")
+
+    def validate(self) -> dict[str, np.ndarray]:
+        """Metrics and a picture of the validation split; on all ranks. Returns the records."""
+        records = collect_records(self.accelerator, self.module, self.validation_loader, self.config.seed)
+        metrics = self.task.validation_metrics(records)
+        self.tracker.log_metrics(
+            {f"validation/{name}": value for name, value in metrics.items()}, self.state.step
+        )
+        batch = to_device(next(iter(self.validation_loader)), self.accelerator.device)
+        for name, figure in self.task.pictures(batch, PICTURE_SAMPLES).items():
+            self.tracker.log_image(figure, name, self.state.step)
+        return records
+
+    def export(self) -> Path:
+        """Validate, select the clusters and write `export/`; on all ranks."""
+        self.task.select_clusters(self.validate())
+        # Under ZeRO-3 no rank has the whole model: gathering is a matter of all ranks.
+        weights = self.accelerator.get_state_dict(self.module)
+        folder = self.config.run_dir / "export"
+        if self.accelerator.is_main_process:
+            self.task.export(folder, weights)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        """Batches of this rank without end, from where the counters stand."""
+        while True:
+            for batch in self.train_loader.epoch_batches(self.state.epoch, skip_batches=self.state.batch):
+                self.state.batch += 1
+                self.state.samples += self.samples_per_batch
+                yield batch
+            self.state.epoch += 1
+            self.state.batch = 0
+
+    def _count_steps(self) -> int:
+        epochs, max_steps = self.config.train.epochs, self.config.train.max_steps
+        if epochs is None:
+            assert max_steps is not None, "the config makes sure of one of them"
+            return max_steps
+        in_epochs = epochs * self.train_loader.batches_per_epoch // self.accumulation
+        return in_epochs if max_steps is None else min(in_epochs, max_steps)
+
+    def _log_curves(self) -> dict[str, str]:
+        """Log the means since the last time; on all ranks. Returns what the progress bar shows."""
+        readings = self.meter.read(self.accelerator)
+        curves = {f"train/{name}": value for name, value in readings.items()}
+        curves["train/learning_rate"] = learning_rate(
+            self.state.step - 1, self.total_steps, self.config.optimizer
+        )
+        curves["train/epoch"] = self.state.epoch + self.state.batch / self.train_loader.batches_per_epoch
+        self.tracker.log_metrics(curves, self.state.step)
+        return {"epoch": f"{self.state.epoch}", "bound": f"{readings['bound']:.1f}"}
+
+    def _save_checkpoint(self) -> int:
+        save_checkpoint(self.accelerator, self.config.run_dir / "checkpoints", self.state, self.config)
+        return self.state.step
+
+    def _progress_bar(self) -> tqdm:
+        samples_per_step = self.samples_per_batch * self.accumulation
+        return tqdm(
+            desc=self.config.name,
+            total=self.total_steps * samples_per_step,
+            initial=self.state.step * samples_per_step,
+            unit="samples",
+            unit_scale=True,
+            disable=not self.accelerator.is_main_process,
+            # A log file has no use for ten lines a second.
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+        )
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

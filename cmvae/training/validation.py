@@ -1,0 +1,50 @@
+"""One pass over the validation split, every sample exactly once, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from cmvae.data.batch import to_device
+
+
+def collect_records(
+    accelerator: Accelerator,
+    module: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    seed: int,
+    max_batches: int | None = None,
+) -> dict[str, np.ndarray]:
+    """The task's report over a split, on all ranks; to be called on all ranks.
+
+    Args:
+        accelerator: the ranks.
+        module: the prepared task.
+        batches: equally many equally large batches on every rank, padding marked in `valid`.
+        seed: of the noise, so that two validations differ by the model alone and training's own random
+            stream goes on undisturbed.
+        max_batches: stop early; None reads everything.
+
+    Returns:
+        By name (N, ...), the report and `label`, without padding; rank by rank, the same on every rank.
+    """
+    collected: dict[str, list[np.ndarray]] = {}
+    was_training = module.training
+    module.eval()
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed + accelerator.process_index)
+        for raw in itertools.islice(batches, max_batches):
+            batch = to_device(raw, accelerator.device)
+            _, report = module(batch)
+            gathered = accelerator.gather({**report, "label": batch["label"], "valid": batch["valid"]})
+            valid = gathered.pop("valid")
+            for name, values in gathered.items():
+                collected.setdefault(name, []).append(values[valid].cpu().numpy())
+    module.train(was_training)
+    return {name: np.concatenate(parts) for name, parts in collected.items()}

@@ -1,0 +1,67 @@
+"""Train one experiment.
+
+    accelerate launch [--config_file configs/accelerate/X.yaml] launch/train.py configs/NAME.yaml [key=value …]
+
+Settings, data and run folder are checked before anything heavy is imported, so that a mistake is told in the
+first second. Exit codes: 0 trained and exported, 2 something that you can mend, 128 + n stopped by signal n
+after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+
+from cmvae.config import ExperimentConfig, check_against_shards, load_config
+from cmvae.data.schema import ShardIndex
+from cmvae.errors import UserError
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Train a CMVAE.")
+    parser.add_argument("config", help="the experiment, a YAML file in configs/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings to change, e.g. train.batch_size=64"
+    )
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    kept.add_argument("--overwrite", action="store_true", help="delete what an earlier run of this name left")
+    return parser.parse_intermixed_args()
+
+
+def check_run_folder(config: ExperimentConfig, resume: bool, overwrite: bool) -> None:
+    """Refuse to train into the folder of another run.
+
+    Raises:
+        UserError: the folder holds a run, and neither `resume` nor `overwrite` was asked for.
+    """
+    holds = [name for name in ("checkpoints", "export") if (config.run_dir / name).exists()]
+    if holds and not resume and not overwrite:
+        raise UserError(
+            f"{config.run_dir}: holds the {' and '.join(holds)} of an earlier run. Add --resume to go on with "
+            "it, --overwrite to delete it, or output_dir=… to train elsewhere"
+        )
+
+
+def main() -> int:
+    """Check, train, report."""
+    arguments = parse_arguments()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        index = ShardIndex.load(config.data.shards)
+        check_against_shards(config, index, arguments.config)
+        check_run_folder(config, arguments.resume, arguments.overwrite)
+
+        from cmvae.training.loop import run_training
+
+        stopped_by = run_training(config, index, arguments.resume, arguments.overwrite)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if stopped_by is None else 128 + stopped_by
+
+
+if __name__ == "__main__":
+    sys.exit(main())
