@@ -56,6 +56,12 @@ class ModalitySchema(_Schema):
     """Shape of one sample; an image is (channels, height, width)."""
     dtype: Literal["uint8"]
 
+    @model_validator(mode="after")
+    def _is_an_image(self) -> ModalitySchema:
+        if len(self.shape) != 3 or self.shape[0] not in (1, 3) or min(self.shape) < 1:
+            raise ValueError(f"shape {self.shape} is no (1 or 3 channels, height, width)")
+        return self
+
 
 class ShardSchema(_Schema):
     """One tar file, beside the index."""

@@ -1,0 +1,359 @@
+"""Read shards as batches, under a plan that says which samples and in which order.
+
+WebDataset iterates over the tars. What is read stays undecoded until its batch is due, so that what a plan
+leaves out or a resume skips is never decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import signal
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+from cmvae.data.plan import EvaluationPlan, Plan, RankPlan, TrainingPlan
+from cmvae.data.schema import ModalitySchema, ShardIndex, ShardSchema
+from cmvae.errors import UserError
+
+Batch = dict[str, Any]
+"""Modality to uint8 tensor (B, C, H, W); `label`: (B,) int64, −1 where there is none; `key`: list of B str;
+`valid`: (B,) bool, False where a sample only fills up the batch."""
+
+RawSample = dict[str, Any]
+"""Suffix of each member to its bytes, and WebDataset's `__key__` and `__url__` (the shard's path)."""
+
+PREFETCHED_BATCHES = 8
+"""Batches that a reader process is ahead, to bridge the time in which it loads a window."""
+
+_IMAGE_MODES = {1: "L", 3: "RGB"}
+
+
+class TrainingLoader:
+    """Shuffled batches of this rank, in an order that is a function of (seed, epoch) on `world_size` ranks.
+
+    Every sample is read at most once an epoch, and fewer than one global batch of them is left out; all ranks
+    have `batches_per_epoch` full batches. Reader processes start with the first epoch and stay.
+
+    Args:
+        folder: what tools/make_shards.py wrote.
+        split: which split.
+        modalities: the modalities to read.
+        batch_size: B, samples of a batch on this rank.
+        seed: seed of the order.
+        rank: which of the ranks this is.
+        world_size: number of ranks.
+        num_workers: reader processes; 0 reads in this process. The order does not depend on it.
+        shuffle_window: samples that are shuffled together, at least.
+
+    Raises:
+        UserError: the folder lacks the split, a modality or a shard, or the split is smaller than one global
+            batch. While reading: a shard is damaged.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        modalities: Sequence[str],
+        batch_size: int,
+        split: str = "train",
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        shuffle_window: int = 4096,
+    ) -> None:
+        shards = SplitReader(folder, split, modalities)
+        self._plan = TrainingPlan(shards.sizes, batch_size, world_size, seed, shuffle_window)
+        self._dataset = _PlannedDataset(shards, self._plan, rank)
+        self._loader = _make_loader(self._dataset, num_workers)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of this rank, and of every other, in one epoch."""
+        return self._plan.batches_per_epoch
+
+    def epoch_batches(self, epoch: int, skip_batches: int = 0) -> Iterator[Batch]:
+        """Batches of one epoch, after the first `skip_batches`, which are not decoded.
+
+        Only one epoch can be read at a time; beginning another ends the first.
+        """
+        self._dataset.begin(epoch, skip_batches)
+        yield from _raise_errors(self._loader)
+
+
+class EvaluationLoader:
+    """Batches of this rank in natural order; over all ranks every sample is valid exactly once.
+
+    All ranks have `len(loader)` batches of B samples. What fills up the last ones has `valid` False.
+
+    Args:
+        folder: what tools/make_shards.py wrote.
+        split: which split.
+        modalities: the modalities to read.
+        batch_size: B, samples of a batch on this rank.
+        rank: which of the ranks this is.
+        world_size: number of ranks.
+        num_workers: reader processes; 0 reads in this process.
+
+    Raises:
+        UserError: the folder lacks the split, a modality or a shard. While reading: a shard is damaged.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        split: str,
+        modalities: Sequence[str],
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        shards = SplitReader(folder, split, modalities)
+        self._plan = EvaluationPlan(shards.sizes, batch_size, world_size)
+        self._loader = _make_loader(_PlannedDataset(shards, self._plan, rank), num_workers)
+
+    def __len__(self) -> int:
+        return self._plan.batches_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from _raise_errors(self._loader)
+
+
+class SplitReader:
+    """Raw and decoded samples of one split.
+
+    Args:
+        folder: what tools/make_shards.py wrote.
+        split: which split.
+        modalities: the modalities to read.
+
+    Raises:
+        UserError: the folder lacks the split or a modality, or a shard is missing or has another size than
+            the index says.
+    """
+
+    def __init__(self, folder: str | Path, split: str, modalities: Sequence[str]) -> None:
+        self.folder = Path(folder)
+        self.index = ShardIndex.load(folder)
+        self.shards = self.index.split(split, folder).shards
+        for name in modalities:
+            if name not in self.index.modalities:
+                raise UserError(
+                    f"{folder}: no modality {name!r}; it has {', '.join(self.index.modalities)}. Ask for "
+                    "those, or pack a data set that has it"
+                )
+        self.modalities = {name: self.index.modalities[name] for name in modalities}
+        self.sizes = [shard.num_samples for shard in self.shards]
+        for shard in self.shards:
+            self._check_size(shard)
+
+    def read_shard(self, shard: ShardSchema) -> Iterator[RawSample]:
+        """All samples of a shard in its order, undecoded, only the members that are asked for.
+
+        Raises:
+            UserError: the tar is damaged, holds members of a kind that is not in the index, or another number
+                of samples.
+        """
+        path = self.folder / shard.name
+        wanted = {f"{name}.png" for name in self.modalities}
+        if self.index.class_names is not None:
+            wanted.add("cls")
+        count = 0
+        try:
+            with path.open("rb") as stream:
+                members = self._check_members(tar_file_iterator(stream, skip_meta=None), path)
+                for sample in group_by_keys(members, lcase=False, suffixes=wanted):
+                    for suffix in wanted - sample.keys():
+                        raise _damaged(path, f"sample {sample['__key__']} has no member .{suffix}")
+                    count += 1
+                    yield sample
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            raise _damaged(
+                path, f"after {count} samples: {error.args[0] if error.args else error}"
+            ) from error
+        if count != shard.num_samples:
+            raise _damaged(path, f"holds {count} samples, its index says {shard.num_samples}")
+
+    def decode(self, sample: RawSample, modality: str) -> np.ndarray:
+        """One modality of a sample, (channels, height, width) uint8.
+
+        Raises:
+            UserError: the member is no PNG of the shape that the index says.
+        """
+        try:
+            return decode_png(sample[f"{modality}.png"], self.modalities[modality])
+        except ValueError as error:
+            raise _damaged(sample["__url__"], f"{sample['__key__']}.{modality}.png: {error}") from error
+
+    def label(self, sample: RawSample) -> int:
+        """The class of a sample, −1 where the data has no labels.
+
+        Raises:
+            UserError: the member is no number of a class.
+        """
+        if self.index.class_names is None:
+            return -1
+        text = sample["cls"]
+        if not text.isdigit() or int(text) >= len(self.index.class_names):
+            raise _damaged(
+                sample["__url__"],
+                f"{sample['__key__']}.cls: {text[:20]!r} is no class 0..{len(self.index.class_names) - 1}",
+            )
+        return int(text)
+
+    def collate(self, samples: Sequence[RawSample], valid: np.ndarray) -> Batch:
+        """Decode samples into one batch."""
+        batch: Batch = {}
+        for name, schema in self.modalities.items():
+            batch[name] = torch.empty((len(samples), *schema.shape), dtype=torch.uint8)
+            images = batch[name].numpy()
+            for place, sample in enumerate(samples):
+                images[place] = self.decode(sample, name)
+        batch["label"] = torch.tensor([self.label(sample) for sample in samples], dtype=torch.int64)
+        batch["key"] = [sample["__key__"] for sample in samples]
+        batch["valid"] = torch.from_numpy(valid.copy())
+        return batch
+
+    def _check_size(self, shard: ShardSchema) -> None:
+        """The cheap part of verification, so that a half-copied data set is noticed in the first second."""
+        path = self.folder / shard.name
+        if not path.is_file():
+            raise UserError(
+                f"{path}: missing, though the index lists it. Copy it here or pack the data again"
+            )
+        size = path.stat().st_size
+        if size != shard.num_bytes:
+            raise _damaged(path, f"has {size} bytes, its index says {shard.num_bytes}")
+
+    def _check_members(self, members: Iterable[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
+        """Let only members pass that the index speaks of: anything else, say a pickle, is an error."""
+        known = {f"{name}.png" for name in self.index.modalities} | {"cls"}
+        for member in members:
+            key, _, suffix = member["fname"].partition(".")
+            if suffix not in known or not key or "/" in key:
+                raise _damaged(
+                    path,
+                    f"member {member['fname']!r} is none of KEY.{', KEY.'.join(sorted(known))}, and no other "
+                    "kind is read",
+                )
+            yield {**member, "__url__": str(path)}
+
+
+def decode_png(content: bytes, schema: ModalitySchema) -> np.ndarray:
+    """A PNG as (channels, height, width) uint8.
+
+    Raises:
+        ValueError: it cannot be decoded, or is no image of `schema.shape`.
+    """
+    channels, height, width = schema.shape
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            if image.size == (width, height) and image.mode == _IMAGE_MODES[channels]:
+                pixels = np.asarray(image)
+                return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+            found = f"a {image.mode} image of {image.size[1]}×{image.size[0]}"
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+        raise ValueError(f"cannot be decoded as PNG ({error})") from error
+    raise ValueError(f"{found}, its index says {_IMAGE_MODES[channels]} of {height}×{width}")
+
+
+class _PlannedDataset(IterableDataset):
+    """The batches of one rank; DataLoader worker w of n yields every n-th of them, from number w.
+
+    PyTorch takes the batches of an iterable dataset from its workers strictly in turn, so that together they
+    come in the order of the plan.
+    """
+
+    def __init__(self, shards: SplitReader, plan: Plan, rank: int) -> None:
+        self.shards = shards
+        self.plan = plan
+        self.rank = rank
+        # Worker processes outlive an epoch; shared memory tells them which one is next.
+        self._next = torch.zeros(2, dtype=torch.int64).share_memory_()
+
+    def begin(self, epoch: int, skip_batches: int) -> None:
+        """What the next iteration reads, in whatever process it runs."""
+        self._next.copy_(torch.tensor([epoch, skip_batches]))
+
+    def __iter__(self) -> Iterator[Batch | UserError]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        epoch, skip_batches = self._next.tolist()
+        plan = self.plan.for_rank(epoch, self.rank)
+        mine = slice(skip_batches + first, None, step)
+        try:
+            yield from self._read(RankPlan(plan.batches[mine], plan.valid[mine], plan.window_of_shard))
+        except UserError as error:
+            # DataLoader would wrap an exception's message in the worker's traceback.
+            yield error
+
+    def _read(self, plan: RankPlan) -> Iterator[Batch]:
+        """The batches of `plan`. Samples are held undecoded from when their window is loaded to their use."""
+        sizes = np.asarray(self.shards.sizes)
+        starts = np.cumsum(sizes) - sizes
+        window_of_position = np.repeat(plan.window_of_shard, sizes)
+        uses = np.bincount(plan.batches.ravel(), minlength=sizes.sum())
+        loaded: dict[int, RawSample] = {}
+        for positions, valid in zip(plan.batches.tolist(), plan.valid, strict=True):
+            samples = []
+            for position in positions:
+                if position not in loaded:
+                    shards = np.flatnonzero(plan.window_of_shard == window_of_position[position])
+                    for shard in shards.tolist():
+                        loaded.update(self._load(shard, int(starts[shard]), uses))
+                samples.append(loaded[position])
+                uses[position] -= 1
+                if uses[position] == 0:
+                    del loaded[position]
+            yield self.shards.collate(samples, valid)
+
+    def _load(self, shard: int, start: int, uses: np.ndarray) -> Mapping[int, RawSample]:
+        """The samples of a shard that are still to be used, by position."""
+        if not uses[start : start + self.shards.sizes[shard]].any():
+            return {}
+        samples = self.shards.read_shard(self.shards.shards[shard])
+        return {position: sample for position, sample in enumerate(samples, start) if uses[position] > 0}
+
+
+def _make_loader(dataset: _PlannedDataset, num_workers: int) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=None,  # the dataset makes batches
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        prefetch_factor=PREFETCHED_BATCHES if num_workers > 0 else None,
+        # DataLoader draws a seed for each iteration: not from the generator that the model draws from.
+        generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_parent,
+    )
+
+
+def _leave_signals_to_parent(worker_id: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process: training needs its readers until it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _raise_errors(items: Iterable[Batch | UserError]) -> Iterator[Batch]:
+    for item in items:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+def _damaged(path: str | Path, what: str) -> UserError:
+    return UserError(
+        f"{path}: {what}. The shard is damaged or of another packing than its index: "
+        f"see tools/inspect_shards.py {Path(path).parent}, or pack the data set again"
+    )
