@@ -78,7 +78,7 @@ class ClusterPrior(nn.Module):
         self.active: Tensor
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """log π (C,), −∞ where a cluster is not active, and log p(z|c) (..., C) of every cluster.
+        """Log π (C,), −∞ where a cluster is not active, and log p(z|c) (..., C) of every cluster.
 
         Args:
             z: (..., D).
@@ -87,7 +87,7 @@ class ClusterPrior(nn.Module):
 
     @property
     def log_weights(self) -> Tensor:
-        """log π (C,), renormalised over the active clusters, −∞ elsewhere."""
+        """Log π (C,), renormalised over the active clusters, −∞ elsewhere."""
         return self.logits.masked_fill(~self.active, -torch.inf).log_softmax(-1)
 
     def sample(self, clusters: Tensor, noise: Tensor) -> Tensor:
@@ -293,21 +293,17 @@ class CMVAE(nn.Module):
 
     def _network_precision(self, device: torch.device) -> torch.autocast:
         """Autocast for the networks alone; with fp32 it switches off whatever a launcher switched on."""
-        return torch.autocast(
-            device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
-        )
+        return torch.autocast(device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
-    def save_pretrained(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write an export, `model.safetensors` and `config.yaml`, whole or not at all.
 
         Args:
             folder: where to; an older export there is replaced.
-            state: the weights, where they are not this module's own (gathered from ZeRO-3 shards).
         """
-        state = self.state_dict() if state is None else state
         export = ExportConfig(model=self.config, modalities=self.schemas)
         with whole_folder(Path(folder)) as partial:
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+            weights = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
             save_file(weights, partial / WEIGHTS_NAME)
             text = yaml.safe_dump(export.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
             (partial / EXPORT_CONFIG_NAME).write_text(text, encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from scipy.special import entr
 from torch import Tensor, nn
 
-from cmvae.clustering import Selection, clustering_metrics, responsibilities, select_clusters, vote
+from cmvae.clustering import clustering_metrics, responsibilities, vote
 from cmvae.config import ObjectiveConfig
 from cmvae.distributions import FAMILIES
-from cmvae.evaluation.figures import cross_modal_grid
+from cmvae.evaluation.clustering import encode_split, select_model_clusters
+from cmvae.evaluation.pictures import draw_cross_modal
 from cmvae.model import CMVAE, Posterior
 from cmvae.objectives import (
     LogWeightTerms,
@@ -131,7 +132,7 @@ class CMVAETask(nn.Module):
         return targets
 
     def _log_likelihood(self, modality: str, x: Tensor, location: Tensor) -> Tensor:
-        """log p(x | location), (M, K, B), for x (B, ...) and location (M, K, B, ...)."""
+        """Log p(x | location), (M, K, B), for x (B, ...) and location (M, K, B, ...)."""
         likelihood = self.likelihoods[modality]
         density = FAMILIES[likelihood.family](location, location.new_tensor(likelihood.scale))
         return density.log_prob(x, event_dims=x.ndim - 1)
@@ -144,21 +145,6 @@ class CMVAETask(nn.Module):
             "log_density": log_density,
             "shared_loc": shared_loc,
         }
-
-    def select_clusters(self, records: Mapping[str, np.ndarray]) -> Selection:
-        """Entropy-based selection from one validation pass; the model keeps only what is selected.
-
-        Args:
-            records: `log_weights` and `log_density` of the report, over the validation split (N, ...).
-        """
-        selection = select_clusters(
-            records["log_density"],
-            records["log_weights"][0],
-            beta=self.objective.beta,
-            shared_dim=self.model.config.shared_dim,
-        )
-        self.model.cluster_prior.active.copy_(torch.from_numpy(selection.active))
-        return selection
 
     def validation_metrics(self, records: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Means of the report, cluster occupancy, and agreement with the labels where there are any.
@@ -187,32 +173,30 @@ class CMVAETask(nn.Module):
         likelihoods = [f"log_likelihood/{name}" for name in self.model.modality_names]
         return ("bound", *likelihoods, "log_prior/z", "log_prior/w", "log_posterior/z", "log_posterior/w")
 
-    def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Write the model as an export.
+    def export(
+        self, folder: Path, state: Mapping[str, Tensor], validation_batches: Iterable[Mapping[str, Any]]
+    ) -> None:
+        """Select the clusters on validation data and write the model as an export; on one rank.
+
+        The selection is made by a whole model in fp32, as everything that starts from the export will see it,
+        whatever precision and distribution the training had.
 
         Args:
             folder: where to.
             state: the whole state of this task, gathered if it was spread over ranks.
+            validation_batches: the whole validation split.
         """
-        weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        self.model.save_pretrained(folder, weights)
+        model = CMVAE(self.model.config, self.model.schemas)
+        model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})
+        model.to(self.model.private_scale.device).eval()
+        selection = select_model_clusters(model, encode_split(model, validation_batches), self.objective.beta)
+        model.cluster_prior.active.copy_(torch.from_numpy(selection.active))
+        model.save_pretrained(folder)
 
-    @torch.no_grad()
     def pictures(self, batch: Mapping[str, Any], num_samples: int) -> dict[str, Figure]:
-        """Inputs, reconstructions and cross-modal generations of the first samples of a batch.
-
-        Only encodes and decodes, so that it may be called on all ranks under ZeRO-3.
-        """
+        """Inputs, reconstructions and cross-modal generations of the first samples of a batch."""
         inputs = {name: batch[name][:num_samples] for name in self.model.modality_names}
-        generated = {}
-        for source in inputs:
-            targets = self.model.generate(given={source: inputs[source]})
-            for target, images in targets.items():
-                generated[source, target] = images.cpu().numpy()
-        for name, images in self.model.reconstruct(inputs).items():
-            generated[name, name] = images.cpu().numpy()
-        shown = {name: images.cpu().numpy() for name, images in inputs.items()}
-        return {"cross_modal": cross_modal_grid(shown, generated)}
+        return {"cross_modal": draw_cross_modal(self.model, inputs)}
 
 
 def _per_sample(terms: LogWeightTerms) -> dict[str, Tensor]:

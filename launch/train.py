@@ -1,6 +1,7 @@
-"""Train one experiment.
+r"""Train one experiment.
 
-    accelerate launch [--config_file configs/accelerate/X.yaml] launch/train.py configs/NAME.yaml [key=value …]
+    accelerate launch [--config_file configs/accelerate/X.yaml] launch/train.py configs/NAME.yaml \
+        [key=value …] [--resume | --overwrite]
 
 Settings, data and run folder are checked before anything heavy is imported, so that a mistake is told in the
 first second. Exit codes: 0 trained and exported, 2 something that you can mend, 128 + n stopped by signal n
@@ -10,7 +11,6 @@ after a checkpoint.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 
 from cmvae.config import ExperimentConfig, check_against_shards, load_config
@@ -26,7 +26,9 @@ def parse_arguments() -> argparse.Namespace:
         "overrides", nargs="*", metavar="key=value", help="settings to change, e.g. train.batch_size=64"
     )
     kept = parser.add_mutually_exclusive_group()
-    kept.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    kept.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint, if there is one"
+    )
     kept.add_argument("--overwrite", action="store_true", help="delete what an earlier run of this name left")
     return parser.parse_intermixed_args()
 
@@ -40,8 +42,8 @@ def check_run_folder(config: ExperimentConfig, resume: bool, overwrite: bool) ->
     holds = [name for name in ("checkpoints", "export") if (config.run_dir / name).exists()]
     if holds and not resume and not overwrite:
         raise UserError(
-            f"{config.run_dir}: holds the {' and '.join(holds)} of an earlier run. Add --resume to go on with "
-            "it, --overwrite to delete it, or output_dir=… to train elsewhere"
+            f"{config.run_dir}: holds the {' and '.join(holds)} of an earlier run. Add --resume to go on "
+            "with it, --overwrite to delete it, or output_dir=… to train elsewhere"
         )
 
 

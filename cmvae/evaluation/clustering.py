@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cmvae.clustering import clustering_metrics, responsibilities, vote
+from cmvae.clustering import Selection, clustering_metrics, responsibilities, select_clusters, vote
 from cmvae.data.batch import to_device
 from cmvae.model import CMVAE
 
@@ -45,6 +45,24 @@ def encode_split(model: CMVAE, batches: Iterable[Mapping[str, Any]]) -> EncodedS
         shared_loc.append(z[valid].cpu().numpy())
         label.append(batch["label"][valid].cpu().numpy())
     return EncodedSplit(*(np.concatenate(parts) for parts in (log_density, shared_loc, label)))
+
+
+def select_model_clusters(model: CMVAE, validation: EncodedSplit, beta: float) -> Selection:
+    """The entropy-based selection among all clusters of a model; leaves the model as it is.
+
+    Args:
+        model: whose prior is asked.
+        validation: the encoded validation split.
+        beta: β of the objective.
+    """
+    return select_clusters(
+        validation.log_density, all_log_weights(model), beta, shared_dim=model.config.shared_dim
+    )
+
+
+def all_log_weights(model: CMVAE) -> np.ndarray:
+    """Log π (C,) of all clusters, as if none had been dropped."""
+    return model.cluster_prior.logits.detach().log_softmax(-1).cpu().numpy()
 
 
 def evaluate_clusters(

@@ -91,6 +91,6 @@ def _check_settings(path: Path, before: dict[str, object], now: dict[str, object
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and not _CHANGEABLE.fullmatch(key):
             raise UserError(
-                f"{path}: {key} was {before.get(key)!r} and is now {now.get(key)!r}. Set it back to go on, or "
-                "start a new run with output_dir=…"
+                f"{path}: {key} was {before.get(key)!r} and is now {now.get(key)!r}. Set it back to go on, "
+                "or start a new run with output_dir=…"
             )

@@ -23,6 +23,7 @@ from torch import Tensor
 from cmvae.config import ExperimentConfig
 from cmvae.errors import UserError
 
+
 class NonFiniteError(UserError):
     """A term of the loss, or the gradient, is not finite on some rank; raised on all ranks alike."""
 

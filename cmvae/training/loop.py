@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn, optim
@@ -23,7 +22,7 @@ from cmvae.data.reader import EvaluationLoader, TrainingLoader
 from cmvae.data.schema import ShardIndex
 from cmvae.model import CMVAE
 from cmvae.tasks import CMVAETask
-from cmvae.tracking import Tracker, open_tracker
+from cmvae.tracking import RUN_RECORD_NAME, Status, Tracker, open_tracker
 from cmvae.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from cmvae.training.distributed import (
     AUTOCAST_DTYPES,
@@ -76,13 +75,14 @@ def run_training(
     if accelerator.is_main_process:
         if overwrite:
             shutil.rmtree(config.run_dir, ignore_errors=True)
+        if not checkpoints:
+            # A run that died before its first checkpoint starts again, not on top of its old curves.
+            (config.run_dir / RUN_RECORD_NAME).unlink(missing_ok=True)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, config.run_dir / "config.yaml")
 
-    tracker = open_tracker(
-        config, config.run_dir, accelerator.is_main_process, resume=bool(checkpoints)
-    )
-    status = "FAILED"
+    tracker = open_tracker(config, config.run_dir, accelerator.is_main_process)
+    status: Status = "FAILED"
     try:
         trainer = Trainer(config, accelerator, task, module, optimizer, state, tracker)
         with StopRequest.listening() as stop:
@@ -189,8 +189,8 @@ class Trainer:
         if norm is not None and not fp16 and not math.isfinite(norm):
             raise NonFiniteError("the gradient, though the loss is")
 
-    def validate(self) -> dict[str, np.ndarray]:
-        """Metrics and a picture of the validation split; on all ranks. Returns the records."""
+    def validate(self) -> None:
+        """Log metrics and pictures of the validation split; on all ranks."""
         records = collect_records(self.accelerator, self.module, self.validation_loader, self.config.seed)
         metrics = self.task.validation_metrics(records)
         self.tracker.log_metrics(
@@ -199,16 +199,21 @@ class Trainer:
         batch = to_device(next(iter(self.validation_loader)), self.accelerator.device)
         for name, figure in self.task.pictures(batch, PICTURE_SAMPLES).items():
             self.tracker.log_image(figure, name, self.state.step)
-        return records
 
     def export(self) -> Path:
-        """Validate, select the clusters and write `export/`; on all ranks."""
-        self.task.select_clusters(self.validate())
+        """Validate a last time and write `export/`; on all ranks."""
+        self.validate()
         # Under ZeRO-3 no rank has the whole model: gathering is a matter of all ranks.
         weights = self.accelerator.get_state_dict(self.module)
         folder = self.config.run_dir / "export"
         if self.accelerator.is_main_process:
-            self.task.export(folder, weights)
+            whole_split = EvaluationLoader(
+                self.config.data.shards,
+                split="validation",
+                modalities=self.task.model.modality_names,
+                batch_size=self.config.evaluation.batch_size,
+            )
+            self.task.export(folder, weights, whole_split)
         self.accelerator.wait_for_everyone()
         return folder
 
@@ -223,12 +228,10 @@ class Trainer:
             self.state.batch = 0
 
     def _count_steps(self) -> int:
-        epochs, max_steps = self.config.train.epochs, self.config.train.max_steps
-        if epochs is None:
-            assert max_steps is not None, "the config makes sure of one of them"
-            return max_steps
-        in_epochs = epochs * self.train_loader.batches_per_epoch // self.accumulation
-        return in_epochs if max_steps is None else min(in_epochs, max_steps)
+        # The config makes sure that at least one of the two is set.
+        epochs = self.config.train.epochs or math.inf
+        max_steps = self.config.train.max_steps or math.inf
+        return int(min(epochs * self.train_loader.batches_per_epoch // self.accumulation, max_steps))
 
     def _log_curves(self) -> dict[str, str]:
         """Log the means since the last time; on all ranks. Returns what the progress bar shows."""
