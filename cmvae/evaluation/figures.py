@@ -1,0 +1,253 @@
+"""Figures of an evaluation: functions from plain arrays to matplotlib figures, without pyplot's global state.
+
+Images are floats in [0, 1], (…, channels, height, width) with one or three channels; what a decoder puts
+outside of [0, 1] is clipped. Pixels are drawn as squares: most of these images are small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from sklearn.manifold import TSNE
+
+from cmvae.clustering import FloatArray, IntArray, Selection
+
+# Inches of one small image: legible on a laptop's screen, and at the dpi of 16×16 images still whole pixels.
+_IMAGE_INCHES = 0.4
+_DPI = 120
+_ACCENT = "#d1495b"
+_INK = "#22333b"
+_MUTED = "#8d99ae"
+# More points of one colour than this run together.
+_MAX_CATEGORIES_BY_COLOUR = 20
+
+
+def cross_modal_grid(
+    inputs: Mapping[str, FloatArray], generated: Mapping[tuple[str, str], FloatArray]
+) -> Figure:
+    """Every modality generated from every modality: a block of columns a target, a row a source.
+
+    The first row holds the inputs; a column of a block is one sample, so that it shows one class from top
+    to bottom. Reconstructions, where the source is the target, are framed.
+
+    Args:
+        inputs: modality → (N, C, H, W).
+        generated: (source, target) → (N, C, H, W), for every ordered pair.
+    """
+    names = list(inputs)
+    num_samples = len(next(iter(inputs.values())))
+    figure = Figure(
+        figsize=(
+            0.9 + len(names) * (num_samples * _IMAGE_INCHES + 0.15),
+            0.45 + (len(names) + 1) * (_IMAGE_INCHES + 0.06),
+        ),
+        dpi=_DPI,
+    )
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.0)
+    axes = figure.subplots(len(names) + 1, len(names), squeeze=False)
+    for column, target in enumerate(names):
+        axes[0, column].set_title(f"→ {target}", fontsize=10, color=_INK, fontweight="bold")
+        _show(axes[0, column], _tile(inputs[target][None]))
+        for row, source in enumerate(names, start=1):
+            _show(axes[row, column], _tile(generated[source, target][None]))
+            if source == target:
+                _frame(axes[row, column])
+    for row, title in enumerate(["input", *(f"from {name}" for name in names)]):
+        _title_row(axes[row, 0], title)
+    return figure
+
+
+def cluster_samples(images: Mapping[str, FloatArray], titles: Sequence[str]) -> Figure:
+    """Samples that the model draws from each of its clusters: a row a cluster, a block a modality.
+
+    Args:
+        images: modality → (num_clusters, S, C, H, W); sample s is one joint generation over modalities.
+        titles: num_clusters names of the rows.
+    """
+    num_clusters, num_samples = next(iter(images.values())).shape[:2]
+    figure = Figure(
+        figsize=(
+            1.2 + len(images) * (num_samples * _IMAGE_INCHES + 0.15),
+            0.45 + num_clusters * _IMAGE_INCHES * 1.02,
+        ),
+        dpi=_DPI,
+        layout="constrained",
+    )
+    axes = figure.subplots(1, len(images), squeeze=False)[0]
+    for ax, (name, samples) in zip(axes, images.items(), strict=True):
+        ax.set_title(name, fontsize=10, color=_INK, fontweight="bold")
+        _show(ax, _tile(samples))
+    height = next(iter(images.values())).shape[3]
+    axes[0].set_yticks([row * (height + 1) + 1 + height / 2 - 0.5 for row in range(num_clusters)], titles)
+    axes[0].tick_params(axis="y", length=0, labelsize=8, labelcolor=_INK)
+    return figure
+
+
+def selection_curve(selection: Selection) -> Figure:
+    """The criterion over the number of clusters, with the chosen number, and the two terms it is made of."""
+    figure = Figure(figsize=(8.5, 4.0), dpi=_DPI, layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=[1.7, 1])
+    best = int(selection.criterion.argmin())
+    chosen = selection.num_clusters[best]
+    title = f"penalised normalised entropy: smallest at {chosen} clusters"
+    panels = [
+        (grid[:, 0], selection.criterion, title, _ACCENT),
+        (grid[0, 1], selection.entropy_term, "entropy: β · H[p(c|z)] / maximum", _INK),
+        (grid[1, 1], selection.likelihood_term, "likelihood: −log p(z) / dim z", _INK),
+    ]
+    for place, values, title, colour in panels:
+        ax = figure.add_subplot(place)
+        ax.plot(selection.num_clusters, values, "o-", color=colour, markersize=3, linewidth=1.3)
+        ax.axvline(chosen, color=_MUTED, linestyle="--", linewidth=1, zorder=0)
+        ax.set_title(title, fontsize=9, color=_INK, loc="left")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _lighten(ax)
+    criterion = figure.axes[0]
+    criterion.plot(chosen, selection.criterion[best], "*", color=_ACCENT, markersize=15)
+    criterion.set_xlabel("number of clusters", fontsize=9, color=_INK)
+    figure.axes[2].set_xlabel("number of clusters", fontsize=9, color=_INK)
+    return figure
+
+
+def confusion_matrix(counts: IntArray, class_names: Sequence[str], cluster_ids: IntArray) -> Figure:
+    """Samples of each class (rows) in each cluster (columns), coloured by the share of the class.
+
+    Args:
+        counts: (num_classes, U), from `cmvae.clustering.confusion`.
+        class_names: names of the rows.
+        cluster_ids: (U,) ids of the columns.
+    """
+    num_classes, num_clusters = counts.shape
+    figure = Figure(
+        figsize=(1.8 + 0.42 * num_clusters, 1.0 + 0.42 * num_classes), dpi=_DPI, layout="constrained"
+    )
+    ax = figure.add_subplot()
+    # A class may have no samples in a small test set.
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.argwhere(counts > 0):
+        ax.text(
+            column,
+            row,
+            str(counts[row, column]),
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if share[row, column] > 0.5 else _INK,
+        )
+    ax.set_xticks(range(num_clusters), [str(cluster) for cluster in cluster_ids])
+    ax.set_yticks(range(num_classes), class_names)
+    ax.set_xticks(np.arange(1, num_clusters) - 0.5, minor=True)
+    ax.set_yticks(np.arange(1, num_classes) - 0.5, minor=True)
+    ax.grid(which="minor", color="#e9ecef", linewidth=0.8)
+    ax.tick_params(which="both", length=0, labelsize=8, labelcolor=_INK)
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel("cluster", fontsize=9, color=_INK)
+    ax.set_ylabel("class", fontsize=9, color=_INK)
+    return figure
+
+
+def latent_map(points: FloatArray, assignments: IntArray, labels: IntArray | None) -> Figure:
+    """A 2-D map of z, coloured by cluster and, where there are labels, once more by class.
+
+    Args:
+        points: (N, 2), from `project_2d`.
+        assignments: (N,) cluster ids.
+        labels: (N,) class ids.
+    """
+    panels = [("clusters found", assignments)]
+    if labels is not None:
+        panels.append(("classes, which the model never saw", labels))
+    figure = Figure(figsize=(5.2 * len(panels), 5.2), dpi=_DPI, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (title, categories) in zip(axes, panels, strict=True):
+        ax.set_title(title, fontsize=10, color=_INK, loc="left")
+        _scatter(ax, points, categories)
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.spines[:].set_color("#dee2e6")
+    return figure
+
+
+def project_2d(z: FloatArray, seed: int) -> FloatArray:
+    """A t-SNE map of z (van der Maaten and Hinton, 2008), begun from its principal components.
+
+    Args:
+        z: (N, D); two thousand points take some seconds.
+        seed: seed of the optimisation.
+
+    Returns:
+        (N, 2), without units.
+    """
+    perplexity = min(30.0, (len(z) - 1) / 3)
+    tsne = TSNE(n_components=2, init="pca", perplexity=perplexity, random_state=seed)
+    return tsne.fit_transform(np.asarray(z, dtype=np.float32))
+
+
+def _tile(images: FloatArray) -> FloatArray:
+    """One RGB picture (H', W', 3) from rows and columns of images (R, S, C, H, W), a white pixel apart."""
+    rows, columns, channels, height, width = images.shape
+    if channels not in (1, 3):
+        raise ValueError(f"images have 1 or 3 channels, not {channels}")
+    canvas = np.ones((rows * (height + 1) + 1, columns * (width + 1) + 1, 3))
+    for row in range(rows):
+        for column in range(columns):
+            top, left = row * (height + 1) + 1, column * (width + 1) + 1
+            pixels = np.clip(images[row, column], 0.0, 1.0).transpose(1, 2, 0)
+            # One channel spreads over the three of the canvas.
+            canvas[top : top + height, left : left + width] = pixels
+    return canvas
+
+
+def _show(ax: Axes, picture: FloatArray) -> None:
+    ax.imshow(picture, interpolation="nearest")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+
+
+def _frame(ax: Axes) -> None:
+    ax.spines[:].set(visible=True, color=_ACCENT, linewidth=1.8)
+
+
+def _title_row(ax: Axes, title: str) -> None:
+    ax.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9, color=_INK, labelpad=6)
+
+
+def _lighten(ax: Axes) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(_MUTED)
+    ax.tick_params(labelsize=8, colors=_INK)
+    ax.grid(color="#e9ecef", linewidth=0.7)
+    ax.set_axisbelow(True)
+
+
+def _scatter(ax: Axes, points: FloatArray, categories: IntArray) -> None:
+    """Points coloured by category, and each category's id at the median of its points."""
+    present = np.unique(categories)
+    if len(present) <= _MAX_CATEGORIES_BY_COLOUR:
+        # The saturated half of tab20 first: ten categories are then easy to tell apart.
+        palette = matplotlib.colormaps["tab20"](np.r_[0:20:2, 1:20:2])
+    else:
+        palette = matplotlib.colormaps["turbo"](np.linspace(0.03, 0.97, len(present)))
+    for colour, category in zip(palette, present, strict=False):
+        x, y = points[categories == category].T
+        ax.scatter(x, y, s=9, color=colour, linewidths=0, alpha=0.75)
+    for category in present:
+        x, y = np.median(points[categories == category], axis=0)
+        ax.text(
+            x,
+            y,
+            str(category),
+            ha="center",
+            va="center",
+            fontsize=9,
+            fontweight="bold",
+            color=_INK,
+            bbox={"boxstyle": "circle,pad=0.22", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+        )
