@@ -204,7 +204,12 @@ def confusion(assignments: IntArray, labels: IntArray, num_classes: int) -> tupl
             class in the best one-to-one matching, in the order of the classes, then the others, the
             largest first.
         cluster_ids: (U,) which cluster each column is.
+
+    Raises:
+        ValueError: a label is negative or not below `num_classes`.
     """
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"labels must be in 0..{num_classes - 1}; leave out samples without one")
     cluster_ids, columns = np.unique(assignments, return_inverse=True)
     counts = np.zeros((num_classes, len(cluster_ids)), dtype=np.int64)
     np.add.at(counts, (labels, columns), 1)

@@ -298,3 +298,8 @@ def test_confusion_with_fewer_clusters_than_classes() -> None:
     counts, cluster_ids = confusion(np.array([1, 1, 1, 8, 8]), np.array([2, 2, 0, 1, 1]), num_classes=4)
     assert cluster_ids.tolist() == [8, 1]
     assert counts.tolist() == [[0, 1], [2, 0], [0, 2], [0, 0]]
+
+
+def test_confusion_refuses_samples_without_a_class() -> None:
+    with pytest.raises(ValueError, match="without one"):
+        confusion(np.array([0, 1]), np.array([0, -1]), num_classes=2)
