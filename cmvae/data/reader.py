@@ -7,8 +7,10 @@ leaves out or a resume skips is never decoded.
 from __future__ import annotations
 
 import io
+import os
 import signal
 import tarfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,8 @@ class SplitReader:
             with path.open("rb") as stream:
                 members = self._check_members(tar_file_iterator(stream, skip_meta=None), path)
                 for sample in group_by_keys(members, lcase=False, suffixes=wanted):
+                    if count == shard.num_samples:
+                        raise _damaged(path, f"holds more samples than the {count} that its index says")
                     for suffix in wanted - sample.keys():
                         raise _damaged(path, f"sample {sample['__key__']} has no member .{suffix}")
                     count += 1
@@ -286,7 +290,8 @@ class _PlannedDataset(IterableDataset):
         """What the next iteration reads, in whatever process it runs."""
         self._next.copy_(torch.tensor([epoch, skip_batches]))
 
-    def __iter__(self) -> Iterator[Batch | UserError]:
+    def __iter__(self) -> Iterator[Batch | str]:
+        """Batches; or, as the last item, what the user must mend."""
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         epoch, skip_batches = self._next.tolist()
@@ -295,8 +300,8 @@ class _PlannedDataset(IterableDataset):
         try:
             yield from self._read(RankPlan(plan.batches[mine], plan.valid[mine], plan.window_of_shard))
         except UserError as error:
-            # DataLoader would wrap an exception's message in the worker's traceback.
-            yield error
+            # As an exception DataLoader would wrap the message in the worker's traceback.
+            yield str(error)
 
     def _read(self, plan: RankPlan) -> Iterator[Batch]:
         """The batches of `plan`. Samples are held undecoded from when their window is loaded to their use."""
@@ -340,15 +345,28 @@ def _make_loader(dataset: _PlannedDataset, num_workers: int) -> DataLoader:
 
 
 def _leave_signals_to_parent(worker_id: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process: training needs its readers until it has saved."""
+    """Set up a worker process to outlive signals that are sent to the whole process group.
+
+    Ctrl-C and a launcher's SIGTERM reach every process, but training needs its readers until it has saved:
+    a dead reader raises an error in the middle of that.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_parent_says, daemon=True).start()
 
 
-def _raise_errors(items: Iterable[Batch | UserError]) -> Iterator[Batch]:
+def _end_when_parent_says() -> None:
+    """Obey a SIGTERM of the parent, with which multiprocessing ends its children when the parent exits."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def _raise_errors(items: Iterable[Batch | str]) -> Iterator[Batch]:
     for item in items:
-        if isinstance(item, UserError):
-            raise item
+        if isinstance(item, str):
+            raise UserError(item)
         yield item
 
 

@@ -1,0 +1,390 @@
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPES, picture, png, write_index, write_tar
+from PIL import Image
+
+from cmvae.data import reader
+from cmvae.data.plan import TrainingPlan
+from cmvae.data.reader import EvaluationLoader, TrainingLoader
+from cmvae.errors import UserError
+
+SIZES = [7, 11, 3, 9, 13, 5]
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def training(folder, **changes) -> TrainingLoader:
+    settings = {"modalities": ["m0", "m1"], "batch_size": 3, "seed": 5, "shuffle_window": 12}
+    return TrainingLoader(folder, **{**settings, **changes})
+
+
+def keys(batches) -> list[list[str]]:
+    return [batch["key"] for batch in batches]
+
+
+def check_content(batch) -> None:
+    """Pixels and labels belong to the keys."""
+    for place, key in enumerate(batch["key"]):
+        number = int(key[1:])
+        for name, shape in SHAPES.items():
+            np.testing.assert_array_equal(batch[name][place].numpy(), picture(number, shape))
+        assert batch["label"][place] == number % 10
+
+
+def test_batches_hold_what_their_keys_say(make_folder):
+    loader = training(make_folder(SIZES))
+    batches = list(loader.epoch_batches(0))
+    assert len(batches) == loader.batches_per_epoch == sum(SIZES) // 3
+    for batch in batches:
+        check_content(batch)
+        assert list(batch) == ["m0", "m1", "label", "key", "valid"]
+        assert batch["m0"].shape == (3, 3, 4, 5)
+        assert batch["m1"].shape == (3, 1, 3, 2)
+        assert batch["m0"].dtype == batch["m1"].dtype == torch.uint8
+        assert batch["label"].dtype == torch.int64
+        assert batch["valid"].dtype == torch.bool
+        assert batch["valid"].all()
+
+
+def test_only_the_modalities_that_are_asked_for_are_read(make_folder):
+    batch = next(training(make_folder(SIZES), modalities=["m1"]).epoch_batches(0))
+    assert list(batch) == ["m1", "label", "key", "valid"]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_order_is_the_plan_s_whatever_the_number_of_workers(make_folder):
+    folder = make_folder(SIZES)
+    plan = TrainingPlan(SIZES, 3, seed=5, shuffle_window=12)
+    planned = [[f"k{p:05d}" for p in batch] for e in (0, 1, 4) for batch in plan.for_rank(e, 0).batches]
+    for num_workers in (0, 1, 2, 3):
+        loader = training(folder, num_workers=num_workers)
+        read = [batch for epoch in (0, 1, 4) for batch in loader.epoch_batches(epoch)]
+        assert keys(read) == planned
+        for batch in read:
+            check_content(batch)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_no_sample(make_folder, world_size):
+    folder = make_folder(SIZES)
+    read = [
+        key
+        for rank in range(world_size)
+        for batch in training(folder, rank=rank, world_size=world_size).epoch_batches(2)
+        for key in batch["key"]
+    ]
+    assert len(read) == len(set(read)) == sum(SIZES) // (3 * world_size) * 3 * world_size
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_epoch_is_the_tail_of_the_full_one(make_folder, num_workers):
+    loader = training(make_folder(SIZES), num_workers=num_workers)
+    full = keys(loader.epoch_batches(3))
+    for skip in (0, 1, 6, len(full)):
+        assert keys(loader.epoch_batches(3, skip_batches=skip)) == full[skip:]
+
+
+def test_nothing_that_is_skipped_is_decoded(make_folder, monkeypatch):
+    decoded = []
+
+    def counting(content, schema, decode=reader.decode_png):
+        decoded.append(schema)
+        return decode(content, schema)
+
+    monkeypatch.setattr(reader, "decode_png", counting)
+    loader = training(make_folder(SIZES), rank=1, world_size=2)
+    batches = list(loader.epoch_batches(0, skip_batches=5))
+    assert len(batches) == loader.batches_per_epoch - 5 > 0
+    assert len(decoded) == len(batches) * 3 * 2
+
+
+def test_undecoded_samples_are_released_once_used(make_folder, monkeypatch):
+    # A reader that kept every window would hold all samples at the end of the epoch.
+    held = []
+    load = reader._PlannedDataset._load
+
+    def watched(self, shard, start, uses):
+        held.append(int((uses > 0).sum()))
+        return load(self, shard, start, uses)
+
+    monkeypatch.setattr(reader._PlannedDataset, "_load", watched)
+    list(training(make_folder([10] * 12), shuffle_window=10, batch_size=5).epoch_batches(0))
+    assert len(held) == 12, "each shard is read once"
+
+
+def test_each_shard_is_opened_once_a_worker(make_folder, monkeypatch):
+    opened = []
+    read_shard = reader.SplitReader.read_shard
+
+    def watched(self, shard):
+        opened.append(shard.name)
+        return read_shard(self, shard)
+
+    monkeypatch.setattr(reader.SplitReader, "read_shard", watched)
+    list(training(make_folder(SIZES)).epoch_batches(0))
+    assert sorted(opened) == [f"train-{number}.tar" for number in range(len(SIZES))]
+
+
+def test_an_epoch_can_be_left_for_another(make_folder):
+    folder = make_folder(SIZES)
+    loader = training(folder, num_workers=2)
+    expected = keys(training(folder).epoch_batches(1))
+    for _ in range(3):
+        next(loader.epoch_batches(0))
+        assert keys(loader.epoch_batches(1)) == expected
+
+
+def test_reading_draws_nothing_from_the_global_random_state(make_folder):
+    folder = make_folder(SIZES)
+    before = torch.get_rng_state()
+    for num_workers in (0, 1):
+        list(training(folder, num_workers=num_workers).epoch_batches(0))
+        list(
+            EvaluationLoader(folder, split="train", modalities=["m0"], batch_size=4, num_workers=num_workers)
+        )
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (2, 0), (5, 0), (2, 2)])
+def test_evaluation_reads_every_key_exactly_once(make_folder, world_size, num_workers):
+    folder = make_folder(SIZES, split="test")
+    valid, lengths = [], set()
+    for rank in range(world_size):
+        loader = EvaluationLoader(
+            folder,
+            split="test",
+            modalities=["m0", "m1"],
+            batch_size=4,
+            rank=rank,
+            world_size=world_size,
+            num_workers=num_workers,
+        )
+        batches = list(loader)
+        lengths.add((len(loader), len(batches)))
+        for batch in batches:
+            assert len(batch["key"]) == len(batch["m0"]) == 4
+            check_content(batch)
+            valid += [key for key, counts in zip(batch["key"], batch["valid"], strict=True) if counts]
+    assert valid == [f"k{number:05d}" for number in range(sum(SIZES))]
+    assert len(lengths) == 1
+    assert len(set(lengths.pop())) == 1
+
+
+def test_evaluation_can_be_repeated(make_folder):
+    loader = EvaluationLoader(
+        make_folder(SIZES), split="train", modalities=["m0"], batch_size=4, num_workers=1
+    )
+    assert keys(loader) == keys(loader)
+
+
+def test_unlabelled_data_has_label_minus_one(make_folder):
+    folder = make_folder(SIZES, change=lambda members: [m for m in members if not m[0].endswith(".cls")])
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, "class_names": None}))
+    assert next(training(folder).epoch_batches(0))["label"].tolist() == [-1, -1, -1]
+
+
+SCRIPT = """
+import sys, time
+import torch.multiprocessing
+from cmvae.data.reader import TrainingLoader
+
+if __name__ == "__main__":
+    torch.multiprocessing.set_start_method(sys.argv[2])
+    loader = TrainingLoader(
+        sys.argv[1], modalities=["m0"], batch_size=3, seed=5, shuffle_window=12, num_workers=2
+    )
+    for epoch in (0, 1):
+        for batch in loader.epoch_batches(epoch):
+            print(*batch["key"], flush=True)
+    if sys.argv[3] == "stay":
+        next(loader.epoch_batches(2))
+        print(*(worker.pid for worker in torch.multiprocessing.active_children()), flush=True)
+        time.sleep(60)
+"""
+
+
+def start_script(tmp_path, folder, *arguments):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    return subprocess.Popen(
+        [sys.executable, script, folder, *arguments],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_workers_may_be_spawned(make_folder, tmp_path):
+    folder = make_folder(SIZES)
+    output, _ = start_script(tmp_path, folder, "spawn", "leave").communicate(timeout=60)
+    loader = training(folder)
+    expected = keys(loader.epoch_batches(0)) + keys(loader.epoch_batches(1))
+    assert [line.split() for line in output.splitlines()] == expected
+
+
+def test_workers_outlive_signals_to_the_process_group(make_folder):
+    loader = training(make_folder(SIZES), num_workers=2)
+    batches = loader.epoch_batches(0)
+    next(batches)
+    workers = torch.multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # Another process than the parent sends it, as a launcher does.
+            subprocess.run(["/bin/kill", f"-{number.value}", str(worker.pid)], check=True)
+    assert len(list(batches)) == loader.batches_per_epoch - 1
+    assert len(list(loader.epoch_batches(1))) == loader.batches_per_epoch
+    assert all(worker.is_alive() for worker in workers)
+
+
+def test_workers_die_with_a_killed_parent(make_folder, tmp_path):
+    process = start_script(tmp_path, make_folder(SIZES), "fork", "stay")
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(2 * (sum(SIZES) // 3) + 1)]
+    workers = [int(word) for word in lines[-1].split()]
+    assert len(workers) == 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.2)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        # An orphan that nobody waits for stays as a zombie where there is no init process.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+class Trap:
+    """Unpickling this fails the test for good."""
+
+    def __reduce__(self):
+        return os._exit, (99,)
+
+
+def replace(name, content):
+    return lambda members: [(key, content if key == name else old) for key, old in members]
+
+
+DAMAGES = {
+    "a pickle": (
+        lambda members: [*members, ("k00001.pyd", pickle.dumps(Trap()))],
+        ["train-0.tar", "'k00001.pyd'"],
+    ),
+    "an unknown suffix": (lambda members: [("k00000.pth", b"x"), *members], ["train-0.tar", "'k00000.pth'"]),
+    "a path": (lambda members: [("../k00000.cls", b"1"), *members], ["train-0.tar", "'../k00000.cls'"]),
+    "a missing member": (
+        lambda members: [member for member in members if member[0] != "k00001.m1.png"],
+        ["train-0.tar", "k00001", ".m1.png"],
+    ),
+    "a repeated member": (lambda members: [members[0], *members], ["train-0.tar", "k00000.cls"]),
+    "a missing sample": (lambda members: members[3:], ["train-0.tar", "holds 2 samples", "says 3"]),
+    "a sample too many": (
+        lambda members: [*members, *((f"x{name}", content) for name, content in members[:3])],
+        ["train-0.tar", "holds more samples than the 3"],
+    ),
+    "no PNG": (replace("k00002.m0.png", b"GIF89a"), ["train-0.tar", "k00002.m0.png", "decoded"]),
+    "half a PNG": (
+        replace("k00002.m0.png", png(picture(2, SHAPES["m0"]))[:60]),
+        ["train-0.tar", "k00002.m0.png", "decoded"],
+    ),
+    "another size": (
+        replace("k00002.m0.png", png(picture(2, (3, 5, 4)))),
+        ["train-0.tar", "k00002.m0.png", "RGB image of 5×4", "RGB of 4×5"],
+    ),
+    "grey for colour": (
+        replace("k00002.m0.png", png(picture(2, (1, 4, 5)))),
+        ["train-0.tar", "k00002.m0.png", "L image"],
+    ),
+    "a label out of range": (replace("k00002.cls", b"10"), ["train-0.tar", "k00002.cls", "0..9"]),
+    "a label that is no number": (replace("k00002.cls", b"-1"), ["train-0.tar", "k00002.cls", "b'-1'"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named(make_folder, damage):
+    change, words = DAMAGES[damage]
+    folder = make_folder([3], change=change)
+    with pytest.raises(UserError) as problem:
+        list(training(folder).epoch_batches(0))
+    for word in [*words, "inspect_shards.py"]:
+        assert word in str(problem.value)
+
+
+def test_damage_in_a_worker_process_reads_the_same(make_folder):
+    change, words = DAMAGES["no PNG"]
+    with pytest.raises(UserError) as problem:
+        list(training(make_folder([3], change=change), num_workers=1).epoch_batches(0))
+    assert words[1] in str(problem.value)
+    assert "Traceback" not in str(problem.value)
+
+
+def test_a_jpeg_is_not_taken_for_a_png(make_folder):
+    buffer = io.BytesIO()
+    Image.fromarray(picture(2, (4, 5, 3))).save(buffer, "JPEG")
+    folder = make_folder([3], change=replace("k00002.m0.png", buffer.getvalue()))
+    with pytest.raises(UserError, match="decoded as PNG"):
+        list(training(folder).epoch_batches(0))
+
+
+@pytest.mark.parametrize("length", [700, 512 * 9, 512 * 12 + 100])
+def test_a_truncated_tar_is_named(make_folder, length):
+    folder = make_folder([4])
+    shard = folder / "train-0.tar"
+    shard.write_bytes(shard.read_bytes()[:length])
+    with pytest.raises(UserError, match=r"train-0\.tar: has \d+ bytes, its index says \d+"):
+        training(folder)
+    # The same while reading, where the index agrees with the short file.
+    write_index(folder, "train", [4])
+    with pytest.raises(UserError, match=r"train-0\.tar"):
+        list(training(folder).epoch_batches(0))
+
+
+def test_what_is_no_tar_is_named(make_folder):
+    folder = make_folder([4])
+    (folder / "train-0.tar").write_bytes(b"\x01" * 5000)
+    write_index(folder, "train", [4])
+    with pytest.raises(UserError, match=r"train-0\.tar"):
+        list(training(folder).epoch_batches(0))
+
+
+def test_a_shard_name_that_leaves_the_folder_is_refused(make_folder):
+    folder = make_folder([4])
+    index = folder / "index.json"
+    for name in ("../train-0.tar", "/etc/passwd.tar", "..tar", "pipe:cat x.tar"):
+        changed = json.loads(index.read_text())
+        changed["splits"]["train"]["shards"][0]["name"] = name
+        index.write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=r"index\.json.*plain file name"):
+            training(folder)
+
+
+def test_what_is_missing_is_named_at_once(make_folder):
+    folder = make_folder([4, 4])
+    with pytest.raises(UserError, match=r"no modality 'm7'; it has m0, m1"):
+        training(folder, modalities=["m7"])
+    with pytest.raises(UserError, match=r"no split 'test'; it has train"):
+        training(folder, split="test")
+    with pytest.raises(UserError, match=r"train\.batch_size: 9"):
+        training(folder, batch_size=9)
+    (folder / "train-1.tar").unlink()
+    with pytest.raises(UserError, match=r"train-1\.tar: missing"):
+        training(folder)
+    write_tar(folder / "train-1.tar", [])
+    with pytest.raises(UserError, match=r"train-1\.tar: has \d+ bytes"):
+        training(folder)
