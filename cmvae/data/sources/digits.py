@@ -14,6 +14,7 @@ import numpy as np
 from cmvae.data.schema import ModalitySchema, SplitName
 from cmvae.data.sources.pairing import invert_under, pair_within_classes
 from cmvae.data.sources.source import SPLIT_NUMBERS, Sample, random_stream
+from cmvae.errors import UserError
 
 DESCRIPTION = "scikit-learn's 1,797 digits in three colour modalities of 3×16×16; needs no download"
 
@@ -75,12 +76,19 @@ class DigitsSource:
         seed: seed of the splits, the partners and the backgrounds.
         pairings: samples made of each train image.
         held_out_pairings: samples made of each validation or test image.
+
+    Raises:
+        UserError: a number of pairings is below 1.
     """
 
     name = "digits"
     class_names = tuple(str(digit) for digit in range(10))
 
     def __init__(self, seed: int = 0, pairings: int = 1, held_out_pairings: int = 5) -> None:
+        if min(pairings, held_out_pairings) < 1:
+            raise UserError(
+                f"--pairings {pairings}, --held-out-pairings {held_out_pairings}: give at least 1"
+            )
         # Heavy to import, and needed for no other source.
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split

@@ -14,6 +14,7 @@ import shutil
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -342,7 +343,7 @@ def _unpack_release(archive: Path, folder: Path) -> None:
                 target = partial / split / modality / file_name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(members.read(name))
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{archive}: cannot be unpacked: {error}. Remove it and fetch it again") from error
     if not partial.is_dir():
         raise UserError(

@@ -1,0 +1,118 @@
+"""The shard tools as a user runs them: from another folder, without installing; exit codes, messages."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cmvae.data.schema import ShardIndex
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+def run(tool: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, TOOLS / tool, *map(str, arguments)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("work")
+    return folder, run(
+        "make_shards.py", "digits", "--out", "shards/digits", "--limit", 60, "--shard-size", 25, folder=folder
+    )
+
+
+def test_packing_prints_what_was_done_and_what_is_next(packed):
+    folder, result = packed
+    assert result.returncode == 0, result.stderr
+    index = ShardIndex.load(folder / "shards" / "digits")
+    assert {name: split.num_samples for name, split in index.splits.items()} == {
+        "train": 60, "validation": 30, "test": 30
+    }  # fmt: skip
+    assert "120 samples" in result.stdout
+    assert "samples/s" in result.stdout
+    assert "python tools/inspect_shards.py shards/digits" in result.stdout
+
+
+def test_packing_twice_is_refused_without_a_traceback(packed):
+    folder, _ = packed
+    result = run("make_shards.py", "digits", "--out", "shards/digits", folder=folder)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("shards/digits: holds a packed data set already")
+    assert "Traceback" not in result.stderr
+
+
+def test_a_wrong_path_is_explained(tmp_path):
+    result = run(
+        "make_shards.py", "polymnist", "--out", "out", "--mnist", "nothing.npz", "--backgrounds", ".",
+        folder=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "nothing.npz: no such file" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [["digits", "--mnist", "x"], ["polymnist"], ["polymnist", "--released", "a", "--download"]]
+)
+def test_flags_belong_to_their_source(tmp_path, flags):
+    result = run("make_shards.py", *flags, "--out", "out", folder=tmp_path)
+    assert result.returncode == 2
+    assert "usage" in result.stderr
+
+
+def test_inspection_counts_verifies_draws_and_then_finds_a_flipped_byte(packed):
+    folder, _ = packed
+    result = run("inspect_shards.py", "shards/digits", folder=folder)
+    assert result.returncode == 0, result.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()}
+    assert rows["train"][:2] == ["60", "3"]
+    assert rows["m2"] == ["image", "uint8", "3×16×16"]
+    counts = [[int(count) for count in rows[str(digit)]] for digit in range(10)]
+    assert [sum(column) for column in zip(*counts, strict=True)] == [60, 30, 30]
+    with Image.open(folder / "shards" / "digits" / "contact_sheet.png") as sheet:
+        assert len(sheet.convert("RGB").getcolors(maxcolors=1 << 20) or []) > 100
+
+    # A pixel of noise in the last picture of a shard: the tar still reads, only its checksum tells.
+    shard = folder / "shards" / "digits" / "train-000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[content.rindex(b"IDAT") + 20] ^= 1
+    shard.write_bytes(content)
+    result = run("inspect_shards.py", "shards/digits", "--sheet", "sheet.png", folder=folder)
+    assert result.returncode == 2
+    assert "train-000001.tar: its SHA-256" in result.stderr
+    assert "train-000000.tar" not in result.stderr
+    assert not (folder / "sheet.png").exists()
+
+
+def test_inspection_without_verification_only_looks(packed, monkeypatch):
+    folder, _ = packed
+    sheet = folder / "looked.png"
+    monkeypatch.setattr(
+        sys, "argv", ["inspect", str(folder / "shards" / "digits"), "--no-verify", "--sheet", str(sheet)]
+    )
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(TOOLS / "inspect_shards.py"), run_name="__main__")
+    assert end.value.code == 0
+    assert sheet.is_file()
+
+
+def test_inspecting_nothing_says_how_to_pack(tmp_path):
+    result = run("inspect_shards.py", "shards/none", folder=tmp_path)
+    assert result.returncode == 2
+    assert "shards/none: no such shard folder" in result.stderr
+    assert "make_shards.py" in result.stderr
