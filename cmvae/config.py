@@ -105,7 +105,7 @@ class TrainConfig(_Settings):
     epochs: PositiveInt | None = None
     max_steps: PositiveInt | None = None
     """Training ends after `epochs` or `max_steps`, whichever comes first."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the networks; densities and reductions are always fp32."""
     log_every: PositiveInt = 25
     """Steps between two points of the training curves."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,10 +29,17 @@ from cmvae.networks import network_family
 WEIGHTS_NAME = "model.safetensors"
 EXPORT_CONFIG_NAME = "config.yaml"
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 def _full_precision(output: Tensor) -> Tensor:
     """Densities and reductions want at least fp32, whatever precision the networks ran in."""
     return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+
+
+def channels_last(module: Module) -> Module:
+    """Lay convolution weights out channels-last, as the images and all feature maps are."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class Posterior(NamedTuple):
@@ -335,4 +342,4 @@ class CMVAE(nn.Module):
             model.load_state_dict(load_file(folder / WEIGHTS_NAME))
         except (ValidationError, yaml.YAMLError, SafetensorError, RuntimeError) as error:
             raise UserError(f"{folder}: a damaged export: {error}. Export the run again") from error
-        return model.to(device).eval()
+        return channels_last(model.to(device)).eval()

@@ -32,7 +32,7 @@ class LogWeightTerms:
 
 
 def mixture_log_prob(components: Sequence[LocationScale], value: Tensor) -> Tensor:
-    """log (1/J) Σ_j q_j(value): the joint posterior of the modalities (paper, section 3).
+    """Log (1/J) Σ_j q_j(value): the joint posterior of the modalities (paper, section 3).
 
     Args:
         components: J posteriors with parameters (B, D).
@@ -46,7 +46,7 @@ def mixture_log_prob(components: Sequence[LocationScale], value: Tensor) -> Tens
 
 
 def cluster_log_prob(log_weights: Tensor, log_density: Tensor) -> Tensor:
-    """log p(z) = logsumexp_c(log π_c + log p(z|c)).
+    """Log p(z) = logsumexp_c(log π_c + log p(z|c)).
 
     With the optimal q(c|z) = p(c|z) this equals the paper's E_q(c|z)[log p(c) p(z|c) / q(c|z)].
 

@@ -27,9 +27,7 @@ def make_task(num_modalities, family, objective, num_samples):
         )
         for m in range(num_modalities)
     }
-    config = ModelConfig(
-        family=family, shared_dim=3, private_dim=2, num_clusters=C, modalities=modalities
-    )
+    config = ModelConfig(family=family, shared_dim=3, private_dim=2, num_clusters=C, modalities=modalities)
     schema = ModalitySchema(kind="image", shape=(1, 4, 4), dtype="uint8")
     model = CMVAE(config, dict.fromkeys(modalities, schema)).double()
     # The fixed scales were computed in fp32, whose rounding would be all that the comparison sees.
@@ -85,9 +83,7 @@ class SlowObjective:
         neutral_z = positive(self.family, torch.zeros(3, dtype=torch.float64))
         neutral_w = positive(self.family, torch.zeros(2, dtype=torch.float64))
         weights = prior.logits.exp() / prior.logits.exp().sum()
-        p_z = sum(
-            weights[c] * self.dist(prior.means[c], neutral_z).log_prob(z).sum().exp() for c in range(C)
-        )
+        p_z = sum(weights[c] * self.dist(prior.means[c], neutral_z).log_prob(z).sum().exp() for c in range(C))
         q_z = sum(self.log_q(self.q_z[j, b], z).exp() for j in self.names) / len(self.names)
         zero = torch.zeros(2, dtype=torch.float64)
         lw = BETA * (
@@ -104,9 +100,10 @@ class SlowObjective:
                 w_target = scale * self.noise.private[n, m, k, b]
             mean = self.model.decoders[target](torch.cat([z, w_target])[None])[0]
             likelihood = self.model.config.modalities[target].likelihood
-            lw = lw + likelihood.weight * self.dist(mean, likelihood.scale).log_prob(
-                self.batch[target][b]
-            ).sum()
+            lw = (
+                lw
+                + likelihood.weight * self.dist(mean, likelihood.scale).log_prob(self.batch[target][b]).sum()
+            )
         return lw
 
 
@@ -213,7 +210,7 @@ def one_modality_gradient(bound, seed, num_copies=4000, num_samples=3):
     normal = torch.distributions.Normal
     prior = torch.stack([normal(-1.0, 0.5).log_prob(z), normal(2.0, 0.5).log_prob(z)]).logsumexp(0)
     lw = normal(z, 0.8).log_prob(torch.tensor(1.9)) + prior - math.log(2)
-    lw = (lw.squeeze(-1) - normal(cut(loc), cut(raw).exp()).log_prob(z.squeeze(-1)))
+    lw = lw.squeeze(-1) - normal(cut(loc), cut(raw).exp()).log_prob(z.squeeze(-1))
     value = dreg(lw, [z]) if bound == "dreg" else iwae(lw)
     grads = torch.stack(torch.autograd.grad(value.sum(), [loc, raw]))
     return grads.mean(1), grads.std(1) / math.sqrt(num_copies)
@@ -223,7 +220,9 @@ def test_dreg_agrees_with_iwae_in_expectation_for_one_modality():
     iwae_mean, iwae_error = one_modality_gradient("iwae", seed=0, num_copies=400_000)
     dreg_mean, dreg_error = one_modality_gradient("dreg", seed=1, num_copies=400_000)
     error = (iwae_error**2 + dreg_error**2).sqrt()
-    assert (iwae_mean.abs() > 20 * error).all(), "the gradients must differ from zero for this to say anything"
+    assert (iwae_mean.abs() > 20 * error).all(), (
+        "the gradients must differ from zero for this to say anything"
+    )
     assert ((iwae_mean - dreg_mean).abs() < 4 * error).all()
     assert (dreg_error < iwae_error).all(), "less variance is what DReG is for"
 

@@ -84,7 +84,6 @@ class ImageEncoder(nn.Module):
         self.private_trunk = ImageTrunk(channels, width)
         self.shared_heads = PosteriorHeads(features, shared_dim)
         self.private_heads = PosteriorHeads(features, private_dim)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """An image (B, C, H, W) in [0, 1] to loc and raw scale of q(z|x), then of q(w|x)."""
@@ -112,7 +111,6 @@ class ImageDecoder(nn.Module):
             nn.LeakyReLU(LEAKY_SLOPE),
             nn.Conv2d(width, channels, 3, padding=1),
         )
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, latents: Tensor) -> Tensor:
         """Decode a batch of concatenated (z, w)."""

@@ -31,11 +31,11 @@ class NonFiniteError(UserError):
         super().__init__(
             f"not finite: {names}. All ranks stopped, and no checkpoint was written since. Look at the "
             "curves of these terms; a lower optimizer.learning_rate, an optimizer.max_grad_norm or "
-            "train.mixed_precision=no may help. Go on from the last checkpoint with --resume"
+            "train.mixed_precision=fp32 may help. Go on from the last checkpoint with --resume"
         )
 
 
-AUTOCAST_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def start_accelerator(config: ExperimentConfig) -> Accelerator:
@@ -53,14 +53,11 @@ def start_accelerator(config: ExperimentConfig) -> Accelerator:
     on_cpu = wants_cpu or not torch.accelerator.is_available()
     precision = config.train.mixed_precision
     if precision == "fp16" and on_cpu:
-        raise UserError("train.mixed_precision: fp16 needs a GPU; on a CPU take bf16 or no")
+        raise UserError("train.mixed_precision: fp16 needs a GPU; on a CPU take bf16 or fp32")
 
     # DeepSpeed scales an fp16 loss itself.
     scales_loss = precision == "fp16" and not deepspeed
-    # Our buffers never change in training, so there is nothing to broadcast at every forward.
-    handlers: list[KwargsHandler] = [
-        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    ]
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if scales_loss:
         handlers.append(AutocastKwargs(enabled=False))
     if deepspeed:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from torch import nn, optim
 from tqdm import tqdm
@@ -20,7 +20,7 @@ from cmvae.config import ExperimentConfig, save_config
 from cmvae.data.batch import to_device
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
 from cmvae.data.schema import ShardIndex
-from cmvae.model import CMVAE
+from cmvae.model import CMVAE, channels_last
 from cmvae.tasks import CMVAETask
 from cmvae.tracking import RUN_RECORD_NAME, Status, Tracker, open_tracker
 from cmvae.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
@@ -64,6 +64,9 @@ def run_training(
     set_seed(config.seed)
     model = CMVAE(config.model, index.modalities, AUTOCAST_DTYPES[config.train.mixed_precision])
     task = CMVAETask(model, config.objective)
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        # DeepSpeed broadcasts and flattens weights as bytes and so needs them in the default layout.
+        channels_last(task)
     module, optimizer = accelerator.prepare(task, build_optimizer(task, config.optimizer))
     set_seed(config.seed + 1 + accelerator.process_index)
 
@@ -231,7 +234,7 @@ class Trainer:
         # The config makes sure that at least one of the two is set.
         epochs = self.config.train.epochs or math.inf
         max_steps = self.config.train.max_steps or math.inf
-        return int(min(epochs * self.train_loader.batches_per_epoch // self.accumulation, max_steps))
+        return int(min(epochs * self.train_loader.batches_per_epoch / self.accumulation, max_steps))
 
     def _log_curves(self) -> dict[str, str]:
         """Log the means since the last time; on all ranks. Returns what the progress bar shows."""

@@ -1,0 +1,50 @@
+# make demo       the main job on embedded real data, in a virtual environment of its own
+# make test       all tests
+# make polymnist DATA=folder    the published PolyMNIST experiment
+# make lint, make format        what CI checks; what mends most of it
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# What a config leaves to the command line, e.g. make demo ARGS="seed=1 train.max_steps=500".
+ARGS ?=
+
+.PHONY: demo polymnist test lint format
+
+# The stamp is newer than what it was installed from, or it is installed again.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+shards/digits/index.json: | $(VENV)/installed
+	$(BIN)/python tools/make_shards.py digits --out shards/digits
+
+demo: $(VENV)/installed shards/digits/index.json
+	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml launch/train.py configs/digits.yaml --overwrite $(ARGS)
+	$(BIN)/python launch/evaluate.py runs/digits
+	@echo
+	@echo "compare runs: $(BIN)/mlflow ui"
+
+# DATA holds mnist.npz and polymnist_backgrounds/ with a photograph a modality.
+polymnist: $(VENV)/installed
+	@test -n "$(DATA)" || { echo "make polymnist DATA=folder: say which folder holds mnist.npz and polymnist_backgrounds/"; exit 2; }
+	test -f shards/polymnist/index.json || $(BIN)/python tools/make_shards.py polymnist --mnist $(DATA)/mnist.npz --backgrounds $(DATA)/polymnist_backgrounds --out shards/polymnist
+	$(BIN)/accelerate launch launch/train.py configs/polymnist.yaml --resume $(ARGS)
+	$(BIN)/python launch/evaluate.py runs/polymnist
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format

@@ -1,0 +1,89 @@
+"""Run by test_ranks.py under a launcher: a few updates on one fixed global batch sequence and noise.
+
+    train_steps.py CONFIG OUTPUT STEPS [key=value …]
+
+Every rank reads the same global batches and draws the same global noise, then takes its own part, so that the
+result must not depend on how many ranks there are. Rank 0 writes the losses and the export to OUTPUT.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+
+from cmvae.config import load_config
+from cmvae.data.batch import to_device
+from cmvae.data.reader import EvaluationLoader, TrainingLoader
+from cmvae.data.schema import ShardIndex
+from cmvae.model import CMVAE
+from cmvae.tasks import CMVAETask, LatentNoise
+from cmvae.training.distributed import AUTOCAST_DTYPES, StopRequest, agree, start_accelerator
+from cmvae.training.optimization import build_optimizer
+
+
+def main() -> None:
+    config = load_config(sys.argv[1], sys.argv[4:])
+    output, steps = Path(sys.argv[2]), int(sys.argv[3])
+    accelerator = start_accelerator(config)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    per_rank = config.train.batch_size
+    mine = slice(rank * per_rank, (rank + 1) * per_rank)
+
+    set_seed(config.seed)
+    index = ShardIndex.load(config.data.shards)
+    model = CMVAE(config.model, index.modalities, AUTOCAST_DTYPES[config.train.mixed_precision])
+    task = CMVAETask(model, config.objective)
+    draw_noise = task.draw_noise
+
+    def draw_my_part(batch_size: int, device: torch.device) -> LatentNoise:
+        whole = draw_noise(batch_size * world_size, device)
+        return LatentNoise(whole.shared[..., mine, :], whole.private[..., mine, :])
+
+    task.draw_noise = draw_my_part
+    module, optimizer = accelerator.prepare(task, build_optimizer(task, config.optimizer))
+    set_seed(config.seed + 1)
+
+    loader = TrainingLoader(
+        config.data.shards, modalities=model.modality_names, batch_size=per_rank * world_size, seed=config.seed
+    )
+    losses = []
+    with StopRequest.listening() as stop:
+        for raw, _ in zip(loader.epoch_batches(0), range(steps), strict=False):
+            batch = to_device({name: value[mine] for name, value in raw.items()}, accelerator.device)
+            with accelerator.accumulate(module):
+                loss, report = module(batch)
+                agree(accelerator, loss, report, stop)
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(accelerator.reduce(loss.detach(), "mean").item())
+
+    # One more forward in evaluation mode, whose outputs the export must reproduce.
+    module.eval()
+    with torch.no_grad():
+        _, report = module(batch)
+    live = report["shared_loc"][:1].cpu()
+    weights = accelerator.get_state_dict(module)
+    if accelerator.is_main_process:
+        validation = EvaluationLoader(
+            config.data.shards, split="validation", modalities=model.modality_names, batch_size=64
+        )
+        task.export(output / "export", weights, validation)
+        exported = CMVAE.from_pretrained(output / "export")
+        inputs = {name: batch[name][:1].cpu() for name in model.modality_names}
+        again = torch.stack([posterior.shared.loc for posterior in exported.encode(inputs).values()], dim=1)
+        result = {
+            "losses": losses,
+            "world_size": world_size,
+            "distributed_type": accelerator.distributed_type.value,
+            "export_difference": (again - live).abs().max().item(),
+        }
+        (output / "result.json").write_text(json.dumps(result))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
