@@ -34,6 +34,14 @@ def test_no_underlying_image_is_in_two_splits_of_any_modality(source):
     assert set.union(*used.values()) == set(range(1797))
 
 
+def test_classes_are_spread_evenly_over_the_splits(source, originals):
+    _, labels = originals
+    share = np.bincount(labels) / len(labels)
+    for split in SPLITS:
+        images = np.unique(source.partners[split])
+        assert np.abs(np.bincount(labels[images]) - share * len(images)).max() <= 1
+
+
 def test_every_image_is_used_once_a_pairing_in_every_modality(source):
     for split, pairings in zip(SPLITS, (1, 3, 3), strict=True):
         for modality in source.partners[split]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -108,18 +109,34 @@ def test_nothing_that_is_skipped_is_decoded(make_folder, monkeypatch):
     assert len(decoded) == len(batches) * 3 * 2
 
 
-def test_undecoded_samples_are_released_once_used(make_folder, monkeypatch):
-    # A reader that kept every window would hold all samples at the end of the epoch.
-    held = []
-    load = reader._PlannedDataset._load
+class WatchedSample(dict):
+    """A dict that can be watched: plain ones take no weak references."""
 
-    def watched(self, shard, start, uses):
-        held.append(int((uses > 0).sum()))
-        return load(self, shard, start, uses)
 
-    monkeypatch.setattr(reader._PlannedDataset, "_load", watched)
-    list(training(make_folder([10] * 12), shuffle_window=10, batch_size=5).epoch_batches(0))
-    assert len(held) == 12, "each shard is read once"
+def test_undecoded_samples_are_held_only_from_their_window_to_their_use(make_folder, monkeypatch):
+    samples: list[weakref.ref] = []
+    read_shard = reader.SplitReader.read_shard
+
+    def watched(self, shard):
+        for sample in read_shard(self, shard):
+            kept = WatchedSample(sample)
+            samples.append(weakref.ref(kept))
+            yield kept
+
+    def count_alive() -> int:
+        return sum(sample() is not None for sample in samples)
+
+    monkeypatch.setattr(reader.SplitReader, "read_shard", watched)
+    folder = make_folder([10] * 12)
+    # Windows of one shard, read in four lanes: four windows at most, and the batch in hand.
+    alive = [count_alive() for _ in training(folder, shuffle_window=10, batch_size=5).epoch_batches(0)]
+    assert len(samples) == 120, "each shard is read once"
+    assert max(alive) <= 4 * 10 + 5
+    assert alive[-1] <= 5
+    # One window of everything: only what this rank has still to yield is kept.
+    loader = training(folder, shuffle_window=120, batch_size=5, rank=1, world_size=3)
+    alive = [count_alive() for _ in loader.epoch_batches(0)]
+    assert all(count <= 40 - 5 * number for number, count in enumerate(alive))
 
 
 def test_each_shard_is_opened_once_a_worker(make_folder, monkeypatch):
