@@ -286,8 +286,8 @@ def download_mnist(cache: Path) -> Path:
         datasets.MNIST(str(cache), download=True)
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"MNIST cannot be downloaded into {cache}: {str(error).strip()}. Fetch mnist.npz or the four idx files on a "
-            "machine with a network and give their place as --mnist PATH"
+            f"MNIST cannot be downloaded into {cache}: {str(error).strip()}. Fetch mnist.npz or the four idx "
+            "files on a machine with a network and give their place as --mnist PATH"
         ) from error
     return cache / "MNIST" / "raw"
 
