@@ -193,10 +193,12 @@ class CMVAETask(nn.Module):
         model.cluster_prior.active.copy_(torch.from_numpy(selection.active))
         model.save_pretrained(folder)
 
-    def pictures(self, batch: Mapping[str, Any], num_samples: int) -> dict[str, Figure]:
+    def pictures(
+        self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator
+    ) -> dict[str, Figure]:
         """Inputs, reconstructions and cross-modal generations of the first samples of a batch."""
         inputs = {name: batch[name][:num_samples] for name in self.model.modality_names}
-        return {"cross_modal": draw_cross_modal(self.model, inputs)}
+        return {"cross_modal": draw_cross_modal(self.model, inputs, generator)}
 
 
 def _per_sample(terms: LogWeightTerms) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from cmvae.model import CMVAE
 
 
 def draw_cross_modal(
-    model: CMVAE, inputs: Mapping[str, Tensor], generator: torch.Generator | None = None
+    model: CMVAE, inputs: Mapping[str, Tensor], generator: torch.Generator
 ) -> Figure:
     """Inputs, generated from every modality; on the diagonal their reconstructions.
 
@@ -24,7 +24,7 @@ def draw_cross_modal(
     Args:
         model: the model.
         inputs: by modality, images (B, C, H, W) in [0, 1].
-        generator: random stream on the model's device; None uses torch's default.
+        generator: random stream on the model's device.
     """
     generated = {}
     for source, images in inputs.items():

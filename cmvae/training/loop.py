@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from torch import nn, optim
@@ -200,7 +201,9 @@ class Trainer:
             {f"validation/{name}": value for name, value in metrics.items()}, self.state.step
         )
         batch = to_device(next(iter(self.validation_loader)), self.accelerator.device)
-        for name, figure in self.task.pictures(batch, PICTURE_SAMPLES).items():
+        # A stream of its own: validating more often must not change the training.
+        generator = torch.Generator(self.accelerator.device).manual_seed(self.config.seed)
+        for name, figure in self.task.pictures(batch, PICTURE_SAMPLES, generator).items():
             self.tracker.log_image(figure, name, self.state.step)
 
     def export(self) -> Path:

@@ -1,0 +1,68 @@
+"""Fixtures that several modules share: a small packed data set and an experiment on it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cmvae.config import ExperimentConfig, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_command(
+    arguments: Sequence[str | Path], cwd: Path, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a documented command as a user would, with this interpreter's folder first on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # Two ranks of two threads each on two cores wait for each other more than they work.
+    env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [str(argument) for argument in arguments],
+        cwd=cwd,
+        env=env,
+        timeout=timeout,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def digits_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small part of the embedded digits, packed by the documented command."""
+    folder = tmp_path_factory.mktemp("shards") / "digits"
+    done = run_command(
+        [sys.executable, ROOT / "tools/make_shards.py", "digits", "--out", folder, "--limit", "160"], ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def experiment_file(tmp_path: Path, digits_shards: Path) -> Path:
+    """A YAML file of a training that takes seconds: tiny networks, three modalities, no tracking."""
+    settings = yaml.safe_load((ROOT / "configs/digits.yaml").read_text())
+    settings["data"] = {"shards": str(digits_shards), "num_workers": 0}
+    settings["output_dir"] = str(tmp_path / "run")
+    settings["model"] |= {"shared_dim": 4, "private_dim": 4, "num_clusters": 6}
+    for modality in settings["model"]["modalities"].values():
+        modality["width"] = 2
+    settings["train"] = {"batch_size": 16, "max_steps": 6, "log_every": 2, "checkpoint_every": 3}
+    settings["evaluation"] = {"batch_size": 32, "map_samples": 50}
+    settings["tracking"] = {"enabled": False}
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture
+def experiment(experiment_file: Path) -> Callable[..., ExperimentConfig]:
+    """`experiment("train.max_steps=3")` is the experiment of `experiment_file` with overrides."""
+    return lambda *overrides: load_config(experiment_file, overrides)

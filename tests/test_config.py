@@ -1,0 +1,139 @@
+"""Settings: every shipped file fits, every mistake is named with file, key and remedy."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cmvae.config import check_against_shards, dump_yaml, flatten, load_config, save_config
+from cmvae.data.schema import ModalitySchema, ShardIndex, ShardSchema, SplitSchema
+from cmvae.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+DIGITS = ROOT / "configs/digits.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_experiment_loads_under_its_own_name(path):
+    assert load_config(path).name == path.stem
+
+
+def test_polymnist_has_the_published_settings():
+    config = load_config(ROOT / "configs/polymnist.yaml")
+    model, modalities = config.model, config.model.modalities
+    assert (model.private_dim, model.shared_dim, model.num_clusters, model.family) == (32, 32, 40, "laplace")
+    assert (config.objective.name, config.objective.num_samples, config.objective.beta) == ("iwae", 1, 2.5)
+    assert (config.train.epochs, config.train.batch_size) == (250, 128)
+    assert (config.optimizer.learning_rate, config.optimizer.amsgrad) == (1e-3, True)
+    assert list(modalities) == ["m0", "m1", "m2", "m3", "m4"]
+    for modality in modalities.values():
+        assert (modality.width, modality.likelihood.family, modality.likelihood.scale) == (64, "laplace", 0.75)
+
+
+def test_overrides_change_one_key_and_share_no_anchor():
+    config = load_config(DIGITS, ["train.batch_size=32", "model.modalities.m0.width=4", "tracking.enabled=false"])
+    assert config.train.batch_size == 32
+    assert not config.tracking.enabled
+    # m0 to m2 are one YAML anchor; only m0 may change.
+    assert [modality.width for modality in config.model.modalities.values()] == [4, 16, 16]
+
+
+def test_a_saved_config_reads_back_equal(tmp_path):
+    config = load_config(DIGITS, ["seed=3", "optimizer.max_grad_norm=5"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert yaml.safe_load(dump_yaml(config))["seed"] == 3
+
+
+def test_flat_settings_have_dotted_keys():
+    flat = flatten(load_config(DIGITS))
+    assert flat["model.modalities.m0.likelihood.scale"] == 0.75
+    assert flat["data.shards"] == "shards/digits"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.batchsize=3", ["train.batchsize", "no such key", "did you mean 'batch_size'"]),
+        ("model.modalities.m0.likelihood.skale=1", ["model.modalities.m0.likelihood.skale", "'scale'"]),
+        ("train.batch_size=many", ["train.batch_size", "'many'", "integer"]),
+        ("train.batch_size=0", ["train.batch_size", "0", "greater than 0"]),
+        ("model.family=gamma", ["model.family", "'gamma'", "'normal' or 'laplace'"]),
+        ("objective.beta=-1", ["objective.beta", "greater than 0"]),
+        ("model.modalities.Bad-Name={}", ["Bad-Name", "lower-case"]),
+        ("model.modalities.label={}", ["label", "none of"]),
+        ("train={batch_size: 8}", ["train", "set epochs or max_steps"]),
+        ("seed.x=1", ["seed", "has no keys below it"]),
+        ("train", ["key=value"]),
+        ("train.batch_size=[", ["train.batch_size=[", "YAML"]),
+        ("name=../elsewhere", ["name", "'../elsewhere'"]),
+    ],
+)
+def test_a_mistake_names_file_or_override_key_and_remedy(override, expected):
+    with pytest.raises(UserError) as caught:
+        load_config(DIGITS, [override])
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(DIGITS.read_text().replace("learning_rate", "learning_rat"))
+    with pytest.raises(UserError, match=r"mine\.yaml: optimizer\.learning_rat: no such key; did you mean"):
+        load_config(path)
+    path.write_text("- a list")
+    with pytest.raises(UserError, match="mapping"):
+        load_config(path)
+    path.write_text("a: [")
+    with pytest.raises(UserError, match="no valid YAML"):
+        load_config(path)
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such file; .*mine\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def index_with(*modalities):
+    shard = ShardSchema(name="train-000000.tar", num_samples=3, num_bytes=9, sha256="0" * 64)
+    return ShardIndex(
+        name="test",
+        source={},
+        modalities={
+            name: ModalitySchema(kind="image", shape=(3, 16, 16), dtype="uint8") for name in modalities
+        },
+        class_names=None,
+        splits={"train": SplitSchema(num_samples=3, shards=(shard,))},
+    )
+
+
+def test_a_modality_that_the_shards_lack_is_named():
+    config = load_config(DIGITS)
+    check_against_shards(config, index_with("m0", "m1", "m2", "extra"), "digits.yaml")
+    with pytest.raises(UserError, match=r"digits\.yaml: model\.modalities\.m2: shards/digits has no modality"):
+        check_against_shards(config, index_with("m0", "m1"), "digits.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.batchsize=3"], "did you mean 'batch_size'"),
+        (["data.shards=shards/nowhere"], "no such shard folder"),
+    ],
+)
+def test_mistakes_are_told_before_torch_is_imported(overrides, expected):
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / "launch/train.py", DIGITS, *overrides],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    seconds = time.perf_counter() - started
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    # The first second is what is promised; what costs seconds is this import, whatever the machine's load.
+    assert " torch\n" not in done.stderr
+    assert seconds < 20

@@ -1,0 +1,228 @@
+"""The loop in one process: it learns, stops, resumes bit-equal, and names what is not finite."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cmvae import CMVAE
+from cmvae.data.reader import EvaluationLoader
+from cmvae.data.schema import ShardIndex
+from cmvae.errors import UserError
+from cmvae.tasks import CMVAETask
+from cmvae.training import loop
+from cmvae.training.checkpoint import list_checkpoints
+from cmvae.training.distributed import NonFiniteError, StopRequest
+from cmvae.training.loop import run_training
+
+
+def train(config, **arguments):
+    return run_training(config, ShardIndex.load(config.data.shards), **arguments)
+
+
+def final_weights(config):
+    return load_file(list_checkpoints(config.run_dir / "checkpoints")[-1] / "model.safetensors")
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def read_state(path):
+    return json.loads((path / "state.json").read_text())["state"]
+
+
+def test_a_run_leaves_checkpoints_config_and_an_export(experiment):
+    config = experiment()
+    assert train(config) is None
+    assert [path.name for path in list_checkpoints(config.run_dir / "checkpoints")] == [
+        "step-00000003",
+        "step-00000006",
+    ]
+    # 160 samples make ten batches of 16.
+    assert read_state(config.run_dir / "checkpoints/step-00000006") == {
+        "epoch": 0,
+        "batch": 6,
+        "step": 6,
+        "samples": 96,
+    }
+    assert (config.run_dir / "config.yaml").is_file()
+    exported = CMVAE.from_pretrained(config.run_dir / "export")
+    weights = final_weights(config)
+    for name, tensor in exported.state_dict().items():
+        if name != "cluster_prior.active":
+            assert torch.equal(tensor, weights[f"model.{name}"]), name
+    # The checkpoint goes on with all clusters, whatever the export has selected.
+    assert weights["model.cluster_prior.active"].all()
+
+
+def test_training_lowers_the_loss(experiment, monkeypatch):
+    bounds = []
+    original = loop.Meter.add
+    monkeypatch.setattr(
+        loop.Meter,
+        "add",
+        lambda meter, report, *rest: (
+            bounds.append(report["bound"].mean().item()),
+            original(meter, report, *rest),
+        ),
+    )
+    train(experiment("train.max_steps=60", "optimizer.learning_rate=0.003", "train.checkpoint_every=null"))
+    assert sum(bounds[-10:]) / 10 > sum(bounds[:10]) / 10 + 100
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_stop_and_resume_is_bit_equal(experiment, tmp_path, accumulation):
+    settings = ["train.max_steps=8", "train.epochs=null", f"train.gradient_accumulation_steps={accumulation}"]
+    whole = experiment(*settings, f"output_dir={tmp_path / 'whole'}", "train.checkpoint_every=null")
+    train(whole)
+    parts = experiment(*settings, f"output_dir={tmp_path / 'parts'}", "train.max_steps=3")
+    train(parts)
+    parts = experiment(*settings, f"output_dir={tmp_path / 'parts'}", "train.validate_every=2")
+    train(parts, resume=True)
+    assert read_state(list_checkpoints(parts.run_dir / "checkpoints")[-1]) == read_state(
+        list_checkpoints(whole.run_dir / "checkpoints")[-1]
+    )
+    assert_equal(final_weights(parts), final_weights(whole))
+
+
+def test_the_same_seed_gives_the_same_run_for_any_number_of_workers(experiment, tmp_path):
+    runs = [
+        experiment(f"output_dir={tmp_path / name}", f"data.num_workers={workers}", f"seed={seed}")
+        for name, workers, seed in (("a", 0, 0), ("b", 2, 0), ("c", 0, 1))
+    ]
+    for config in runs:
+        train(config)
+    assert_equal(final_weights(runs[0]), final_weights(runs[1]))
+    assert not torch.equal(*(final_weights(config)["model.cluster_prior.means"] for config in (runs[0], runs[2])))
+
+
+def test_accumulation_equals_one_large_batch(experiment, tmp_path, monkeypatch):
+    """Two batches of 16 and one of 32 give the same update, as the loss is a mean over samples."""
+    noise = {}
+
+    def fixed_noise(task, batch_size, device):
+        # The same noise for every sample, so that it does not matter which batch a sample falls into.
+        draw = original(task, 1, device) if not noise else noise["drawn"]
+        noise["drawn"] = draw
+        return type(draw)(
+            draw.shared.expand(-1, -1, batch_size, -1), draw.private.expand(-1, -1, -1, batch_size, -1)
+        )
+
+    original = CMVAETask.draw_noise
+    monkeypatch.setattr(CMVAETask, "draw_noise", fixed_noise)
+
+    class FirstSamples:
+        """The same 32 samples in the same order, in batches of any size."""
+
+        batches_per_epoch = 2
+
+        def __init__(self, folder, *, modalities, batch_size, **_):
+            self.arguments = {"folder": folder, "split": "train", "modalities": modalities}
+            self.batch_size = batch_size
+
+        def epoch_batches(self, epoch, skip_batches=0):
+            yield from EvaluationLoader(**self.arguments, batch_size=self.batch_size)
+
+    monkeypatch.setattr(loop, "TrainingLoader", FirstSamples)
+    common = ["train.max_steps=1", "train.checkpoint_every=null"]
+    two = experiment(*common, f"output_dir={tmp_path / 'two'}", "train.gradient_accumulation_steps=2")
+    one = experiment(*common, f"output_dir={tmp_path / 'one'}", "train.batch_size=32")
+    train(two)
+    train(one)
+    ones, twos = final_weights(one), final_weights(two)
+    for name, tensor in ones.items():
+        torch.testing.assert_close(twos[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, n=name: n + text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(experiment, monkeypatch, number):
+    config = experiment("train.max_steps=1000", "train.checkpoint_every=null")
+    update = loop.Trainer._update
+
+    def update_then_signal(trainer, *arguments):
+        if trainer.state.step == 4:
+            os.kill(os.getpid(), number)
+        return update(trainer, *arguments)
+
+    monkeypatch.setattr(loop.Trainer, "_update", update_then_signal)
+    before = signal.getsignal(number)
+    assert train(config) == number
+    assert signal.getsignal(number) == before
+    assert [path.name for path in list_checkpoints(config.run_dir / "checkpoints")] == ["step-00000005"]
+    assert not (config.run_dir / "export").exists()
+
+
+def test_a_second_signal_has_its_usual_effect():
+    with StopRequest.listening() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_non_finite_term_stops_before_the_update_and_is_named(experiment, monkeypatch):
+    config = experiment()
+    original = CMVAETask._log_likelihood
+    calls = []
+
+    def broken(task, modality, *arguments):
+        calls.append(modality)
+        value = original(task, modality, *arguments)
+        # Two trial batches in validation come first; break m1 in the fifth training step.
+        return value * torch.nan if task.training and modality == "m1" and len(calls) > 18 else value
+
+    monkeypatch.setattr(CMVAETask, "_log_likelihood", broken)
+    with pytest.raises(NonFiniteError, match=r"log_likelihood/m1, loss") as caught:
+        train(config)
+    assert "m0" not in str(caught.value)
+    last = list_checkpoints(config.run_dir / "checkpoints")[-1]
+    assert last.name == "step-00000003"
+    assert all(tensor.isfinite().all() for tensor in load_file(last / "model.safetensors").values())
+
+
+def test_a_non_finite_gradient_never_reaches_a_checkpoint(experiment, monkeypatch):
+    config = experiment("train.checkpoint_every=1")
+    original = CMVAETask.forward
+
+    def broken(task, batch):
+        loss, report = original(task, batch)
+        if task.training and len(list_checkpoints(config.run_dir / "checkpoints")) == 2:
+            loss = loss + (task.model.cluster_prior.means * 0).sqrt().sum()  # finite, its gradient is not
+        return loss, report
+
+    monkeypatch.setattr(CMVAETask, "forward", broken)
+    with pytest.raises(NonFiniteError, match="gradient"):
+        train(config)
+    assert [path.name[-1] for path in list_checkpoints(config.run_dir / "checkpoints")] == ["1", "2"]
+
+
+def test_resume_refuses_what_cannot_change_and_names_it(experiment):
+    train(experiment())
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate was 0\.002 and is now 0\.1"):
+        train(experiment("optimizer.learning_rate=0.1"), resume=True)
+
+
+def test_resume_without_a_checkpoint_starts_anew(experiment):
+    assert train(experiment(), resume=True) is None
+
+
+def test_only_the_newest_checkpoints_are_kept_and_unfinished_ones_do_not_count(experiment):
+    config = experiment("train.checkpoint_every=1", "train.keep_checkpoints=2")
+    folder = config.run_dir / "checkpoints"
+    (folder / "step-00009999").mkdir(parents=True)
+    train(config)
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000005", "step-00000006"]
+
+
+def test_overwrite_deletes_the_earlier_run(experiment):
+    config = experiment()
+    (config.run_dir / "export").mkdir(parents=True)
+    (config.run_dir / "export/old").touch()
+    train(config, overwrite=True)
+    assert not (config.run_dir / "export/old").exists()

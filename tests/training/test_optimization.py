@@ -1,0 +1,33 @@
+"""The learning rate against hand computations."""
+
+import pytest
+import torch
+
+from cmvae.config import OptimizerConfig
+from cmvae.training.optimization import build_optimizer, learning_rate, set_learning_rate
+
+
+def test_constant_rate_after_a_linear_warm_up():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4)
+    assert [learning_rate(step, 10, config) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_cosine_falls_to_zero_at_the_end():
+    config = OptimizerConfig(learning_rate=2.0, schedule="cosine", warmup_steps=2)
+    rates = [learning_rate(step, 12, config) for step in range(13)]
+    assert rates[1] == rates[2] == 2.0
+    assert rates[7] == pytest.approx(1.0)
+    assert rates[12] == pytest.approx(0.0)
+    assert all(earlier > later for earlier, later in zip(rates[2:], rates[3:], strict=False))
+
+
+def test_adam_takes_the_settings_and_frozen_parameters_stay_out():
+    module = torch.nn.Linear(2, 2)
+    module.bias.requires_grad_(False)
+    config = OptimizerConfig(learning_rate=0.1, betas=(0.5, 0.6), amsgrad=False, weight_decay=0.3)
+    optimizer = build_optimizer(module, config)
+    group = optimizer.param_groups[0]
+    assert group["params"] == [module.weight]
+    assert (group["betas"], group["amsgrad"], group["weight_decay"]) == ((0.5, 0.6), False, 0.3)
+    set_learning_rate(optimizer, 0.05)
+    assert group["lr"] == 0.05
