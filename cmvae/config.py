@@ -80,6 +80,8 @@ class DataConfig(_Settings):
     """Reader processes a rank; the order of samples does not depend on it."""
     shuffle_window: PositiveInt = 4096
     """Samples are shuffled among neighbouring shards that hold at least so many samples together."""
+    cache_megabytes: int = Field(default=256, ge=0)
+    """A train split that takes at most so much when decoded stays in the memory of each reader process."""
 
 
 class OptimizerConfig(_Settings):

@@ -7,13 +7,14 @@ leaves out or a resume skips is never decoded.
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 import tarfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,16 @@ Batch = dict[str, Any]
 
 RawSample = dict[str, Any]
 """Suffix of each member to its bytes, and WebDataset's `__key__` and `__url__` (the shard's path)."""
+
+
+class DecodedSample(NamedTuple):
+    """One sample, ready to be put into a batch."""
+
+    images: dict[str, np.ndarray]
+    """Modality to (C, H, W) uint8."""
+    label: int
+    key: str
+
 
 PREFETCHED_BATCHES = 8
 """Batches that a reader process is ahead, to bridge the time in which it loads a window."""
@@ -54,6 +65,8 @@ class TrainingLoader:
         world_size: number of ranks.
         num_workers: reader processes; 0 reads in this process. The order does not depend on it.
         shuffle_window: samples that are shuffled together, at least.
+        cache_bytes: decoded samples stay in the memory of each reader process, and are read and decoded
+            once, if the whole split takes at most so much.
 
     Raises:
         UserError: the folder lacks the split, a modality or a shard, or the split is smaller than one global
@@ -72,10 +85,11 @@ class TrainingLoader:
         world_size: int = 1,
         num_workers: int = 0,
         shuffle_window: int = 4096,
+        cache_bytes: int = 0,
     ) -> None:
         shards = SplitReader(folder, split, modalities)
         self._plan = TrainingPlan(shards.sizes, batch_size, world_size, seed, shuffle_window)
-        self._dataset = _PlannedDataset(shards, self._plan, rank)
+        self._dataset = _PlannedDataset(shards, self._plan, rank, keep_decoded=shards.num_bytes <= cache_bytes)
         self._loader = _make_loader(self._dataset, num_workers)
 
     @property
@@ -157,6 +171,8 @@ class SplitReader:
                 )
         self.modalities = {name: self.index.modalities[name] for name in modalities}
         self.sizes = [shard.num_samples for shard in self.shards]
+        self.num_bytes = sum(self.sizes) * sum(math.prod(schema.shape) for schema in self.modalities.values())
+        """Bytes of the whole split, decoded."""
         for shard in self.shards:
             self._check_size(shard)
 
@@ -189,7 +205,16 @@ class SplitReader:
         if count != shard.num_samples:
             raise _damaged(path, f"holds {count} samples, its index says {shard.num_samples}")
 
-    def decode(self, sample: RawSample, modality: str) -> np.ndarray:
+    def decode(self, sample: RawSample) -> DecodedSample:
+        """All modalities of a sample, its label and its key.
+
+        Raises:
+            UserError: a member is damaged or not what the index says.
+        """
+        images = {name: self.decode_image(sample, name) for name in self.modalities}
+        return DecodedSample(images, self.label(sample), sample["__key__"])
+
+    def decode_image(self, sample: RawSample, modality: str) -> np.ndarray:
         """One modality of a sample, (channels, height, width) uint8.
 
         Raises:
@@ -216,16 +241,14 @@ class SplitReader:
             )
         return int(text)
 
-    def collate(self, samples: Sequence[RawSample], valid: np.ndarray) -> Batch:
-        """Decode samples into one batch."""
-        batch: Batch = {}
-        for name, schema in self.modalities.items():
-            batch[name] = torch.empty((len(samples), *schema.shape), dtype=torch.uint8)
-            images = batch[name].numpy()
-            for place, sample in enumerate(samples):
-                images[place] = self.decode(sample, name)
-        batch["label"] = torch.tensor([self.label(sample) for sample in samples], dtype=torch.int64)
-        batch["key"] = [sample["__key__"] for sample in samples]
+    def collate(self, samples: Sequence[DecodedSample], valid: np.ndarray) -> Batch:
+        """One batch of decoded samples."""
+        batch: Batch = {
+            name: torch.from_numpy(np.stack([sample.images[name] for sample in samples]))
+            for name in self.modalities
+        }
+        batch["label"] = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+        batch["key"] = [sample.key for sample in samples]
         batch["valid"] = torch.from_numpy(valid.copy())
         return batch
 
@@ -279,10 +302,13 @@ class _PlannedDataset(IterableDataset):
     come in the order of the plan.
     """
 
-    def __init__(self, shards: SplitReader, plan: Plan, rank: int) -> None:
+    def __init__(self, shards: SplitReader, plan: Plan, rank: int, keep_decoded: bool = False) -> None:
         self.shards = shards
         self.plan = plan
         self.rank = rank
+        self.keep_decoded = keep_decoded
+        # By position, over all epochs; each reader process has its own.
+        self._kept: dict[int, DecodedSample] = {}
         # Worker processes outlive an epoch; shared memory tells them which one is next.
         self._next = torch.zeros(2, dtype=torch.int64).share_memory_()
 
@@ -309,18 +335,24 @@ class _PlannedDataset(IterableDataset):
         starts = np.cumsum(sizes) - sizes
         window_of_position = np.repeat(plan.window_of_shard, sizes)
         uses = np.bincount(plan.batches.ravel(), minlength=sizes.sum())
+        uses[list(self._kept)] = 0
         loaded: dict[int, RawSample] = {}
         for positions, valid in zip(plan.batches.tolist(), plan.valid, strict=True):
             samples = []
             for position in positions:
+                if position in self._kept:
+                    samples.append(self._kept[position])
+                    continue
                 if position not in loaded:
                     shards = np.flatnonzero(plan.window_of_shard == window_of_position[position])
                     for shard in shards.tolist():
                         loaded.update(self._load(shard, int(starts[shard]), uses))
-                samples.append(loaded[position])
+                samples.append(self.shards.decode(loaded[position]))
                 uses[position] -= 1
                 if uses[position] == 0:
                     del loaded[position]
+                if self.keep_decoded:
+                    self._kept[position] = samples[-1]
             yield self.shards.collate(samples, valid)
 
     def _load(self, shard: int, start: int, uses: np.ndarray) -> Mapping[int, RawSample]:

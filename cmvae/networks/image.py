@@ -38,7 +38,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block."""
-        return self.shortcut(x) + RESIDUAL_SCALE * self.branch(x)
+        return torch.add(self.shortcut(x), self.branch(x), alpha=RESIDUAL_SCALE)
 
 
 class PosteriorHeads(nn.Module):

@@ -20,7 +20,7 @@ _CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
 
 # What a run may change when it goes on: how long it trains, and what it reports.
 _CHANGEABLE = re.compile(
-    r"name|output_dir|tracking\..*|evaluation\..*|data\.(shards|num_workers)"
+    r"name|output_dir|tracking\..*|evaluation\..*|data\.(shards|num_workers|cache_megabytes)"
     r"|train\.(epochs|max_steps|log_every|validate_every|checkpoint_every|keep_checkpoints)"
 )
 

@@ -126,6 +126,7 @@ class Trainer:
             world_size=world_size,
             num_workers=config.data.num_workers,
             shuffle_window=config.data.shuffle_window,
+            cache_bytes=config.data.cache_megabytes * 2**20,
         )
         self.validation_loader = EvaluationLoader(
             config.data.shards,
