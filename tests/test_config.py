@@ -30,11 +30,17 @@ def test_polymnist_has_the_published_settings():
     assert (config.optimizer.learning_rate, config.optimizer.amsgrad) == (1e-3, True)
     assert list(modalities) == ["m0", "m1", "m2", "m3", "m4"]
     for modality in modalities.values():
-        assert (modality.width, modality.likelihood.family, modality.likelihood.scale) == (64, "laplace", 0.75)
+        assert (modality.width, modality.likelihood.family, modality.likelihood.scale) == (
+            64,
+            "laplace",
+            0.75,
+        )
 
 
 def test_overrides_change_one_key_and_share_no_anchor():
-    config = load_config(DIGITS, ["train.batch_size=32", "model.modalities.m0.width=4", "tracking.enabled=false"])
+    config = load_config(
+        DIGITS, ["train.batch_size=32", "model.modalities.m0.width=4", "tracking.enabled=false"]
+    )
     assert config.train.batch_size == 32
     assert not config.tracking.enabled
     # m0 to m2 are one YAML anchor; only m0 may change.
@@ -110,7 +116,9 @@ def index_with(*modalities):
 def test_a_modality_that_the_shards_lack_is_named():
     config = load_config(DIGITS)
     check_against_shards(config, index_with("m0", "m1", "m2", "extra"), "digits.yaml")
-    with pytest.raises(UserError, match=r"digits\.yaml: model\.modalities\.m2: shards/digits has no modality"):
+    with pytest.raises(
+        UserError, match=r"digits\.yaml: model\.modalities\.m2: shards/digits has no modality"
+    ):
         check_against_shards(config, index_with("m0", "m1"), "digits.yaml")
 
 

@@ -173,7 +173,10 @@ def test_an_export_gives_the_same_model(tmp_path, inputs):
     model = make_model()
     model.cluster_prior.active[3] = False
     model.save_pretrained(tmp_path / "export")
-    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["config.yaml", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
+        "config.yaml",
+        "model.safetensors",
+    ]
     again = CMVAE.from_pretrained(tmp_path / "export")
     assert not again.training
     assert torch.equal(again.cluster_prior.active, model.cluster_prior.active)

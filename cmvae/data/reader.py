@@ -89,7 +89,9 @@ class TrainingLoader:
     ) -> None:
         shards = SplitReader(folder, split, modalities)
         self._plan = TrainingPlan(shards.sizes, batch_size, world_size, seed, shuffle_window)
-        self._dataset = _PlannedDataset(shards, self._plan, rank, keep_decoded=shards.num_bytes <= cache_bytes)
+        self._dataset = _PlannedDataset(
+            shards, self._plan, rank, keep_decoded=shards.num_bytes <= cache_bytes
+        )
         self._loader = _make_loader(self._dataset, num_workers)
 
     @property

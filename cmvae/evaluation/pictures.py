@@ -14,9 +14,7 @@ from cmvae.evaluation.clustering import EncodedSplit
 from cmvae.model import CMVAE
 
 
-def draw_cross_modal(
-    model: CMVAE, inputs: Mapping[str, Tensor], generator: torch.Generator
-) -> Figure:
+def draw_cross_modal(model: CMVAE, inputs: Mapping[str, Tensor], generator: torch.Generator) -> Figure:
     """Inputs, generated from every modality; on the diagonal their reconstructions.
 
     Only encodes and decodes, so that under ZeRO-3 all ranks may call it in the middle of a training.

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPES, picture, png, write_index, write_tar
+from handmade_shards import SHAPES, picture, png, write_index, write_tar
 from PIL import Image
 
 from cmvae.data import reader
@@ -107,6 +107,38 @@ def test_nothing_that_is_skipped_is_decoded(make_folder, monkeypatch):
     batches = list(loader.epoch_batches(0, skip_batches=5))
     assert len(batches) == loader.batches_per_epoch - 5 > 0
     assert len(decoded) == len(batches) * 3 * 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_cached_split_reads_the_same_batches(make_folder, num_workers):
+    folder = make_folder(SIZES)
+    plain = training(folder, num_workers=num_workers)
+    cached = training(folder, num_workers=num_workers, cache_bytes=10**6)
+    for epoch in range(3):
+        for expected, batch in zip(plain.epoch_batches(epoch), cached.epoch_batches(epoch), strict=True):
+            assert batch["key"] == expected["key"]
+            for name in ("m0", "m1", "label", "valid"):
+                assert torch.equal(batch[name], expected[name])
+
+
+def test_a_cached_split_decodes_every_sample_once(make_folder, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(
+        reader,
+        "decode_png",
+        lambda content, schema, decode=reader.decode_png: (decoded.append(content), decode(content, schema))[
+            1
+        ],
+    )
+    loader = training(make_folder(SIZES), cache_bytes=10**6)
+    for epoch in range(6):
+        keys(loader.epoch_batches(epoch))
+    assert len(decoded) == sum(SIZES) * 2, "once for each of two modalities"
+    too_small = training(make_folder(SIZES), cache_bytes=sum(SIZES) * (3 * 4 * 5 + 3 * 2) - 1)
+    decoded.clear()
+    for epoch in range(2):
+        keys(too_small.epoch_batches(epoch))
+    assert len(decoded) == 2 * too_small.batches_per_epoch * 3 * 2
 
 
 class WatchedSample(dict):

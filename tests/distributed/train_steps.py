@@ -46,7 +46,10 @@ def main() -> None:
     set_seed(config.seed + 1)
 
     loader = TrainingLoader(
-        config.data.shards, modalities=model.modality_names, batch_size=per_rank * world_size, seed=config.seed
+        config.data.shards,
+        modalities=model.modality_names,
+        batch_size=per_rank * world_size,
+        seed=config.seed,
     )
     losses = []
     with StopRequest.listening() as stop:

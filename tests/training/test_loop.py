@@ -99,7 +99,9 @@ def test_the_same_seed_gives_the_same_run_for_any_number_of_workers(experiment, 
     for config in runs:
         train(config)
     assert_equal(final_weights(runs[0]), final_weights(runs[1]))
-    assert not torch.equal(*(final_weights(config)["model.cluster_prior.means"] for config in (runs[0], runs[2])))
+    assert not torch.equal(
+        *(final_weights(config)["model.cluster_prior.means"] for config in (runs[0], runs[2]))
+    )
 
 
 def test_accumulation_equals_one_large_batch(experiment, tmp_path, monkeypatch):
@@ -137,7 +139,9 @@ def test_accumulation_equals_one_large_batch(experiment, tmp_path, monkeypatch):
     train(one)
     ones, twos = final_weights(one), final_weights(two)
     for name, tensor in ones.items():
-        torch.testing.assert_close(twos[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, n=name: n + text)
+        torch.testing.assert_close(
+            twos[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, n=name: n + text
+        )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
