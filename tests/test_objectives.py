@@ -234,7 +234,7 @@ def test_iwae_of_one_sample_is_the_elbo_and_grows_with_samples():
 
 
 def test_padding_changes_neither_loss_nor_gradient():
-    task, batch, noise = make_task(2, "laplace", "iwae", 1)
+    task, batch, _ = make_task(2, "laplace", "iwae", 1)
     batch["valid"] = torch.tensor([True, False])
     loss, report = task(batch)
     torch.testing.assert_close(loss, -report["bound"][0])

@@ -1,5 +1,7 @@
 """The learning rate against hand computations."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ def test_cosine_falls_to_zero_at_the_end():
     assert rates[1] == rates[2] == 2.0
     assert rates[7] == pytest.approx(1.0)
     assert rates[12] == pytest.approx(0.0)
-    assert all(earlier > later for earlier, later in zip(rates[2:], rates[3:], strict=False))
+    assert all(earlier > later for earlier, later in itertools.pairwise(rates[2:]))
 
 
 def test_adam_takes_the_settings_and_frozen_parameters_stay_out():

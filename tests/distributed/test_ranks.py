@@ -1,0 +1,117 @@
+"""Two real ranks on the CPU, launched as the documented configurations launch them."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ROOT, run_command
+from safetensors.torch import load_file
+
+from cmvae import CMVAE
+
+STEPS = 4
+SCRIPT = Path(__file__).with_name("train_steps.py")
+
+
+def launch(configuration, *arguments, cwd=ROOT, ranks=2):
+    return run_command(
+        [
+            "accelerate",
+            "launch",
+            f"--config_file={ROOT}/configs/accelerate/{configuration}.yaml",
+            f"--num_processes={ranks}",
+            "--main_process_port=0",
+            *arguments,
+        ],
+        cwd,
+    )
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, digits_shards):
+    """Losses of one rank at batch 16, in fp32."""
+    folder = tmp_path_factory.mktemp("one_rank")
+    done = run_command([sys.executable, SCRIPT, *steps_arguments(folder, digits_shards, batch_size=16)], ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "result.json").read_text())
+
+
+def steps_arguments(folder, shards, batch_size, precision="fp32"):
+    return [
+        ROOT / "configs/digits.yaml",
+        folder,
+        STEPS,
+        f"data.shards={shards}",
+        f"train.batch_size={batch_size}",
+        f"train.mixed_precision={precision}",
+        # An accumulated or clipped gradient must not depend on the ranks either.
+        "optimizer.max_grad_norm=2000",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("configuration", "kind"), [("ddp", "MULTI_CPU"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED")]
+)
+def test_two_ranks_give_the_losses_of_one_at_twice_the_batch(
+    tmp_path, digits_shards, one_rank, configuration, kind
+):
+    done = launch(configuration, SCRIPT, *steps_arguments(tmp_path, digits_shards, batch_size=8))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["world_size"], result["distributed_type"]) == (2, kind)
+    assert len(result["losses"]) == STEPS
+    assert result["losses"] == pytest.approx(one_rank["losses"], rel=1e-5)
+    # The losses fall, so that equal losses mean equal updates.
+    assert result["losses"][-1] < result["losses"][0] - 50
+    assert result["export_difference"] < 1e-5
+
+
+def test_densities_stay_fp32_under_deepspeeds_bf16(tmp_path, digits_shards, one_rank):
+    done = launch("zero2", SCRIPT, *steps_arguments(tmp_path, digits_shards, batch_size=8, precision="bf16"))
+    assert done.returncode == 0, done.stderr
+    losses = json.loads((tmp_path / "result.json").read_text())["losses"]
+    # A bf16 loss near 2,000 is a multiple of 8; networks in bf16 alone move it by far less than a percent.
+    assert losses == pytest.approx(one_rank["losses"], rel=2e-3)
+    assert any(loss % 1 for loss in losses)
+
+
+@pytest.mark.parametrize("configuration", ["ddp", "zero2", "zero3"])
+def test_the_documented_training_runs_and_resumes_on_two_ranks(tmp_path, experiment_file, configuration):
+    train = [ROOT / "launch/train.py", experiment_file, "train.batch_size=8", "train.validate_every=2"]
+    # DeepSpeed's JSON is named relative to the checkout.
+    stopped = launch(configuration, *train, "train.max_steps=3")
+    assert stopped.returncode == 0, stopped.stderr
+    run = tmp_path / "run"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
+    shutil.rmtree(run / "export")
+    done = launch(configuration, *train, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout
+    state = json.loads((run / "checkpoints/step-00000006/state.json").read_text())
+    assert state["state"] == {"epoch": 0, "batch": 6, "step": 6, "samples": 96}
+    assert state["world_size"] == 2
+    exported = CMVAE.from_pretrained(run / "export")
+    assert all(weight.isfinite().all() for weight in exported.parameters())
+    assert exported.cluster_prior.means.abs().max() > 0
+    assert load_file(run / "export/model.safetensors")["cluster_prior.logits"].abs().max() > 0
+
+    refused = run_command(
+        [sys.executable, ROOT / "launch/train.py", experiment_file, "train.batch_size=8", "--resume"], ROOT
+    )
+    assert refused.returncode == 2
+    assert "world_size 2, but this run has 1" in refused.stderr
+
+
+def test_ranks_that_do_not_find_each_other_are_refused(tmp_path, experiment_file):
+    """Two processes that think they are alone would train two models: item 7 of the design."""
+    done = run_command(
+        [sys.executable, ROOT / "launch/train.py", experiment_file],
+        ROOT,
+        WORLD_SIZE="2",
+        RANK="0",
+        ACCELERATE_USE_CPU="false",
+    )
+    assert done.returncode != 0
+    assert not (tmp_path / "run/export").exists()
