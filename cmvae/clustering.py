@@ -117,19 +117,19 @@ def select_clusters(
     samples that the modality assigns to it. The set with the smallest criterion is kept, a single cluster
     excluded. Dropping clusters does not change the encodings, so that one encoding pass is enough.
 
-    "Number of clusters" is read in two ways. "active", the default, counts those still in the set, as the
-    formula says. "initial" is always C: the released code adds 1e-20 to every probability before it counts
-    those that are not zero. On well-separated clusters both select the same. Where clusters overlap they
-    differ, and fail differently: "active" tends to keep clusters without samples, because they raise the
-    largest possible entropy, but no sample is ever assigned to those; "initial" can merge true clusters,
-    at worst down to two, because that lowers the entropy and nothing else counts the clusters.
+    "Number of clusters" is read in two ways. "active", the default, counts the clusters of the set that some
+    sample is assigned to: an empty cluster is then always better dropped, as it only keeps weight from the
+    others. "initial" is always C: the released code adds 1e-20 to every probability before it counts those
+    that are not zero. On well-separated clusters both select the same. Where clusters overlap they differ:
+    with the larger normaliser the entropy weighs less and the likelihood more at first, but merging clusters
+    costs nothing in the normaliser, so that "initial" can merge true clusters, at worst down to two.
 
     Args:
         log_density: (N, M, C) log p(z_nm | c) on validation data, in nats.
         log_weights: (C,) log π_c.
         beta: β of the objective.
         shared_dim: dimensions of z.
-        normaliser: which clusters the largest possible entropy counts.
+        normaliser: which clusters the largest possible entropy counts, at least two.
 
     Raises:
         ValueError: shapes disagree, a value is not finite, or there are fewer than two clusters.
@@ -144,13 +144,14 @@ def select_clusters(
     entropy_terms, likelihood_terms, dropped = [], [], []
     while True:
         posterior, log_evidence = _posterior(log_density, log_weights)
-        entropy = entr(posterior).sum(axis=2).mean()
-        entropy_terms.append(beta * entropy / np.log(len(remaining) if normaliser == "active" else total))
+        mass = _mass(posterior)
+        num_active = max(2, np.count_nonzero(mass)) if normaliser == "active" else total
+        entropy_terms.append(beta * entr(posterior).sum(axis=2).mean() / np.log(num_active))
         likelihood_terms.append(-log_evidence.mean() / shared_dim)
         if len(remaining) == 2:
             break
         # Several clusters may have no samples at all; among them the one with the least weight goes.
-        lowest = np.lexsort((log_weights, _mass(posterior)))[0]
+        lowest = np.lexsort((log_weights, mass))[0]
         dropped.append(remaining[lowest])
         remaining = np.delete(remaining, lowest)
         log_density = np.delete(log_density, lowest, axis=2)

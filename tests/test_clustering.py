@@ -109,7 +109,8 @@ def stepwise_selection(
             likelihoods.append(prior.log_prob(z).mean().item())
             for probabilities in posterior.probs:
                 mass[remaining[int(probabilities.argmax())]] += probabilities.max().item()
-        count = len(remaining) if normaliser == "active" else len(encodings.log_weights)
+        active = max(2, sum(value > 0 for value in mass.values()))
+        count = active if normaliser == "active" else len(encodings.log_weights)
         criterion.append(
             beta * np.mean(entropies) / math.log(count) - np.mean(likelihoods) / encodings.shared_dim
         )
@@ -236,8 +237,8 @@ def test_selection_describes_its_curve() -> None:
     assert selection.entropy_term.max() <= 2.5
 
 
-def test_the_two_normalisers_fail_differently_where_clusters_overlap() -> None:
-    # The reason why "active" is the default: its surplus is clusters without samples.
+def test_where_clusters_overlap_the_normalisers_differ_and_active_merges_less() -> None:
+    # The reason why "active" is the default: it merges a few, "initial" merges nearly all.
     encodings = SimulatedEncodings(0, 25, "normal", spread=0.7)
     log_density = encodings.log_density()
 
@@ -249,7 +250,8 @@ def test_the_two_normalisers_fail_differently_where_clusters_overlap() -> None:
     num_active, acc_active = used("active")
     num_initial, acc_initial = used("initial")
     assert num_active > num_initial
-    assert acc_active > 0.9 > acc_initial
+    assert acc_active > 0.8
+    assert acc_initial < 0.5
 
 
 def test_selection_refuses_a_single_cluster() -> None:

@@ -1,0 +1,146 @@
+"""The documented commands, as a user types them, on a small part of the embedded data."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import ROOT, run_command
+from PIL import Image
+
+FIGURES = ["cluster_samples", "confusion_matrix", "cross_modal", "latent_map", "selection_curve"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A copy of the checkout in which `make demo` ran, with a shorter training."""
+    copy = tmp_path_factory.mktemp("demo") / "checkout"
+    shutil.copytree(
+        ROOT,
+        copy,
+        ignore=shutil.ignore_patterns(".git", ".venv", "runs", "mlruns", "mlflow.db*", "digits", "polymnist"),
+    )
+    environment = Path(sys.prefix)
+    # This interpreter's environment stands in for the one that `make demo` would install.
+    done = run_command(
+        ["make", "demo", f"VENV={environment}", "-o", environment / "installed", "ARGS=train.max_steps=40"], copy
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return copy, done
+
+
+def test_demo_prints_a_table_and_where_the_pictures_are(demo):
+    _, done = demo
+    for expected in ("clustering/acc", "clustering/num_clusters", "runs/digits/evaluation/figures", "mlflow ui"):
+        assert expected in done.stdout
+    assert "samples/s" in done.stderr, "progress goes to the terminal"
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_demo_leaves_the_contracted_files(demo):
+    run = demo[0] / "runs/digits"
+    metrics = json.loads((run / "evaluation/metrics.json").read_text())
+    for key in ("num_clusters", "acc", "nmi", "ari", "purity"):
+        assert isinstance(metrics[f"clustering/{key}"], float)
+    # Forty steps find something, if not much: far above the 0.1 of chance.
+    assert metrics["clustering_all/acc"] > 0.25
+    assert sorted(path.stem for path in (run / "evaluation/figures").glob("*.png")) == FIGURES
+    for path in (run / "evaluation/figures").glob("*.png"):
+        with Image.open(path) as picture:
+            assert min(picture.size) > 200
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["max_steps"] == 40
+    assert sorted(path.name for path in (run / "export").iterdir()) == ["config.yaml", "model.safetensors"]
+
+
+def test_mlflow_holds_one_run_with_settings_curves_and_pictures(demo):
+    copy = demo[0]
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{copy}/mlflow.db")
+    experiment = client.get_experiment_by_name("cmvae")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.max_steps"] == "40"
+    for metric in ("train/bound", "train/samples_per_second", "validation/clusters/perplexity"):
+        assert metric in run.data.metrics
+    evaluated = json.loads((copy / "runs/digits/evaluation/metrics.json").read_text())
+    assert run.data.metrics["evaluation/clustering/acc"] == evaluated["clustering/acc"]
+    artifacts = [artifact.path for artifact in client.list_artifacts(run.info.run_id)]
+    assert {"config.yaml", "figures", "images", "metrics.json"} <= set(artifacts)
+
+
+def test_bare_mlflow_looks_at_the_database_of_the_working_folder(demo):
+    done = run_command(["mlflow", "experiments", "search"], demo[0])
+    assert done.returncode == 0, done.stderr
+    assert "cmvae" in done.stdout
+
+
+def test_the_library_starts_from_the_export(demo):
+    program = """
+from cmvae import CMVAE
+model = CMVAE.from_pretrained("runs/digits/export")
+images = model.generate(5)
+assert {name: tuple(x.shape) for name, x in images.items()} == {f"m{i}": (5, 3, 16, 16) for i in range(3)}
+print(sorted(set(model.assign(images).cluster.tolist())))
+"""
+    done = run_command([sys.executable, "-c", program], demo[0])
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_second_training_refuses_to_bury_the_first(demo):
+    done = run_command([sys.executable, "launch/train.py", "configs/digits.yaml"], demo[0])
+    assert done.returncode == 2
+    assert "runs/digits: holds the checkpoints and export of an earlier run" in done.stderr
+    assert "--resume" in done.stderr
+    assert "--overwrite" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["runs/nothing"], "runs/nothing/config.yaml: missing"),
+        (["runs/digits", "data.shards=shards/nothing"], "no such shard folder"),
+        (["runs/digits", "evaluation.batchsize=1"], "did you mean 'batch_size'"),
+    ],
+)
+def test_evaluation_names_what_is_wrong(demo, arguments, expected):
+    done = run_command([sys.executable, "launch/evaluate.py", *arguments], demo[0])
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_tracking_goes_off_with_one_key(experiment_file, tmp_path):
+    done = run_command([sys.executable, ROOT / "launch/train.py", experiment_file], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "mlflow.db").exists()
+    assert not (tmp_path / "mlruns").exists()
+    assert (tmp_path / "run/export/model.safetensors").is_file()
+
+
+def test_sigterm_saves_leaves_and_resumes(experiment_file, tmp_path):
+    command = [sys.executable, ROOT / "launch/train.py", experiment_file]
+    slow = [*command, "train.max_steps=100000", "train.checkpoint_every=null", "data.num_workers=2"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([str(part) for part in slow], cwd=tmp_path, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while "bound=" not in (tmp_path / "log").read_text():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
+    reached = int(checkpoint.name.removeprefix("step-"))
+    assert reached > 0
+    done = run_command(
+        [*command, "data.num_workers=2", "--resume", f"train.max_steps={reached + 1}"], tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"step {reached}" in done.stdout
+    assert (tmp_path / "run/export/model.safetensors").is_file()
