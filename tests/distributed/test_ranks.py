@@ -104,6 +104,26 @@ def test_the_documented_training_runs_and_resumes_on_two_ranks(tmp_path, experim
     assert "world_size 2, but this run has 1" in refused.stderr
 
 
+@pytest.mark.parametrize("configuration", ["ddp", "zero2"])
+def test_a_broken_term_on_one_rank_stops_both_and_is_named(tmp_path, experiment_file, configuration):
+    script = Path(__file__).with_name("one_rank_breaks.py")
+    done = launch(
+        configuration,
+        script,
+        ROOT / "launch/train.py",
+        experiment_file,
+        "train.batch_size=8",
+        "train.checkpoint_every=1",
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: not finite: log_likelihood/m2, loss") == 2, done.stderr
+    # Two updates were sound; the third never happened.
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
+        "step-00000001",
+        "step-00000002",
+    ]
+
+
 def test_ranks_that_do_not_find_each_other_are_refused(tmp_path, experiment_file):
     """Two processes that think they are alone would train two models: item 7 of the design."""
     done = run_command(

@@ -28,7 +28,8 @@ def demo(tmp_path_factory):
     environment = Path(sys.prefix)
     # This interpreter's environment stands in for the one that `make demo` would install.
     done = run_command(
-        ["make", "demo", f"VENV={environment}", "-o", environment / "installed", "ARGS=train.max_steps=40"], copy
+        ["make", "demo", f"VENV={environment}", "-o", environment / "installed", "ARGS=train.max_steps=40"],
+        copy,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return copy, done
@@ -36,7 +37,12 @@ def demo(tmp_path_factory):
 
 def test_demo_prints_a_table_and_where_the_pictures_are(demo):
     _, done = demo
-    for expected in ("clustering/acc", "clustering/num_clusters", "runs/digits/evaluation/figures", "mlflow ui"):
+    for expected in (
+        "clustering/acc",
+        "clustering/num_clusters",
+        "runs/digits/evaluation/figures",
+        "mlflow ui",
+    ):
         assert expected in done.stdout
     assert "samples/s" in done.stderr, "progress goes to the terminal"
     assert "Traceback" not in done.stdout + done.stderr

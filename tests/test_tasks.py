@@ -1,0 +1,129 @@
+"""The task: what it reports, in which precision, and what it says about clusters."""
+
+import numpy as np
+import pytest
+import torch
+
+from cmvae.config import ModalityConfig, ModelConfig, ObjectiveConfig
+from cmvae.data.schema import ModalitySchema
+from cmvae.model import CMVAE
+from cmvae.tasks import CMVAETask
+
+SCHEMA = ModalitySchema(kind="image", shape=(3, 8, 8), dtype="uint8")
+NAMES = ("a", "b", "c")
+
+
+def make_task(autocast_dtype=None, num_samples=2):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        shared_dim=5,
+        private_dim=4,
+        num_clusters=6,
+        modalities={name: ModalityConfig(width=4) for name in NAMES},
+    )
+    model = CMVAE(config, dict.fromkeys(NAMES, SCHEMA), autocast_dtype)
+    return CMVAETask(model, ObjectiveConfig(num_samples=num_samples, beta=1.5))
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(1)
+    return {
+        **{name: torch.rand(9, 3, 8, 8) for name in NAMES},
+        "valid": torch.ones(9, dtype=torch.bool),
+        "label": torch.arange(9) % 3,
+        "key": [str(i) for i in range(9)],
+    }
+
+
+def test_each_decoder_and_encoder_runs_once_a_step(batch):
+    task = make_task()
+    calls = []
+    for kind in ("encoders", "decoders"):
+        for name, network in getattr(task.model, kind).items():
+            network.register_forward_hook(
+                lambda _, inputs, __, where=(kind, name): calls.append((*where, len(inputs[0])))
+            )
+    task(batch)
+    # A decoder decodes every target at once: three sources, two samples, nine members of the batch.
+    expected = [("encoders", name, 9) for name in NAMES] + [("decoders", name, 3 * 2 * 9) for name in NAMES]
+    assert sorted(calls) == sorted(expected)
+
+
+def test_densities_are_fp32_whatever_the_precision_around(batch):
+    results = []
+    for inner, outer in ((None, None), (torch.bfloat16, None), (torch.bfloat16, torch.bfloat16)):
+        task = make_task(inner)
+        torch.manual_seed(2)
+        with torch.autocast("cpu", dtype=outer, enabled=outer is not None):
+            loss, report = task(batch)
+        assert loss.dtype == torch.float32
+        assert {value.dtype for value in report.values()} == {torch.float32}
+        results.append(loss)
+    full, inside, surrounded = results
+    # A launcher's autocast changes nothing, not one bit: the model decides over its own precision.
+    assert torch.equal(inside, surrounded)
+    assert not torch.equal(full, inside)
+    torch.testing.assert_close(inside, full, rtol=5e-3, atol=0)
+
+
+def test_every_parameter_takes_a_gradient(batch):
+    """Data parallelism waits for the gradient of every parameter."""
+    task = make_task()
+    task(batch)[0].backward()
+    without = [name for name, p in task.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_the_report_adds_up_to_the_bound(batch):
+    task = make_task(num_samples=1)
+    _, report = task(batch)
+    assert set(report) == set(task.term_names)
+    likelihood = sum(report[f"log_likelihood/{name}"] for name in NAMES)
+    prior = report["log_prior/z"] + report["log_prior/w"]
+    posterior = report["log_posterior/z"] + report["log_posterior/w"]
+    # With one sample the bound is linear in its terms.
+    torch.testing.assert_close(report["bound"], likelihood + 1.5 * (prior - posterior), rtol=1e-4, atol=1e-3)
+
+
+def test_evaluation_reports_the_clusters_at_the_posteriors_locations(batch):
+    task = make_task().eval()
+    _, report = task(batch)
+    posteriors = task.model.encode({name: batch[name] for name in NAMES})
+    torch.testing.assert_close(report["shared_loc"][:, 1], posteriors["b"].shared.loc)
+    assert report["log_density"].shape == (9, 3, 6)
+    assert report["log_weights"].shape == (9, 6)
+    torch.testing.assert_close(report["log_weights"].exp().sum(1), torch.ones(9))
+
+
+def records_of(clusters, labels):
+    """A report in which every modality places sample i in `clusters[i]` beyond doubt."""
+    density = np.full((len(clusters), 3, 6), -50.0)
+    for i, cluster in enumerate(clusters):
+        density[i, :, cluster] = 0
+    terms = {name: np.full(len(clusters), float(i)) for i, name in enumerate(make_task().term_names)}
+    return {
+        **terms,
+        "log_weights": np.full((len(clusters), 6), -np.log(6)),
+        "log_density": density,
+        "shared_loc": np.zeros((len(clusters), 3, 5)),
+        "label": np.array(labels),
+    }
+
+
+def test_validation_metrics_know_occupancy_and_agreement():
+    metrics = make_task().validation_metrics(records_of([0, 0, 4, 4], [1, 1, 0, 0]))
+    assert metrics["clusters/occupied"] == 2
+    assert metrics["clusters/perplexity"] == pytest.approx(2)
+    assert metrics["clusters/largest_share"] == 0.5
+    assert metrics["clustering/acc"] == metrics["clustering/nmi"] == 1
+    assert metrics["bound"] == 0
+    assert metrics["log_likelihood/b"] == 2
+
+
+def test_without_labels_there_is_no_agreement():
+    metrics = make_task().validation_metrics(records_of([0, 1, 2], [-1, -1, -1]))
+    assert metrics["clusters/occupied"] == 3
+    assert not any(name.startswith("clustering/") for name in metrics)
+    some = make_task().validation_metrics(records_of([0, 0, 1, 5], [3, 3, 2, -1]))
+    assert some["clustering/acc"] == 1, "only labelled samples count"
