@@ -13,6 +13,7 @@ ARGS ?=
 
 # The stamp is newer than what it was installed from, or it is installed again.
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV): a few minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	touch $@
@@ -30,10 +31,12 @@ demo: $(VENV)/installed shards/digits/index.json
 	@echo
 	@echo "compare runs: $(BIN)/mlflow ui"
 
-# DATA holds mnist.npz and polymnist_backgrounds/ with a photograph a modality.
+# DATA holds the released PolyMNIST/ folder, or mnist.npz and polymnist_backgrounds/ with a photograph a modality.
+POLYMNIST_INPUT = $(if $(wildcard $(DATA)/PolyMNIST/.),--released "$(DATA)/PolyMNIST",--mnist "$(DATA)/mnist.npz" --backgrounds "$(DATA)/polymnist_backgrounds")
+
 polymnist: $(VENV)/installed
-	@test -n "$(DATA)" || { echo "make polymnist DATA=folder: say which folder holds mnist.npz and polymnist_backgrounds/"; exit 2; }
-	test -f shards/polymnist/index.json || $(BIN)/python tools/make_shards.py polymnist --mnist $(DATA)/mnist.npz --backgrounds $(DATA)/polymnist_backgrounds --out shards/polymnist
+	@test -n "$(DATA)" || { echo "make polymnist DATA=folder: a folder with PolyMNIST/, or with mnist.npz and polymnist_backgrounds/"; exit 2; }
+	test -f shards/polymnist/index.json || $(BIN)/python tools/make_shards.py polymnist $(POLYMNIST_INPUT) --out shards/polymnist
 	$(BIN)/accelerate launch launch/train.py configs/polymnist.yaml --resume $(ARGS)
 	$(BIN)/python launch/evaluate.py runs/polymnist
 

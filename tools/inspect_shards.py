@@ -153,7 +153,7 @@ def main() -> int:
             print("All shards have the checksums and sample counts of the index.")
         draw_sheet(folder, index, sheet)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -92,7 +92,7 @@ def main() -> int:
                 report=report,
             )
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

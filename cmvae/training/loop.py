@@ -92,7 +92,10 @@ def run_training(
         with StopRequest.listening() as stop:
             stopped_by = trainer.fit(stop)
         if stopped_by is None:
-            trainer.export()
+            folder = trainer.export()
+            accelerator.print(f"{folder}: exported. Next: python launch/evaluate.py {config.run_dir}")
+        else:
+            accelerator.print(f"{stopped_by.name}: saved at step {state.step}. Go on with --resume")
         status = "FINISHED" if stopped_by is None else "KILLED"
     finally:
         tracker.end(status)
