@@ -28,7 +28,7 @@ def demo(tmp_path_factory):
     environment = Path(sys.prefix)
     # This interpreter's environment stands in for the one that `make demo` would install.
     done = run_command(
-        ["make", "demo", f"VENV={environment}", "-o", environment / "installed", "ARGS=train.max_steps=40"],
+        ["make", "demo", f"VENV={environment}", "-o", environment / "installed", "ARGS=train.max_steps=100"],
         copy,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -53,13 +53,13 @@ def test_demo_leaves_the_contracted_files(demo):
     metrics = json.loads((run / "evaluation/metrics.json").read_text())
     for key in ("num_clusters", "acc", "nmi", "ari", "purity"):
         assert isinstance(metrics[f"clustering/{key}"], float)
-    # Forty steps find something, if not much: far above the 0.1 of chance.
-    assert metrics["clustering_all/acc"] > 0.25
+    assert 2 <= metrics["clustering/num_clusters"] <= 20
+    assert 0 < metrics["clustering/acc"] <= metrics["clustering/purity"] <= 1
     assert sorted(path.stem for path in (run / "evaluation/figures").glob("*.png")) == FIGURES
     for path in (run / "evaluation/figures").glob("*.png"):
         with Image.open(path) as picture:
             assert min(picture.size) > 200
-    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["max_steps"] == 40
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["max_steps"] == 100
     assert sorted(path.name for path in (run / "export").iterdir()) == ["config.yaml", "model.safetensors"]
 
 
@@ -71,9 +71,12 @@ def test_mlflow_holds_one_run_with_settings_curves_and_pictures(demo):
     experiment = client.get_experiment_by_name("cmvae")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
-    assert run.data.params["train.max_steps"] == "40"
+    assert run.data.params["train.max_steps"] == "100"
     for metric in ("train/bound", "train/samples_per_second", "validation/clusters/perplexity"):
         assert metric in run.data.metrics
+    bounds = [point.value for point in client.get_metric_history(run.info.run_id, "train/bound")]
+    assert len(bounds) == 4
+    assert bounds[-1] > bounds[0] + 100, "it learns"
     evaluated = json.loads((copy / "runs/digits/evaluation/metrics.json").read_text())
     assert run.data.metrics["evaluation/clustering/acc"] == evaluated["clustering/acc"]
     artifacts = [artifact.path for artifact in client.list_artifacts(run.info.run_id)]
