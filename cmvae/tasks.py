@@ -71,8 +71,8 @@ class CMVAETask(nn.Module):
                 pads the batch.
 
         Returns:
-            The loss, a mean over valid samples in nats, and a report: by name (B,) per sample the bound and
-            its terms (means over sources and samples; likelihoods before their weights). In evaluation mode
+            The loss, a mean over valid samples in nats, and a report: by name (B,) per sample the terms of
+            the bound (means over sources and samples; likelihoods before their weights), then the bound. In evaluation mode
             also `log_weights` (B, C) and `log_density` (B, M, C) of the clusters and `shared_loc`
             (B, M, D_z), at the locations of the posteriors.
         """
@@ -117,7 +117,7 @@ class CMVAETask(nn.Module):
         weights = {name: likelihood.weight for name, likelihood in self.likelihoods.items()}
         log_w = log_weights(terms, weights, self.objective.beta)
         bound = dreg(log_w, [shared, private]) if cut else iwae(log_w)
-        return bound, {"bound": bound.detach(), **_per_sample(terms)}
+        return bound, {**_per_sample(terms), "bound": bound.detach()}
 
     def _private_of_targets(self, private: Tensor, noise: LatentNoise) -> dict[str, Tensor]:
         """For each target n, w of every source (M, K, B, D_w): its own w_n, for other sources w̃_n ~ r_n."""

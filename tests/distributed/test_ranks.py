@@ -116,7 +116,8 @@ def test_a_broken_term_on_one_rank_stops_both_and_is_named(tmp_path, experiment_
         "train.checkpoint_every=1",
     )
     assert done.returncode != 0
-    assert done.stderr.count("error: not finite: log_likelihood/m2, loss") == 2, done.stderr
+    # The launcher may end the other rank before it has said the same.
+    assert "error: not finite: log_likelihood/m2, bound, loss" in done.stderr, done.stderr
     # Two updates were sound; the third never happened.
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
         "step-00000001",
