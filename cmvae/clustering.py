@@ -145,7 +145,7 @@ def select_clusters(
     while True:
         posterior, log_evidence = _posterior(log_density, log_weights)
         mass = _mass(posterior)
-        num_active = max(2, np.count_nonzero(mass)) if normaliser == "active" else total
+        num_active = max(2, int(np.count_nonzero(mass))) if normaliser == "active" else total
         entropy_terms.append(beta * entr(posterior).sum(axis=2).mean() / np.log(num_active))
         likelihood_terms.append(-log_evidence.mean() / shared_dim)
         if len(remaining) == 2:

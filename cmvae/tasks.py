@@ -72,9 +72,9 @@ class CMVAETask(nn.Module):
 
         Returns:
             The loss, a mean over valid samples in nats, and a report: by name (B,) per sample the terms of
-            the bound (means over sources and samples; likelihoods before their weights), then the bound. In evaluation mode
-            also `log_weights` (B, C) and `log_density` (B, M, C) of the clusters and `shared_loc`
-            (B, M, D_z), at the locations of the posteriors.
+            the bound (means over sources and samples; likelihoods before their weights), then the bound. In
+            evaluation mode also `log_weights` (B, C) and `log_density` (B, M, C) of the clusters and
+            `shared_loc` (B, M, D_z), at the locations of the posteriors.
         """
         inputs = {name: batch[name] for name in self.model.modality_names}
         valid = batch["valid"]
