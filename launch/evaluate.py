@@ -39,7 +39,6 @@ def main() -> int:
         check_against_shards(config, index, str(source))
 
         from cmvae.evaluation.report import format_table
-
         from cmvae.evaluation.run import evaluate_run
 
         metrics = evaluate_run(config, index, arguments.run)
