@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,12 @@ import yaml
 from commands import ROOT, run_command
 
 from cmvae.config import ExperimentConfig, load_config
+
+
+def pytest_configure() -> None:
+    # A shell starts background jobs with Ctrl-C ignored, and every process below them inherits that: here it
+    # must have its usual effect, for the tests that send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
