@@ -40,6 +40,8 @@ def experiment_file(tmp_path: Path, digits_shards: Path) -> Path:
     settings["model"] |= {"shared_dim": 4, "private_dim": 4, "num_clusters": 6}
     for modality in settings["model"]["modalities"].values():
         modality["width"] = 2
+    # Constant, so that how long a run is to be does not change how it begins.
+    settings["optimizer"] = {"learning_rate": 0.002}
     settings["train"] = {"batch_size": 16, "max_steps": 6, "log_every": 2, "checkpoint_every": 3}
     settings["evaluation"] = {"batch_size": 32, "map_samples": 50}
     settings["tracking"] = {"enabled": False}

@@ -51,7 +51,7 @@ def test_packing_twice_is_refused_without_a_traceback(packed):
     folder, _ = packed
     result = run("make_shards.py", "digits", "--out", "shards/digits", folder=folder)
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith("shards/digits: holds a packed data set already")
+    assert result.stderr.splitlines()[-1].startswith("error: shards/digits: holds a packed data set already")
     assert "Traceback" not in result.stderr
 
 
