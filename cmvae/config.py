@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from cmvae.data.schema import ModalityName, ShardIndex
 from cmvae.errors import UserError
+from cmvae.files import write_whole
 
 Family = Literal["normal", "laplace"]
 
@@ -187,7 +188,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
 
 def save_config(config: ExperimentConfig, path: str | Path) -> None:
     """Write an experiment as YAML that `load_config` reads back."""
-    Path(path).write_text(dump_yaml(config), encoding="utf-8")
+    write_whole(Path(path), dump_yaml(config).encode())
 
 
 def dump_yaml(config: ExperimentConfig) -> str:
@@ -217,7 +218,7 @@ def check_against_shards(config: ExperimentConfig, index: ShardIndex, source: st
         source: the config's file, for the message.
 
     Raises:
-        UserError: a modality is missing, or the train split is smaller than a batch.
+        UserError: the shards lack a modality of the config.
     """
     missing = [name for name in config.model.modalities if name not in index.modalities]
     if missing:

@@ -49,6 +49,11 @@ class Posterior(NamedTuple):
     private: LocationScale
 
 
+def stack_shared_locations(posteriors: Mapping[str, Posterior]) -> Tensor:
+    """Locations of q(z|x_m), (B, M, D_z): what clusters are read from."""
+    return torch.stack([posterior.shared.loc for posterior in posteriors.values()], dim=1)
+
+
 class Assignment(NamedTuple):
     """Clusters of a batch, after the selection."""
 
@@ -217,8 +222,7 @@ class CMVAE(nn.Module):
         Args:
             inputs: by modality, images (B, C, H, W) in [0, 1].
         """
-        posteriors = self.encode(inputs)
-        shared = torch.stack([posterior.shared.loc for posterior in posteriors.values()], dim=1)
+        shared = stack_shared_locations(self.encode(inputs))
         log_weights, log_density = (tensor.cpu().numpy() for tensor in self.cluster_prior(shared))
         active = self.cluster_prior.active.cpu().numpy()
         probabilities = responsibilities(log_density, np.where(active, log_weights, 0), active)

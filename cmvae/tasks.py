@@ -18,7 +18,7 @@ from cmvae.config import ObjectiveConfig
 from cmvae.distributions import FAMILIES
 from cmvae.evaluation.clustering import encode_split, select_model_clusters
 from cmvae.evaluation.pictures import draw_cross_modal
-from cmvae.model import CMVAE, Posterior
+from cmvae.model import CMVAE, Posterior, stack_shared_locations
 from cmvae.objectives import (
     LogWeightTerms,
     cluster_log_prob,
@@ -138,7 +138,7 @@ class CMVAETask(nn.Module):
         return density.log_prob(x, event_dims=x.ndim - 1)
 
     def _cluster_report(self, posteriors: Mapping[str, Posterior]) -> dict[str, Tensor]:
-        shared_loc = torch.stack([posterior.shared.loc for posterior in posteriors.values()], dim=1)
+        shared_loc = stack_shared_locations(posteriors)
         log_cluster_weights, log_density = self.model.cluster_prior(shared_loc)
         return {
             "log_weights": log_cluster_weights.expand(len(shared_loc), -1),

@@ -11,7 +11,7 @@ import torch
 
 from cmvae.clustering import Selection, clustering_metrics, responsibilities, select_clusters, vote
 from cmvae.data.batch import to_device
-from cmvae.model import CMVAE
+from cmvae.model import CMVAE, stack_shared_locations
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ def encode_split(model: CMVAE, batches: Iterable[Mapping[str, Any]]) -> EncodedS
     log_density, shared_loc, label = [], [], []
     for raw in batches:
         batch = to_device(raw, device)
-        posteriors = model.encode({name: batch[name] for name in model.modality_names})
-        z = torch.stack([posterior.shared.loc for posterior in posteriors.values()], dim=1)
+        z = stack_shared_locations(model.encode({name: batch[name] for name in model.modality_names}))
         valid = batch["valid"]
         log_density.append(model.cluster_prior(z)[1][valid].cpu().numpy())
         shared_loc.append(z[valid].cpu().numpy())

@@ -44,8 +44,7 @@ def save_checkpoint(
     if accelerator.is_main_process:
         content = {
             "state": asdict(state),
-            "world_size": accelerator.num_processes,
-            "distributed_type": str(accelerator.distributed_type.value),
+            **_describe_launch(accelerator),
             "settings": flatten(config),
         }
         (partial / STATE_NAME).write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -72,11 +71,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path, config: ExperimentConf
             or with settings that cannot change within a run.
     """
     content = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
-    now = {
-        "world_size": accelerator.num_processes,
-        "distributed_type": str(accelerator.distributed_type.value),
-    }
-    for key, value in now.items():
+    for key, value in _describe_launch(accelerator).items():
         if content[key] != value:
             raise UserError(
                 f"{path}: written with {key} {content[key]}, but this run has {value}. Launch it as it was "
@@ -85,6 +80,14 @@ def load_checkpoint(accelerator: Accelerator, path: Path, config: ExperimentConf
     _check_settings(path, content["settings"], flatten(config))
     accelerator.load_state(str(path))
     return TrainState(**content["state"])
+
+
+def _describe_launch(accelerator: Accelerator) -> dict[str, int | str]:
+    """What must be the same again for a checkpoint to fit."""
+    return {
+        "world_size": accelerator.num_processes,
+        "distributed_type": str(accelerator.distributed_type.value),
+    }
 
 
 def _check_settings(path: Path, before: dict[str, object], now: dict[str, object]) -> None:

@@ -95,7 +95,9 @@ def test_a_resumed_epoch_is_the_tail_of_the_full_one(make_folder, num_workers):
         assert keys(loader.epoch_batches(3, skip_batches=skip)) == full[skip:]
 
 
-def test_nothing_that_is_skipped_is_decoded(make_folder, monkeypatch):
+@pytest.fixture
+def decoded(monkeypatch):
+    """Grows by one with every image that the reader decodes in this process."""
     decoded = []
 
     def counting(content, schema, decode=reader.decode_png):
@@ -103,6 +105,10 @@ def test_nothing_that_is_skipped_is_decoded(make_folder, monkeypatch):
         return decode(content, schema)
 
     monkeypatch.setattr(reader, "decode_png", counting)
+    return decoded
+
+
+def test_nothing_that_is_skipped_is_decoded(make_folder, decoded):
     loader = training(make_folder(SIZES), rank=1, world_size=2)
     batches = list(loader.epoch_batches(0, skip_batches=5))
     assert len(batches) == loader.batches_per_epoch - 5 > 0
@@ -121,14 +127,7 @@ def test_a_cached_split_reads_the_same_batches(make_folder, num_workers):
                 assert torch.equal(batch[name], expected[name])
 
 
-def test_a_cached_split_decodes_every_sample_once(make_folder, monkeypatch):
-    decoded = []
-
-    def counting(content, schema, decode=reader.decode_png):
-        decoded.append(schema)
-        return decode(content, schema)
-
-    monkeypatch.setattr(reader, "decode_png", counting)
+def test_a_cached_split_decodes_every_sample_once(make_folder, decoded):
     loader = training(make_folder(SIZES), cache_bytes=10**6)
     for epoch in range(6):
         keys(loader.epoch_batches(epoch))
