@@ -66,8 +66,11 @@ def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> 
         "cluster_samples": draw_cluster_samples(model, CLUSTER_SAMPLES, generator),
         "latent_map": draw_latent_map(test, assignments, config.evaluation.map_samples, config.seed),
     }
-    if index.class_names is not None:
-        counts, cluster_ids = confusion(assignments, test.label, len(index.class_names))
+    labelled = test.label >= 0
+    if index.class_names is not None and labelled.any():
+        counts, cluster_ids = confusion(
+            assignments[labelled], test.label[labelled], len(index.class_names)
+        )
         drawn["confusion_matrix"] = figures.confusion_matrix(counts, index.class_names, cluster_ids)
 
     write_report(run_dir / "evaluation", metrics, drawn)

@@ -18,11 +18,12 @@ from cmvae.training.state import TrainState
 STATE_NAME = "state.json"
 _CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
 
-# What a run may change when it goes on: how long it trains, and what it reports.
+# What a run may change when it goes on: what it reports, and how long it trains.
 _CHANGEABLE = re.compile(
     r"name|output_dir|tracking\..*|evaluation\..*|data\.(shards|num_workers|cache_megabytes)"
-    r"|train\.(epochs|max_steps|log_every|validate_every|checkpoint_every|keep_checkpoints)"
+    r"|train\.(log_every|validate_every|checkpoint_every|keep_checkpoints)"
 )
+_LENGTH = re.compile(r"train\.(epochs|max_steps)")
 
 
 def save_checkpoint(
@@ -91,9 +92,17 @@ def _describe_launch(accelerator: Accelerator) -> dict[str, int | str]:
 
 
 def _check_settings(path: Path, before: dict[str, object], now: dict[str, object]) -> None:
+    schedule = now["optimizer.schedule"]
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not _CHANGEABLE.fullmatch(key):
-            raise UserError(
-                f"{path}: {key} was {before.get(key)!r} and is now {now.get(key)!r}. Set it back to go on, "
-                "or start a new run with output_dir=…"
-            )
+        if before.get(key) == now.get(key) or _CHANGEABLE.fullmatch(key):
+            continue
+        if _LENGTH.fullmatch(key):
+            if schedule == "constant":
+                continue
+            reason = f"; with optimizer.schedule: {schedule} the length decides every learning rate"
+        else:
+            reason = ""
+        raise UserError(
+            f"{path}: {key} was {before.get(key)!r} and is now {now.get(key)!r}{reason}. Set it back to go on, "
+            "or start a new run with output_dir=…"
+        )
