@@ -125,10 +125,25 @@ class TrainConfig(_Settings):
         return self
 
 
+MetricGroup = Literal["clustering", "coherence", "frechet", "fidelity", "probe", "likelihood"]
+
+
 class EvaluationConfig(_Settings):
-    """Validation, cluster selection and `launch/evaluate.py`."""
+    """Validation, cluster selection and `launch/evaluate.py`, which takes these keys as they are."""
 
     batch_size: PositiveInt = 256
+    split: Literal["train", "validation", "test"] = "test"
+    """The split that is evaluated."""
+    metrics: tuple[MetricGroup, ...] = typing.get_args(MetricGroup)
+    """Groups of metrics to compute."""
+    seed: int = Field(default=0, ge=0)
+    """Of all noise of an evaluation; every sample has its own stream."""
+    num_generated: PositiveInt = 10_000
+    """Unconditional samples, for coherence and distances."""
+    likelihood_samples: PositiveInt = 1000
+    """Importance samples for each sample's joint log-likelihood."""
+    inception_weights: Path | None = None
+    """torch-fidelity's Inception-v3 weights, for FID; null asks torch-fidelity to fetch them, if it can."""
     map_samples: PositiveInt = 2000
     """Samples on the 2-D map of z."""
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmvae.data.schema import RESERVED_NAMES
+
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Move a batch and turn its images into fp32 in [0, 1], channels-last.
@@ -15,7 +17,7 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     Images travel as bytes, a quarter of their size as floats; `key` stays what it is.
     """
     return {
-        name: _image(value, device) if name not in ("key", "label", "valid") else _move(value, device)
+        name: _move(value, device) if name in RESERVED_NAMES else _image(value, device)
         for name, value in batch.items()
     }
 

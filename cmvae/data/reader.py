@@ -28,7 +28,8 @@ from cmvae.errors import UserError
 
 Batch = dict[str, Any]
 """Modality to uint8 tensor (B, C, H, W); `label`: (B,) int64, −1 where there is none; `key`: list of B str;
-`valid`: (B,) bool, False where a sample only fills up the batch."""
+`position`: (B,) int64, place of each sample in the split; `valid`: (B,) bool, False where a sample only fills
+up the batch."""
 
 RawSample = dict[str, Any]
 """Suffix of each member to its bytes, and WebDataset's `__key__` and `__url__` (the shard's path)."""
@@ -355,7 +356,9 @@ class _PlannedDataset(IterableDataset):
                     del loaded[position]
                 if self.keep_decoded:
                     self._kept[position] = samples[-1]
-            yield self.shards.collate(samples, valid)
+            batch = self.shards.collate(samples, valid)
+            batch["position"] = torch.tensor(positions, dtype=torch.int64)
+            yield batch
 
     def _load(self, shard: int, start: int, uses: np.ndarray) -> Mapping[int, RawSample]:
         """The samples of a shard that are still to be used, by position."""

@@ -17,7 +17,7 @@ from cmvae.errors import UserError
 INDEX_NAME = "index.json"
 FORMAT_VERSION: Final = 1
 # Members of a tar sample that are not modalities, and keys of a batch that are not modalities.
-RESERVED_NAMES = frozenset({"cls", "key", "label", "mask", "valid"})
+RESERVED_NAMES = frozenset({"cls", "key", "label", "mask", "position", "valid"})
 
 _MODALITY_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")

@@ -1,0 +1,28 @@
+"""What one group of metrics comes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from matplotlib.figure import Figure
+
+
+@dataclass
+class GroupResult:
+    """Metrics, pictures, and how they were computed; the same on every rank."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """By name, finite."""
+    figures: dict[str, Figure] = field(default_factory=dict)
+    """By file name without ending."""
+    protocol: dict[str, str | int | float | bool | None] = field(default_factory=dict)
+    """Parameters, seeds and sample counts, by dotted name."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Names of metrics, or their common prefix, to the reason why they were left out."""
+
+    def add(self, other: GroupResult) -> None:
+        """Take in the results of another group."""
+        self.metrics |= other.metrics
+        self.figures |= other.figures
+        self.protocol |= other.protocol
+        self.left_out |= other.left_out
