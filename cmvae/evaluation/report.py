@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: `metrics.json`, pictures, and a table for the terminal."""
+"""What an evaluation leaves behind: metrics, protocol, pictures, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -7,34 +7,51 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from matplotlib.figure import Figure
+from cmvae.errors import UserError
+from cmvae.evaluation.result import GroupResult
+from cmvae.files import whole_folder
 
-from cmvae.files import write_whole
 
+def write_report(folder: Path, result: GroupResult) -> None:
+    """Write a whole evaluation, which takes the place of an earlier one; or leave that as it was.
 
-def write_report(folder: Path, metrics: Mapping[str, float], figures: Mapping[str, Figure]) -> None:
-    """Write `folder/metrics.json`, one flat object sorted by name, and `folder/figures/NAME.png`.
-
-    What an earlier evaluation wrote under the same names is replaced. The metrics are written last: where
-    they are, the pictures are too.
+    `metrics.json` is one flat object of numbers, `protocol.json` says how they were computed and what was
+    left out for which reason, `figures/NAME.png` are the pictures.
 
     Args:
         folder: usually `RUN_DIR/evaluation`.
-        metrics: name → value.
-        figures: name → figure.
+        result: everything that was computed.
 
     Raises:
         ValueError: a metric is not finite, which JSON cannot say.
+        UserError: the folder cannot be written, say because the disk is full.
     """
-    broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+    broken = [name for name, value in result.metrics.items() if not math.isfinite(value)]
     if broken:
         raise ValueError(f"not finite: {', '.join(sorted(broken))}")
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(folder / "figures" / f"{name}.png")
-    values = {name: float(value) for name, value in metrics.items()}
-    content = json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    write_whole(folder / "metrics.json", content.encode())
+    try:
+        with whole_folder(folder) as partial:
+            (partial / "figures").mkdir()
+            for name, figure in result.figures.items():
+                figure.savefig(partial / "figures" / f"{name}.png")
+            _write_json(partial / "protocol.json", {**result.protocol, "left_out": result.left_out})
+            _write_json(partial / "metrics.json", {name: float(x) for name, x in result.metrics.items()})
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror or error}); what an earlier evaluation left there "
+            "is untouched. Make room or mend the permissions, then evaluate again"
+        ) from error
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def format_report(result: GroupResult) -> str:
+    """The metrics as a table, then what was left out and why."""
+    reasons = [f"left out: {name}: {reason}" for name, reason in result.left_out.items()]
+    return "\n".join([format_table(result.metrics), *reasons])
 
 
 def format_table(metrics: Mapping[str, float]) -> str:

@@ -1,83 +1,90 @@
-"""From a run's export to `evaluation/metrics.json`, figures and MLflow."""
+"""From a run's export to `evaluation/`, metrics, protocol and figures, and to MLflow."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from cmvae.clustering import confusion
 from cmvae.config import ExperimentConfig
-from cmvae.data.batch import to_device
-from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
-from cmvae.evaluation import figures
-from cmvae.evaluation.clustering import (
-    all_log_weights,
-    encode_split,
-    evaluate_clusters,
-    select_model_clusters,
-)
-from cmvae.evaluation.pictures import draw_cluster_samples, draw_cross_modal, draw_latent_map
+from cmvae.distributed import start_evaluation_accelerator
+from cmvae.evaluation.clustering import evaluate_clustering
+from cmvae.evaluation.context import EvaluationContext
+from cmvae.evaluation.generative import evaluate_generative
+from cmvae.evaluation.likelihood import evaluate_likelihood
+from cmvae.evaluation.probes import evaluate_probes
 from cmvae.evaluation.report import write_report
-from cmvae.model import CMVAE
+from cmvae.evaluation.result import GroupResult
+from cmvae.model import CMVAE, WEIGHTS_NAME
 from cmvae.tracking import resume_tracker
 
-# Pictures are for looking at: so many samples in a grid, and of each cluster.
-GRID_SAMPLES, CLUSTER_SAMPLES = 8, 6
+# One pass of generations feeds all of them.
+GENERATIVE_GROUPS = frozenset({"coherence", "frechet", "fidelity"})
 
 
-def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> dict[str, float]:
-    """Clusters of the test split, and pictures; written below `run_dir/evaluation` and logged.
+def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> GroupResult | None:
+    """Evaluate an export by the groups of `config.evaluation.metrics`; to be called on every rank.
 
     Args:
         config: the run's experiment.
         index: the index of `config.data.shards`.
-        run_dir: folder of the run, with its export.
+        run_dir: folder of the run, with its export; the result is written below `run_dir/evaluation`.
 
     Returns:
-        The metrics, by the names in `metrics.json`.
+        What was written, on rank 0; None on other ranks.
 
     Raises:
-        UserError: the export or the shards are missing or damaged.
+        UserError: the export or the shards are missing or damaged, or the result cannot be written.
     """
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = CMVAE.from_pretrained(run_dir / "export", device)
+    accelerator = start_evaluation_accelerator()
+    try:
+        model = CMVAE.from_pretrained(run_dir / "export", accelerator.device)
+        context = EvaluationContext(model, config.data.shards, index, config.evaluation, accelerator)
+        result = _describe(context, run_dir / "export" / WEIGHTS_NAME)
+        for group in _evaluate_groups(context):
+            result.add(group)
+        if not accelerator.is_main_process:
+            return None
+        write_report(run_dir / "evaluation", result)
+        _track(config, run_dir, result)
+        return result
+    finally:
+        accelerator.end_training()
 
-    def loader(split: str) -> EvaluationLoader:
-        return EvaluationLoader(
-            config.data.shards,
-            split=split,
-            modalities=model.modality_names,
-            batch_size=config.evaluation.batch_size,
-        )
 
-    validation, test = encode_split(model, loader("validation")), encode_split(model, loader("test"))
-    active = model.cluster_prior.active.cpu().numpy()
-    metrics, assignments = evaluate_clusters(test, all_log_weights(model), active)
+def _evaluate_groups(context: EvaluationContext) -> Iterator[GroupResult]:
+    """The groups that were asked for, one after the other."""
+    wanted = set(context.settings.metrics)
+    if "clustering" in wanted:
+        yield evaluate_clustering(context)
+    if wanted & GENERATIVE_GROUPS:
+        yield evaluate_generative(context, wanted & GENERATIVE_GROUPS)
+    if "probe" in wanted:
+        yield evaluate_probes(context)
+    if "likelihood" in wanted:
+        yield evaluate_likelihood(context)
 
-    generator = torch.Generator(device).manual_seed(config.seed)
-    first = to_device(next(iter(loader("test"))), device)
-    inputs = {name: first[name][:GRID_SAMPLES] for name in model.modality_names}
-    selection = select_model_clusters(model, validation, config.objective.beta)
-    drawn = {
-        "selection_curve": figures.selection_curve(selection),
-        "cross_modal": draw_cross_modal(model, inputs, generator),
-        "cluster_samples": draw_cluster_samples(model, CLUSTER_SAMPLES, generator),
-        "latent_map": draw_latent_map(test, assignments, config.evaluation.map_samples, config.seed),
+
+def _describe(context: EvaluationContext, weights: Path) -> GroupResult:
+    """What all groups share: which weights on which data, with which seed."""
+    settings = context.settings
+    split = context.index.split(settings.split, context.shards)
+    protocol: dict[str, str | int | float | bool | None] = {
+        "export_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "data": context.index.name,
+        "split": settings.split,
+        "num_samples": split.num_samples,
+        "seed": settings.seed,
     }
-    labelled = test.label >= 0
-    if index.class_names is not None and labelled.any():
-        counts, cluster_ids = confusion(
-            assignments[labelled], test.label[labelled], len(index.class_names)
-        )
-        drawn["confusion_matrix"] = figures.confusion_matrix(counts, index.class_names, cluster_ids)
+    return GroupResult(protocol=protocol)
 
-    write_report(run_dir / "evaluation", metrics, drawn)
+
+def _track(config: ExperimentConfig, run_dir: Path, result: GroupResult) -> None:
     tracker = resume_tracker(config, run_dir, is_main=True)
-    tracker.log_metrics({f"evaluation/{name}": value for name, value in metrics.items()}, step=0)
-    for name, figure in drawn.items():
+    tracker.log_metrics({f"evaluation/{name}": value for name, value in result.metrics.items()}, step=0)
+    for name, figure in result.figures.items():
         tracker.log_figure(figure, name)
-    tracker.log_artifact(run_dir / "evaluation" / "metrics.json")
+    for name in ("metrics.json", "protocol.json"):
+        tracker.log_artifact(run_dir / "evaluation" / name)
     tracker.end("FINISHED")
-    return metrics

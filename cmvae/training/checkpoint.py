@@ -96,13 +96,12 @@ def _check_settings(path: Path, before: dict[str, object], now: dict[str, object
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key) or _CHANGEABLE.fullmatch(key):
             continue
+        reason = ""
         if _LENGTH.fullmatch(key):
             if schedule == "constant":
                 continue
             reason = f"; with optimizer.schedule: {schedule} the length decides every learning rate"
-        else:
-            reason = ""
         raise UserError(
-            f"{path}: {key} was {before.get(key)!r} and is now {now.get(key)!r}{reason}. Set it back to go on, "
-            "or start a new run with output_dir=…"
+            f"{path}: {key} was {before.get(key)!r} and is now {now.get(key)!r}{reason}. Set it back to go "
+            "on, or start a new run with output_dir=…"
         )

@@ -21,17 +21,17 @@ from cmvae.config import ExperimentConfig, save_config
 from cmvae.data.batch import to_device
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
 from cmvae.data.schema import ShardIndex
-from cmvae.model import CMVAE, channels_last
-from cmvae.tasks import CMVAETask
-from cmvae.tracking import RUN_RECORD_NAME, Status, Tracker, open_tracker
-from cmvae.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from cmvae.training.distributed import (
+from cmvae.distributed import (
     AUTOCAST_DTYPES,
     NonFiniteError,
     StopRequest,
     agree,
     start_accelerator,
 )
+from cmvae.model import CMVAE, channels_last
+from cmvae.tasks import CMVAETask
+from cmvae.tracking import RUN_RECORD_NAME, Status, Tracker, open_tracker
+from cmvae.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from cmvae.training.meter import Meter
 from cmvae.training.optimization import build_optimizer, learning_rate, set_learning_rate
 from cmvae.training.state import TrainState

@@ -48,7 +48,7 @@ def test_batches_hold_what_their_keys_say(make_folder):
     assert len(batches) == loader.batches_per_epoch == sum(SIZES) // 3
     for batch in batches:
         check_content(batch)
-        assert list(batch) == ["m0", "m1", "label", "key", "valid"]
+        assert list(batch) == ["m0", "m1", "label", "key", "valid", "position"]
         assert batch["m0"].shape == (3, 3, 4, 5)
         assert batch["m1"].shape == (3, 1, 3, 2)
         assert batch["m0"].dtype == batch["m1"].dtype == torch.uint8
@@ -59,7 +59,7 @@ def test_batches_hold_what_their_keys_say(make_folder):
 
 def test_only_the_modalities_that_are_asked_for_are_read(make_folder):
     batch = next(training(make_folder(SIZES), modalities=["m1"]).epoch_batches(0))
-    assert list(batch) == ["m1", "label", "key", "valid"]
+    assert list(batch) == ["m1", "label", "key", "valid", "position"]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

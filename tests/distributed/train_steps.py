@@ -17,9 +17,9 @@ from cmvae.config import load_config
 from cmvae.data.batch import to_device
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
 from cmvae.data.schema import ShardIndex
+from cmvae.distributed import AUTOCAST_DTYPES, StopRequest, agree, start_accelerator
 from cmvae.model import CMVAE
 from cmvae.tasks import CMVAETask, LatentNoise
-from cmvae.training.distributed import AUTOCAST_DTYPES, StopRequest, agree, start_accelerator
 from cmvae.training.optimization import build_optimizer
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -8,33 +9,62 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cmvae.evaluation.report import format_table, write_report
+from cmvae.errors import UserError
+from cmvae.evaluation.report import format_report, format_table, write_report
+from cmvae.evaluation.result import GroupResult
 
 METRICS = {"clustering/num_clusters": 11.0, "clustering/acc": np.float32(0.5), "clustering/ari": 1.0}
 
 
+def picture(width: float) -> Figure:
+    return Figure(figsize=(width, 1), dpi=50)
+
+
+def read(folder: Path, name: str) -> dict:
+    return json.loads((folder / name).read_text())
+
+
 def test_a_report_can_be_read_back(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "evaluation"
-    write_report(folder, METRICS, {"selection": Figure(figsize=(2, 1), dpi=50)})
-    metrics = json.loads((folder / "metrics.json").read_text())
+    left_out = {"fid": "no weights"}
+    write_report(folder, GroupResult(METRICS, {"selection": picture(2)}, {"seed": 3}, left_out))
+    metrics = read(folder, "metrics.json")
     assert metrics == {"clustering/acc": 0.5, "clustering/ari": 1.0, "clustering/num_clusters": 11.0}
     assert list(metrics) == sorted(metrics)
+    assert read(folder, "protocol.json") == {"seed": 3, "left_out": left_out}
     assert Image.open(folder / "figures" / "selection.png").size == (100, 50)
-    assert sorted(path.name for path in folder.iterdir()) == ["figures", "metrics.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["figures", "metrics.json", "protocol.json"]
 
 
-def test_a_second_evaluation_replaces_the_first(tmp_path: Path) -> None:
-    write_report(tmp_path, METRICS, {"map": Figure(figsize=(2, 1), dpi=50)})
-    write_report(tmp_path, {"clustering/acc": 0.75}, {"map": Figure(figsize=(1, 1), dpi=50)})
-    assert json.loads((tmp_path / "metrics.json").read_text()) == {"clustering/acc": 0.75}
-    assert Image.open(tmp_path / "figures" / "map.png").size == (50, 50)
+def test_a_second_evaluation_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluation"
+    write_report(folder, GroupResult(METRICS, {"map": picture(2), "old": picture(2)}))
+    write_report(folder, GroupResult({"clustering/acc": 0.75}, {"map": picture(1)}))
+    assert read(folder, "metrics.json") == {"clustering/acc": 0.75}
+    assert [path.name for path in (folder / "figures").iterdir()] == ["map.png"]
+    assert Image.open(folder / "figures" / "map.png").size == (50, 50)
 
 
 def test_a_metric_that_is_not_finite_is_named_and_spoils_nothing(tmp_path: Path) -> None:
-    write_report(tmp_path, METRICS, {})
+    folder = tmp_path / "evaluation"
+    write_report(folder, GroupResult(METRICS))
     with pytest.raises(ValueError, match="clustering/nmi"):
-        write_report(tmp_path, {"clustering/nmi": float("nan"), "clustering/acc": 0.1}, {})
-    assert json.loads((tmp_path / "metrics.json").read_text())["clustering/acc"] == 0.5
+        write_report(folder, GroupResult({"clustering/nmi": float("nan"), "clustering/acc": 0.1}))
+    assert read(folder, "metrics.json")["clustering/acc"] == 0.5
+
+
+def test_a_disk_that_fills_up_while_drawing_leaves_what_was_there(tmp_path: Path) -> None:
+    class NoRoom(Figure):
+        def savefig(self, path: Path, **settings: object) -> None:
+            Path(path).write_bytes(b"half a pict")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = tmp_path / "evaluation"
+    write_report(folder, GroupResult(METRICS, {"map": picture(2)}))
+    with pytest.raises(UserError, match=r"evaluation: cannot be written \(No space left on device\)"):
+        write_report(folder, GroupResult({"clustering/acc": 0.1}, {"map": NoRoom()}))
+    assert read(folder, "metrics.json")["clustering/acc"] == 0.5
+    assert Image.open(folder / "figures" / "map.png").size == (100, 50)
 
 
 def test_the_table_is_sorted_and_aligned() -> None:
@@ -44,3 +74,8 @@ def test_the_table_is_sorted_and_aligned() -> None:
         "clustering/num_clusters          11",
     ]
     assert format_table({}) == ""
+
+
+def test_what_was_left_out_is_told_with_its_reason() -> None:
+    report = format_report(GroupResult({"clustering/acc": 0.5}, left_out={"fid": "no weights"}))
+    assert report.splitlines() == ["clustering/acc      0.5000", "left out: fid: no weights"]

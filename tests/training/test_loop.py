@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from cmvae import CMVAE
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
+from cmvae.distributed import NonFiniteError, StopRequest
 from cmvae.errors import UserError
 from cmvae.tasks import CMVAETask
 from cmvae.training import loop
 from cmvae.training.checkpoint import list_checkpoints
-from cmvae.training.distributed import NonFiniteError, StopRequest
 from cmvae.training.loop import run_training
 
 

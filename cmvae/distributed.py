@@ -75,16 +75,36 @@ def start_accelerator(config: ExperimentConfig) -> Accelerator:
         ),
         kwargs_handlers=handlers,
     )
+    _check_world_size(accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _configure_deepspeed(accelerator, config)
+    return accelerator
+
+
+def start_evaluation_accelerator() -> Accelerator:
+    """The Accelerator of an evaluation: ranks that share a split and wrap no module, in fp32.
+
+    Raises:
+        UserError: the ranks did not find each other, or were launched under DeepSpeed.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UserError(
+            "an evaluation has nothing to shard, so DeepSpeed has no part in it. Launch it with "
+            "configs/accelerate/ddp.yaml, or as one process"
+        )
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    _check_world_size(accelerator)
+    return accelerator
+
+
+def _check_world_size(accelerator: Accelerator) -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(
             f"the launcher started {launched} ranks, but they found {accelerator.num_processes} "
-            f"({accelerator.distributed_type.value}): they would train apart. Launch with one of "
+            f"({accelerator.distributed_type.value}): they would work apart. Launch with one of "
             "configs/accelerate/*.yaml"
         )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        _configure_deepspeed(accelerator, config)
-    return accelerator
 
 
 def _configure_deepspeed(accelerator: Accelerator, config: ExperimentConfig) -> None:
