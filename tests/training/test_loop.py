@@ -212,6 +212,16 @@ def test_resume_refuses_what_cannot_change_and_names_it(experiment):
         train(experiment("optimizer.learning_rate=0.1"), resume=True)
 
 
+def test_a_run_may_go_on_for_longer_unless_its_schedule_depends_on_the_length(experiment):
+    train(experiment("optimizer.schedule=cosine"))
+    with pytest.raises(UserError, match=r"max_steps was 6 and is now 8; with optimizer\.schedule: cosine"):
+        train(experiment("optimizer.schedule=cosine", "train.max_steps=8"), resume=True)
+    train(experiment(), overwrite=True)
+    config = experiment("train.max_steps=8")
+    train(config, resume=True)
+    assert list_checkpoints(config.run_dir / "checkpoints")[-1].name == "step-00000008"
+
+
 def test_resume_without_a_checkpoint_starts_anew(experiment):
     assert train(experiment(), resume=True) is None
 
