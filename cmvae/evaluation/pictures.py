@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,8 +11,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cmvae.evaluation import figures
-from cmvae.evaluation.clustering import EncodedSplit
 from cmvae.model import CMVAE
+
+if TYPE_CHECKING:  # it draws with this module
+    from cmvae.evaluation.clustering import EncodedSplit
 
 
 def draw_cross_modal(model: CMVAE, inputs: Mapping[str, Tensor], generator: torch.Generator) -> Figure:

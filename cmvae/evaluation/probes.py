@@ -76,7 +76,7 @@ def probe_accuracy(
 
 
 def _encode(context: EvaluationContext, split: str) -> dict[str, np.ndarray]:
-    """Posterior locations `z/MODALITY` (N, D_z) and `w/MODALITY` (N, D_w), `label` (N,), of labelled samples."""
+    """Labelled samples: locations `z/MODALITY` (N, D_z) and `w/MODALITY` (N, D_w), and `label` (N,)."""
 
     def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         posteriors = context.model.encode({name: batch[name] for name in context.model.modality_names})
