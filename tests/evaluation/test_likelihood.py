@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from made_up_context import make_context
 from linear_model import NUM_PIXELS, exact_log_likelihood, linear_model
+from made_up_context import make_context
 
 from cmvae.evaluation.likelihood import chunk_sizes, evaluate_likelihood
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from made_up_context import make_context
 from linear_model import NUM_PIXELS, linear_model
+from made_up_context import make_context
 
 from cmvae.evaluation import probes
 from cmvae.evaluation.probes import evaluate_probes, probe_accuracy
