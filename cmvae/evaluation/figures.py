@@ -62,18 +62,18 @@ def cross_modal_grid(
     return figure
 
 
-def cluster_samples(images: Mapping[str, FloatArray], titles: Sequence[str]) -> Figure:
-    """Samples that the model draws from each of its clusters: a row a cluster, a block a modality.
+def sample_rows(images: Mapping[str, FloatArray], titles: Sequence[str]) -> Figure:
+    """Samples that belong together in rows, such as those of one cluster; a block of columns a modality.
 
     Args:
-        images: modality → (num_clusters, S, C, H, W); sample s is one joint generation over modalities.
-        titles: num_clusters names of the rows.
+        images: name of the block → (R, S, C, H, W); [r, s] is the same sample in every block.
+        titles: R names of the rows.
     """
-    num_clusters, num_samples = next(iter(images.values())).shape[:2]
+    num_rows, num_samples = next(iter(images.values())).shape[:2]
     figure = Figure(
         figsize=(
             1.2 + len(images) * (num_samples * _IMAGE_INCHES + 0.15),
-            0.45 + num_clusters * _IMAGE_INCHES * 1.02,
+            0.45 + num_rows * _IMAGE_INCHES * 1.02,
         ),
         dpi=_DPI,
         layout="constrained",
@@ -83,7 +83,7 @@ def cluster_samples(images: Mapping[str, FloatArray], titles: Sequence[str]) -> 
         ax.set_title(name, fontsize=10, color=_INK, fontweight="bold")
         _show(ax, _tile(samples))
     height = next(iter(images.values())).shape[3]
-    axes[0].set_yticks([row * (height + 1) + 1 + height / 2 - 0.5 for row in range(num_clusters)], titles)
+    axes[0].set_yticks([row * (height + 1) + 1 + height / 2 - 0.5 for row in range(num_rows)], titles)
     axes[0].tick_params(axis="y", length=0, labelsize=8, labelcolor=_INK)
     return figure
 

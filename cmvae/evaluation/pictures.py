@@ -43,7 +43,7 @@ def draw_cluster_samples(model: CMVAE, num_samples: int, generator: torch.Genera
     images = {
         name: np.stack([_to_numpy(sample[name]) for sample in samples]) for name in model.modality_names
     }
-    return figures.cluster_samples(images, [f"cluster {c}" for c in clusters])
+    return figures.sample_rows(images, [f"cluster {c}" for c in clusters])
 
 
 def draw_latent_map(split: EncodedSplit, assignments: np.ndarray, num_samples: int, seed: int) -> Figure:

@@ -11,11 +11,11 @@ from sklearn.datasets import make_blobs
 
 from cmvae.clustering import Selection, clustering_metrics
 from cmvae.evaluation.figures import (
-    cluster_samples,
     confusion_matrix,
     cross_modal_grid,
     latent_map,
     project_2d,
+    sample_rows,
     selection_curve,
 )
 
@@ -63,9 +63,9 @@ def test_images_of_two_channels_are_refused() -> None:
         cross_modal_grid({"m0": np.zeros((1, 2, 4, 4))}, {("m0", "m0"): np.zeros((1, 2, 4, 4))})
 
 
-def test_cluster_samples_is_a_row_a_cluster() -> None:
+def test_sample_rows_keep_samples_and_titles_in_their_rows() -> None:
     images = np.arange(6).reshape(3, 2, 1, 1, 1) / 10 * np.ones((3, 2, 3, 8, 8))
-    figure = cluster_samples({"m0": images, "m1": 1 - images}, ["cluster 4", "cluster 7", "cluster 9"])
+    figure = sample_rows({"m0": images, "m1": 1 - images}, ["cluster 4", "cluster 7", "cluster 9"])
     first, second = pictures(figure)
     assert first[1::9, 1::9, 0][:3, :2] == pytest.approx(np.array([[0.0, 0.1], [0.2, 0.3], [0.4, 0.5]]))
     assert second[1::9, 1::9, 0][:3, :2] == pytest.approx(1 - first[1::9, 1::9, 0][:3, :2])
