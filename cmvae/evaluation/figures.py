@@ -23,6 +23,19 @@ _DPI = 120
 _ACCENT = "#d1495b"
 _INK = "#22333b"
 _MUTED = "#8d99ae"
+# What a comparison of experiments shows, of the metrics that there are.
+MAIN_METRICS = (
+    "clustering/num_clusters",
+    "clustering/acc",
+    "clustering/nmi",
+    "coherence/conditional",
+    "coherence/unconditional",
+    "frechet/classifier/unconditional",
+    "frechet/classifier/conditional",
+    "fid/unconditional",
+    "fid/conditional",
+    "likelihood/joint",
+)
 # More points of one colour than this run together.
 _MAX_CATEGORIES_BY_COLOUR = 20
 
@@ -187,6 +200,36 @@ def project_2d(z: FloatArray, seed: int) -> FloatArray:
     perplexity = min(30.0, (len(z) - 1) / 3)
     tsne = TSNE(n_components=2, init="pca", perplexity=perplexity, random_state=seed)
     return tsne.fit_transform(np.asarray(z, dtype=np.float32))
+
+
+def metric_comparison(groups: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """The main metrics of some experiments, a panel each: every repeat, their mean and standard deviation.
+
+    Args:
+        groups: name of the experiment → metric → one value a repeat. Of metrics that are none of
+            `MAIN_METRICS` nothing is drawn, unless there are no others.
+    """
+    known = {name for metrics in groups.values() for name in metrics}
+    names = [name for name in MAIN_METRICS if name in known] or sorted(known)
+    num_columns = min(3, len(names))
+    num_rows = -(-len(names) // num_columns)
+    height = 0.7 + 0.3 * len(groups)
+    figure = Figure(figsize=(1.2 + 3.4 * num_columns, height * num_rows), dpi=_DPI, layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True).ravel()
+    for ax, name in zip(axes, names, strict=False):
+        for row, metrics in enumerate(groups.values()):
+            values = np.asarray(metrics.get(name, ()), dtype=np.float64)
+            ax.plot(values, np.full(len(values), row), "o", color=_MUTED, markersize=4, alpha=0.7)
+            if len(values):
+                spread = values.std(ddof=1) if len(values) > 1 else 0.0
+                ax.errorbar(values.mean(), row, xerr=spread, fmt="D", color=_ACCENT, markersize=5, capsize=3)
+        ax.set_title(name, fontsize=9, color=_INK, loc="left")
+        ax.set_yticks(range(len(groups)), list(groups))
+        ax.set_ylim(len(groups) - 0.5, -0.5)
+        _lighten(ax)
+    for ax in axes[len(names) :]:
+        ax.set_visible(False)
+    return figure
 
 
 def _tile(images: FloatArray) -> FloatArray:
