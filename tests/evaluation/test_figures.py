@@ -14,6 +14,7 @@ from cmvae.evaluation.figures import (
     confusion_matrix,
     cross_modal_grid,
     latent_map,
+    metric_comparison,
     project_2d,
     sample_rows,
     selection_curve,
@@ -136,3 +137,25 @@ def test_pyplot_is_not_touched() -> None:
     # pyplot keeps every figure alive and may look for a display.
     script = "import sys, cmvae.evaluation.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_comparison_shows_every_repeat_and_their_spread() -> None:
+    groups = {
+        "a": {"clustering/acc": [0.5, 0.7, 0.9], "probe/z/m0": [1.0]},
+        "b": {"clustering/acc": [0.6], "likelihood/joint": [-3.0, -5.0]},
+    }
+    figure = metric_comparison(groups)
+    figure.canvas.draw()
+    panels = {ax.get_title(loc="left"): ax for ax in figure.axes if ax.get_visible()}
+    assert list(panels) == ["clustering/acc", "likelihood/joint"]
+    acc = panels["clustering/acc"]
+    points = [line.get_xydata().tolist() for line in acc.lines if line.get_marker() == "o"]
+    assert points == [[[0.5, 0], [0.7, 0], [0.9, 0]], [[0.6, 1]]]
+    means = [container.lines[0].get_xydata().tolist() for container in acc.containers]
+    np.testing.assert_allclose(means, [[[0.7, 0]], [[0.6, 1]]])
+    (bar,) = acc.containers[0].lines[2][0].get_segments()
+    assert bar[:, 0] == pytest.approx([0.5, 0.9])
+    assert [label.get_text() for label in acc.get_yticklabels()] == ["a", "b"]
+    # What is no main metric is only drawn when there is nothing else.
+    (ax,) = metric_comparison({"a": {"probe/z/m0": [1.0]}}).axes
+    assert ax.get_title(loc="left") == "probe/z/m0"
