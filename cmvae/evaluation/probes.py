@@ -44,6 +44,7 @@ def evaluate_probes(context: EvaluationContext) -> GroupResult:
         protocol={
             "probe.classifier": "logistic regression, L2 with C = 1, on standardised posterior locations",
             "probe.train_samples": len(train["label"]),
+            "probe.max_train_samples": MAX_TRAINING_SAMPLES,
             "probe.test_samples": len(test["label"]),
             "probe.test_split": split,
             "probe.seed": context.settings.seed,
