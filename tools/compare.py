@@ -15,12 +15,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a checkout that is not installed
 
-from cmvae.config import ExperimentConfig, flatten, load_run_config
+from cmvae.config import flatten, load_run_config
 from cmvae.errors import UserError
 from cmvae.files import write_whole
 
-# What does not make an experiment another one.
-REPEAT_KEYS = ("name", "output_dir", "seed")
+# What does not make an experiment, or the protocol of its evaluation, another one.
+REPEAT_SETTINGS = frozenset({"name", "output_dir", "seed"})
+REPEAT_PROTOCOL = frozenset({"export_sha256"})
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,12 @@ class Run:
     """An evaluated run."""
 
     folder: Path
-    config: ExperimentConfig
+    seed: int
+    settings: Mapping[str, Any]
+    """By dotted key, without those that differ between repeats."""
     metrics: Mapping[str, float]
     protocol: Mapping[str, Any]
+    """Parameters of the evaluation and, as `left_out.METRIC`, why a metric is missing."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ def read_run(folder: Path) -> Run:
         UserError: the folder is no run, or its evaluation is missing or damaged.
     """
     config = load_run_config(folder)
+    settings = {key: value for key, value in flatten(config).items() if key not in REPEAT_SETTINGS}
     path = folder / "evaluation" / "metrics.json"
     if not path.is_file():
         raise UserError(f"{path}: missing. Evaluate the run first: python launch/evaluate.py {folder}")
@@ -82,8 +87,17 @@ def read_run(folder: Path) -> Run:
                 f"{path}: {name}: {value!r} is no finite number. Evaluate the run again: "
                 f"python launch/evaluate.py {folder}"
             )
-    protocol = folder / "evaluation" / "protocol.json"
-    return Run(folder, config, metrics, _read_object(protocol, folder) if protocol.is_file() else {})
+    return Run(folder, config.seed, settings, metrics, _read_protocol(folder))
+
+
+def _read_protocol(folder: Path) -> dict[str, Any]:
+    path = folder / "evaluation" / "protocol.json"
+    if not path.is_file():
+        return {}
+    content = _read_object(path, folder)
+    reasons = content.pop("left_out", {})
+    protocol = {key: value for key, value in content.items() if key not in REPEAT_PROTOCOL}
+    return protocol | {f"left_out.{name}": reason for name, reason in reasons.items()}
 
 
 def _read_object(path: Path, folder: Path) -> dict[str, Any]:
@@ -111,13 +125,12 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """
     by_settings: dict[str, list[Run]] = {}
     for run in runs:
-        settings = {key: value for key, value in flatten(run.config).items() if key not in REPEAT_KEYS}
-        repeats = by_settings.setdefault(json.dumps(settings, sort_keys=True), [])
+        repeats = by_settings.setdefault(json.dumps(run.settings, sort_keys=True), [])
         for other in repeats:
-            if other.config.seed == run.config.seed:
+            if other.seed == run.seed:
                 raise UserError(
                     f"{other.folder} and {run.folder}: the same experiment with the same seed "
-                    f"{run.config.seed}, which says nothing about the spread. Leave one of them out"
+                    f"{run.seed}, which says nothing about the spread. Leave one of them out"
                 )
         repeats.append(run)
     names = [group[0].folder.resolve().name for group in by_settings.values()]
@@ -140,7 +153,7 @@ def format_comparison(groups: Sequence[Group]) -> str:
         _format_table(["metric", *titles], rows),
     ]
     for title, rows in (
-        ("Settings that differ", _differences(groups, lambda run: flatten(run.config))),
+        ("Settings that differ", _differences(groups, lambda run: run.settings)),
         ("Protocol that differs", _differences(groups, lambda run: run.protocol)),
     ):
         if rows:
@@ -160,12 +173,12 @@ def _format_spread(values: Sequence[float], num_runs: int) -> str:
 
 
 def _differences(groups: Sequence[Group], read: Callable[[Run], Mapping[str, Any]]) -> list[list[str]]:
-    """A row for each key that has not one and the same value in all runs, name and seed aside."""
+    """A row for each key that has not one and the same value in all runs."""
     keys = dict.fromkeys(key for group in groups for run in group.runs for key in read(run))
     rows = []
     for key in keys:
         values = [[str(read(run).get(key, "–")) for run in group.runs] for group in groups]
-        if key not in REPEAT_KEYS and len(set(chain.from_iterable(values))) > 1:
+        if len(set(chain.from_iterable(values))) > 1:
             rows.append([key, *(", ".join(dict.fromkeys(cell)) for cell in values)])
     return rows
 

@@ -54,13 +54,14 @@ def tables(text):
 
 def test_runs_that_differ_in_their_seed_only_are_one_group(write_run, tmp_path):
     accs = [0.9, 0.8, 0.95]
-    protocol = {"likelihood.importance_samples": 100}
+    protocol = {"likelihood.importance_samples": 100, "seed": 0, "left_out": {}}
     for seed, acc in enumerate(accs):
         metrics = {"clustering/acc": acc, "likelihood/joint": -1000.0 - seed}
         if seed == 2:
             del metrics["likelihood/joint"]
-        write_run(f"a{seed}", metrics, seed=seed, protocol=protocol)
-    write_run("b", {"clustering/acc": 0.5}, beta=2.5, protocol={"likelihood.importance_samples": 300})
+        write_run(f"a{seed}", metrics, seed=seed, protocol={**protocol, "export_sha256": f"{seed}"})
+    protocol = {"likelihood.importance_samples": 300, "seed": 1, "left_out": {"probe": "no labels"}}
+    write_run("b", {"clustering/acc": 0.5}, beta=2.5, protocol=protocol)
     done = compare(tmp_path, "runs/a0", "runs/b", "runs/a1", "runs/a2", "--out", "out")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out/comparison.md").read_text()
@@ -71,7 +72,10 @@ def test_runs_that_differ_in_their_seed_only_are_one_group(write_run, tmp_path):
     assert cells["likelihood/joint"] == ["-1000.5000 ± 0.7071 (2)", "–"]
     assert cells["objective.beta"] == ["1.0", "2.5"]
     assert cells["likelihood.importance_samples"] == ["100", "300"]
-    assert not {"seed", "name", "output_dir", "train.max_steps"} & set(cells)
+    # The seed of the evaluation is part of its protocol; that of the training is what repeats differ in.
+    assert cells["seed"] == ["0", "1"]
+    assert cells["left_out.probe"] == ["–", "no labels"]
+    assert not {"name", "output_dir", "train.max_steps", "export_sha256"} & set(cells)
     assert "a0: runs/a0, runs/a1, runs/a2" in text
     with Image.open(tmp_path / "out/comparison.png") as picture:
         assert min(picture.size) > 50
