@@ -201,6 +201,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         raise UserError("\n".join(f"{source}: {problem}" for problem in problems)) from error
 
 
+def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """The experiment of a run, from its folder.
+
+    Raises:
+        UserError: the folder is no run, or as `load_config`.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{path}: missing, so {run_dir} is no run. Train one with launch/train.py")
+    return load_config(path, overrides)
+
+
 def save_config(config: ExperimentConfig, path: str | Path) -> None:
     """Write an experiment as YAML that `load_config` reads back."""
     write_whole(Path(path), dump_yaml(config).encode())

@@ -329,7 +329,8 @@ class CMVAE(nn.Module):
         """Load an export that `save_pretrained` wrote, in evaluation mode.
 
         Raises:
-            UserError: the folder is no export, is damaged, or its weights do not fit its config.
+            UserError: the folder is no export, is damaged, or its weights are not finite or do not fit its
+                config.
         """
         folder = Path(folder)
         for name in (WEIGHTS_NAME, EXPORT_CONFIG_NAME):
@@ -343,7 +344,14 @@ class CMVAE(nn.Module):
                 yaml.safe_load((folder / EXPORT_CONFIG_NAME).read_text(encoding="utf-8"))
             )
             model = cls(export.model, export.modalities, autocast_dtype)
-            model.load_state_dict(load_file(folder / WEIGHTS_NAME))
+            state = load_file(folder / WEIGHTS_NAME)
+            model.load_state_dict(state)
         except (ValidationError, yaml.YAMLError, SafetensorError, RuntimeError) as error:
             raise UserError(f"{folder}: a damaged export: {error}. Export the run again") from error
+        for name, tensor in state.items():
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"{folder / WEIGHTS_NAME}: {name}: holds values that are not finite, as after a training "
+                    "that diverged. Train again, for example with a lower optimizer.learning_rate"
+                )
         return channels_last(model.to(device)).eval()

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmvae.distributions import LocationScale
+from cmvae.config import LikelihoodConfig
+from cmvae.distributions import FAMILIES, LocationScale
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,21 @@ def cluster_log_prob(log_weights: Tensor, log_density: Tensor) -> Tensor:
         (...)
     """
     return (log_weights + log_density).logsumexp(-1)
+
+
+def data_log_prob(likelihood: LikelihoodConfig, x: Tensor, location: Tensor) -> Tensor:
+    """Log p(x_n | z, w_n) of one modality, not multiplied by its weight s_n.
+
+    Args:
+        likelihood: family and scale of the density.
+        x: (B, ...).
+        location: what the decoder makes of z and w_n, (..., B, ...) with the event axes of `x`.
+
+    Returns:
+        The leading axes of `location`, B included.
+    """
+    density = FAMILIES[likelihood.family](location, location.new_tensor(likelihood.scale))
+    return density.log_prob(x, event_dims=x.ndim - 1)
 
 
 def log_weights(terms: LogWeightTerms, likelihood_weights: Mapping[str, float], beta: float) -> Tensor:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from cmvae.clustering import clustering_metrics, responsibilities, vote
 from cmvae.config import ObjectiveConfig
-from cmvae.distributions import FAMILIES
 from cmvae.evaluation.clustering import encode_split, select_model_clusters
 from cmvae.evaluation.pictures import draw_cross_modal
 from cmvae.model import CMVAE, Posterior, stack_shared_locations
 from cmvae.objectives import (
     LogWeightTerms,
     cluster_log_prob,
+    data_log_prob,
     dreg,
     iwae,
     log_weights,
@@ -104,7 +104,7 @@ class CMVAETask(nn.Module):
         reconstructions = self.model.decode(shared, self._private_of_targets(private, noise))
         terms = LogWeightTerms(
             log_likelihood={
-                name: self._log_likelihood(name, inputs[name], location)
+                name: data_log_prob(self.likelihoods[name], inputs[name], location)
                 for name, location in reconstructions.items()
             },
             log_prior_shared=cluster_log_prob(*self.model.cluster_prior(shared)),
@@ -130,12 +130,6 @@ class CMVAETask(nn.Module):
             own = torch.arange(len(private), device=private.device).eq(n).view(-1, 1, 1, 1)
             targets[name] = torch.where(own, private, substitutes)
         return targets
-
-    def _log_likelihood(self, modality: str, x: Tensor, location: Tensor) -> Tensor:
-        """Log p(x | location), (M, K, B), for x (B, ...) and location (M, K, B, ...)."""
-        likelihood = self.likelihoods[modality]
-        density = FAMILIES[likelihood.family](location, location.new_tensor(likelihood.scale))
-        return density.log_prob(x, event_dims=x.ndim - 1)
 
     def _cluster_report(self, posteriors: Mapping[str, Posterior]) -> dict[str, Tensor]:
         shared_loc = stack_shared_locations(posteriors)

@@ -213,3 +213,12 @@ def test_cluster_density_is_the_closed_form():
     for c in range(5):
         expected = -(z - model.cluster_prior.means[c]).abs().sum(1) - 6 * math.log(2)
         torch.testing.assert_close(log_density[:, c], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_a_diverged_training_are_named(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.cluster_prior.means[1, 0] = float("nan")
+    model.save_pretrained(tmp_path / "export")
+    with pytest.raises(UserError, match=r"cluster_prior\.means: holds values that are not finite"):
+        CMVAE.from_pretrained(tmp_path / "export")

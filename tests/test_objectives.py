@@ -11,7 +11,7 @@ import torch
 from cmvae.config import LikelihoodConfig, ModalityConfig, ModelConfig, ObjectiveConfig
 from cmvae.data.schema import ModalitySchema
 from cmvae.model import CMVAE
-from cmvae.objectives import cluster_log_prob, dreg, iwae
+from cmvae.objectives import cluster_log_prob, data_log_prob, dreg, iwae
 from cmvae.tasks import CMVAETask
 
 DISTRIBUTIONS = {"normal": torch.distributions.Normal, "laplace": torch.distributions.Laplace}
@@ -239,3 +239,12 @@ def test_padding_changes_neither_loss_nor_gradient():
     loss, report = task(batch)
     torch.testing.assert_close(loss, -report["bound"][0])
     assert gradients(loss, task)["model.cluster_prior.means"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("family", ["normal", "laplace"])
+def test_the_likelihood_of_data_sums_its_pixels_and_leaves_its_weight_out(family):
+    x, location = torch.rand(4, 3, 2, 5), torch.rand(6, 4, 3, 2, 5)
+    distribution = {"normal": torch.distributions.Normal, "laplace": torch.distributions.Laplace}[family]
+    expected = distribution(location, 0.2).log_prob(x).sum((-3, -2, -1))
+    likelihood = LikelihoodConfig(family=family, scale=0.2, weight=9.0)
+    torch.testing.assert_close(data_log_prob(likelihood, x, location), expected)

@@ -7,6 +7,7 @@ in the first second.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -137,3 +138,29 @@ class ShardIndex(_Schema):
             if known == name:
                 return split
         raise UserError(f"{folder}: no split {name!r}; it has {', '.join(self.splits)}")
+
+    def check_modalities(self, trained_on: Mapping[str, ModalitySchema], folder: str | Path) -> None:
+        """Refuse data that is not of the kind and shape that a model was trained on.
+
+        Args:
+            trained_on: the modalities that are to be read, as the model knows them.
+            folder: names the data set in the error message.
+
+        Raises:
+            UserError: a modality is missing or has another kind, shape or dtype.
+        """
+        path = Path(folder) / INDEX_NAME
+        for name, expected in trained_on.items():
+            found = self.modalities.get(name)
+            if found is None:
+                raise UserError(
+                    f"{path}: modalities: no {name!r}, only {', '.join(self.modalities)}. Pack a data set "
+                    "that has it, or leave it out"
+                )
+            for key in ("kind", "shape", "dtype"):
+                before, now = getattr(expected, key), getattr(found, key)
+                if before != now:
+                    raise UserError(
+                        f"{path}: modalities.{name}.{key}: {now}, but the model was trained on {before}. "
+                        "Pack the data in that form, or train a model on this data"
+                    )

@@ -23,6 +23,19 @@ _DPI = 120
 _ACCENT = "#d1495b"
 _INK = "#22333b"
 _MUTED = "#8d99ae"
+# What a comparison of experiments shows, of the metrics that there are.
+MAIN_METRICS = (
+    "clustering/num_clusters",
+    "clustering/acc",
+    "clustering/nmi",
+    "coherence/conditional",
+    "coherence/unconditional",
+    "frechet/classifier/unconditional",
+    "frechet/classifier/conditional",
+    "fid/unconditional",
+    "fid/conditional",
+    "likelihood/joint",
+)
 # More points of one colour than this run together.
 _MAX_CATEGORIES_BY_COLOUR = 20
 
@@ -62,18 +75,18 @@ def cross_modal_grid(
     return figure
 
 
-def cluster_samples(images: Mapping[str, FloatArray], titles: Sequence[str]) -> Figure:
-    """Samples that the model draws from each of its clusters: a row a cluster, a block a modality.
+def sample_rows(images: Mapping[str, FloatArray], titles: Sequence[str]) -> Figure:
+    """Samples that belong together in rows, such as those of one cluster; a block of columns a modality.
 
     Args:
-        images: modality → (num_clusters, S, C, H, W); sample s is one joint generation over modalities.
-        titles: num_clusters names of the rows.
+        images: name of the block → (R, S, C, H, W); [r, s] is the same sample in every block.
+        titles: R names of the rows.
     """
-    num_clusters, num_samples = next(iter(images.values())).shape[:2]
+    num_rows, num_samples = next(iter(images.values())).shape[:2]
     figure = Figure(
         figsize=(
             1.2 + len(images) * (num_samples * _IMAGE_INCHES + 0.15),
-            0.45 + num_clusters * _IMAGE_INCHES * 1.02,
+            0.45 + num_rows * _IMAGE_INCHES * 1.02,
         ),
         dpi=_DPI,
         layout="constrained",
@@ -83,7 +96,7 @@ def cluster_samples(images: Mapping[str, FloatArray], titles: Sequence[str]) -> 
         ax.set_title(name, fontsize=10, color=_INK, fontweight="bold")
         _show(ax, _tile(samples))
     height = next(iter(images.values())).shape[3]
-    axes[0].set_yticks([row * (height + 1) + 1 + height / 2 - 0.5 for row in range(num_clusters)], titles)
+    axes[0].set_yticks([row * (height + 1) + 1 + height / 2 - 0.5 for row in range(num_rows)], titles)
     axes[0].tick_params(axis="y", length=0, labelsize=8, labelcolor=_INK)
     return figure
 
@@ -187,6 +200,36 @@ def project_2d(z: FloatArray, seed: int) -> FloatArray:
     perplexity = min(30.0, (len(z) - 1) / 3)
     tsne = TSNE(n_components=2, init="pca", perplexity=perplexity, random_state=seed)
     return tsne.fit_transform(np.asarray(z, dtype=np.float32))
+
+
+def metric_comparison(groups: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """The main metrics of some experiments, a panel each: every repeat, their mean and standard deviation.
+
+    Args:
+        groups: name of the experiment → metric → one value a repeat. Of metrics that are none of
+            `MAIN_METRICS` nothing is drawn, unless there are no others.
+    """
+    known = {name for metrics in groups.values() for name in metrics}
+    names = [name for name in MAIN_METRICS if name in known] or sorted(known)
+    num_columns = min(3, len(names))
+    num_rows = -(-len(names) // num_columns)
+    height = 0.7 + 0.3 * len(groups)
+    figure = Figure(figsize=(1.2 + 3.4 * num_columns, height * num_rows), dpi=_DPI, layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True).ravel()
+    for ax, name in zip(axes, names, strict=False):
+        for row, metrics in enumerate(groups.values()):
+            values = np.asarray(metrics.get(name, ()), dtype=np.float64)
+            ax.plot(values, np.full(len(values), row), "o", color=_MUTED, markersize=4, alpha=0.7)
+            if len(values):
+                spread = values.std(ddof=1) if len(values) > 1 else 0.0
+                ax.errorbar(values.mean(), row, xerr=spread, fmt="D", color=_ACCENT, markersize=5, capsize=3)
+        ax.set_title(name, fontsize=9, color=_INK, loc="left")
+        ax.set_yticks(range(len(groups)), list(groups))
+        ax.set_ylim(len(groups) - 0.5, -0.5)
+        _lighten(ax)
+    for ax in axes[len(names) :]:
+        ax.set_visible(False)
+    return figure
 
 
 def _tile(images: FloatArray) -> FloatArray:

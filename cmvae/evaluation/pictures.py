@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,8 +11,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cmvae.evaluation import figures
-from cmvae.evaluation.clustering import EncodedSplit
 from cmvae.model import CMVAE
+
+if TYPE_CHECKING:  # it draws with this module
+    from cmvae.evaluation.clustering import EncodedSplit
 
 
 def draw_cross_modal(model: CMVAE, inputs: Mapping[str, Tensor], generator: torch.Generator) -> Figure:
@@ -40,7 +43,7 @@ def draw_cluster_samples(model: CMVAE, num_samples: int, generator: torch.Genera
     images = {
         name: np.stack([_to_numpy(sample[name]) for sample in samples]) for name in model.modality_names
     }
-    return figures.cluster_samples(images, [f"cluster {c}" for c in clusters])
+    return figures.sample_rows(images, [f"cluster {c}" for c in clusters])
 
 
 def draw_latent_map(split: EncodedSplit, assignments: np.ndarray, num_samples: int, seed: int) -> Figure:

@@ -1,12 +1,24 @@
 """Encoding a split and evaluating its clusters, from models whose clusters are known."""
 
+from itertools import chain, combinations
+
 import numpy as np
 import pytest
 import torch
+from linear_model import linear_model
+from made_up_context import make_context
 
 from cmvae.config import ModalityConfig, ModelConfig
 from cmvae.data.schema import ModalitySchema
-from cmvae.evaluation.clustering import EncodedSplit, all_log_weights, encode_split, evaluate_clusters
+from cmvae.evaluation.clustering import (
+    AGREEMENT,
+    EncodedSplit,
+    all_log_weights,
+    encode_split,
+    evaluate_clustering,
+    evaluate_clusters,
+    modality_subsets,
+)
 from cmvae.model import CMVAE
 
 SCHEMA = ModalitySchema(kind="image", shape=(1, 8, 8), dtype="uint8")
@@ -74,3 +86,128 @@ def test_unlabelled_data_has_clusters_but_no_scores():
     )
     assert metrics == {"clustering/num_clusters": 4}
     assert assignments.tolist() == [0, 2]
+
+
+CLASSES = ("zero", "one", "two")
+FIGURES = {"cluster_samples", "selection_curve", "latent_map", "confusion_matrix"}
+
+
+@pytest.fixture
+def blind_model():
+    """Modality `a` shows the cluster of a sample; `b` and `c` show it too, but mix up the last two."""
+    model = linear_model(("a", "b", "c"), 3)
+    with torch.no_grad():
+        model.cluster_prior.logits.zero_()
+        model.cluster_prior.means.copy_(torch.tensor([[-4.0, 0], [4, 0], [4, 8], [90, 90]]))
+        for name in model.modality_names:
+            head = model.encoders[name].shared
+            head.bias.zero_()
+            head.weight.copy_(torch.eye(3)[:2])
+            if name != "a":
+                head.weight[1, 1] = 0
+    return model
+
+
+def samples_of(labels):
+    """What three modalities see of samples at the centres of their classes' clusters."""
+    centres = torch.tensor([[-4.0, 0, 0], [4, 0, 0], [4, 8, 0]])
+    x = centres[torch.as_tensor(labels)][:, None, None, :]
+    # Off the middle between two clusters, so that what cannot be told apart goes to the first of them.
+    return {name: x.clone() for name in ("a", "b", "c")}
+
+
+def test_every_subset_of_modalities_has_its_own_scores(blind_model):
+    labels = torch.arange(12) % 3
+    data = {"test": {**samples_of(labels), "label": labels}, "validation": samples_of(labels)}
+    result = evaluate_clustering(make_context(blind_model, data, CLASSES, batch_size=5), beta=1.0)
+    subsets = ["a", "b", "c", "a+b", "a+c", "b+c"]
+    assert set(result.metrics) == {"clustering/num_clusters"} | {
+        f"{group}/{name}"
+        for group in ("clustering", "clustering_all", *(f"clustering/from/{subset}" for subset in subsets))
+        for name in AGREEMENT
+    }
+    assert result.metrics["clustering/num_clusters"] == 3
+    # Only `a` tells the last two apart, and two blind modalities outvote it.
+    expected = {"a": 1.0, "b": 2 / 3, "c": 2 / 3, "b+c": 2 / 3}
+    for subset, acc in expected.items():
+        assert result.metrics[f"clustering/from/{subset}/acc"] == pytest.approx(acc)
+    assert result.metrics["clustering/acc"] == pytest.approx(2 / 3)
+    assert result.metrics["clustering/from/a+b/acc"] == result.metrics["clustering/from/a+c/acc"]
+    assert set(result.figures) == FIGURES
+    assert result.left_out == {}
+    assert result.protocol["clustering.num_samples"] == 12
+
+
+def test_the_group_agrees_with_one_pass_over_the_split(model):
+    """Batches, padding and gathering change nothing."""
+    batch = raw_batch(3, [True] * 10)
+    images = {name: batch[name] / 255 for name in ("a", "b")}
+    label = torch.arange(10) % 3
+    data = {"test": {**images, "label": label}, "validation": images}
+    metrics = evaluate_clustering(make_context(model, data, CLASSES, batch_size=4), beta=1.0).metrics
+    encoded = encode_split(model, [{**batch, "label": label}])
+    expected, _ = evaluate_clusters(encoded, all_log_weights(model), np.ones(4, dtype=bool))
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    alone = EncodedSplit(encoded.log_density[:, 1:], encoded.shared_loc[:, 1:], encoded.label)
+    expected, _ = evaluate_clusters(alone, all_log_weights(model), np.ones(4, dtype=bool))
+    for name in AGREEMENT:
+        assert metrics[f"clustering/from/b/{name}"] == pytest.approx(expected[f"clustering/{name}"])
+
+
+def test_samples_without_a_label_do_not_count(blind_model):
+    labels = torch.tensor([0, 1, 2] * 4)
+    # The first half is right, the second has no labels; as a class −1 it would spoil every score.
+    known = torch.where(torch.arange(12) < 6, labels, -1)
+    data = {"test": {**samples_of(labels), "label": known}}
+    result = evaluate_clustering(make_context(blind_model, data, CLASSES), beta=1.0)
+    for name in AGREEMENT:
+        assert result.metrics[f"clustering/from/a/{name}"] == 1.0
+    assert result.protocol["clustering.num_labelled_samples"] == 6
+    assert "no validation split" in result.left_out["figures/selection_curve"]
+    assert set(result.figures) == FIGURES - {"selection_curve"}
+
+
+def test_without_labels_there_are_clusters_and_reasons(blind_model):
+    data = {split: samples_of([0, 1, 2, 0, 1, 2]) for split in ("test", "validation")}
+    result = evaluate_clustering(make_context(blind_model, data), beta=1.0)
+    assert result.metrics == {"clustering/num_clusters": 3}
+    assert {"clustering_all", "clustering/from", "clustering/acc"} < set(result.left_out)
+    assert all(
+        "no sample of the test split has a label" in result.left_out[f"clustering/{name}"]
+        for name in AGREEMENT
+    )
+    assert set(result.figures) == FIGURES - {"confusion_matrix"}
+    for figure in result.figures.values():
+        figure.canvas.draw()
+
+
+def test_a_single_sample_is_enough(blind_model):
+    data = {"test": {**samples_of([1]), "label": torch.tensor([1])}, "validation": samples_of([1])}
+    result = evaluate_clustering(make_context(blind_model, data, CLASSES), beta=1.0)
+    assert result.metrics["clustering/acc"] == 1.0
+    assert all(np.isfinite(value) for value in result.metrics.values())
+    assert "at least 4 samples" in result.left_out["figures/latent_map"]
+    assert set(result.figures) == FIGURES - {"latent_map"}
+
+
+def test_up_to_five_modalities_every_subset_is_tried():
+    assert modality_subsets(["a"]) == ([], "all")
+    names = ["a", "b", "c", "d", "e"]
+    subsets, rule = modality_subsets(names)
+    assert rule == "all"
+    assert subsets == list(chain.from_iterable(combinations(names, size) for size in range(1, 5)))
+
+
+def test_of_many_modalities_some_subsets_are_tried():
+    subsets, rule = modality_subsets([f"m{m}" for m in range(8)])
+    assert rule == "of one, of two, and of all but one"
+    assert [sum(len(subset) == size for subset in subsets) for size in range(1, 9)] == [
+        8,
+        28,
+        0,
+        0,
+        0,
+        0,
+        8,
+        0,
+    ]

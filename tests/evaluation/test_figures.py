@@ -11,11 +11,12 @@ from sklearn.datasets import make_blobs
 
 from cmvae.clustering import Selection, clustering_metrics
 from cmvae.evaluation.figures import (
-    cluster_samples,
     confusion_matrix,
     cross_modal_grid,
     latent_map,
+    metric_comparison,
     project_2d,
+    sample_rows,
     selection_curve,
 )
 
@@ -63,9 +64,9 @@ def test_images_of_two_channels_are_refused() -> None:
         cross_modal_grid({"m0": np.zeros((1, 2, 4, 4))}, {("m0", "m0"): np.zeros((1, 2, 4, 4))})
 
 
-def test_cluster_samples_is_a_row_a_cluster() -> None:
+def test_sample_rows_keep_samples_and_titles_in_their_rows() -> None:
     images = np.arange(6).reshape(3, 2, 1, 1, 1) / 10 * np.ones((3, 2, 3, 8, 8))
-    figure = cluster_samples({"m0": images, "m1": 1 - images}, ["cluster 4", "cluster 7", "cluster 9"])
+    figure = sample_rows({"m0": images, "m1": 1 - images}, ["cluster 4", "cluster 7", "cluster 9"])
     first, second = pictures(figure)
     assert first[1::9, 1::9, 0][:3, :2] == pytest.approx(np.array([[0.0, 0.1], [0.2, 0.3], [0.4, 0.5]]))
     assert second[1::9, 1::9, 0][:3, :2] == pytest.approx(1 - first[1::9, 1::9, 0][:3, :2])
@@ -136,3 +137,25 @@ def test_pyplot_is_not_touched() -> None:
     # pyplot keeps every figure alive and may look for a display.
     script = "import sys, cmvae.evaluation.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_comparison_shows_every_repeat_and_their_spread() -> None:
+    groups = {
+        "a": {"clustering/acc": [0.5, 0.7, 0.9], "probe/z/m0": [1.0]},
+        "b": {"clustering/acc": [0.6], "likelihood/joint": [-3.0, -5.0]},
+    }
+    figure = metric_comparison(groups)
+    figure.canvas.draw()
+    panels = {ax.get_title(loc="left"): ax for ax in figure.axes if ax.get_visible()}
+    assert list(panels) == ["clustering/acc", "likelihood/joint"]
+    acc = panels["clustering/acc"]
+    points = [line.get_xydata().tolist() for line in acc.lines if line.get_marker() == "o"]
+    assert points == [[[0.5, 0], [0.7, 0], [0.9, 0]], [[0.6, 1]]]
+    means = [container.lines[0].get_xydata().tolist() for container in acc.containers]
+    np.testing.assert_allclose(means, [[[0.7, 0]], [[0.6, 1]]])
+    (bar,) = acc.containers[0].lines[2][0].get_segments()
+    assert bar[:, 0] == pytest.approx([0.5, 0.9])
+    assert [label.get_text() for label in acc.get_yticklabels()] == ["a", "b"]
+    # What is no main metric is only drawn when there is nothing else.
+    (ax,) = metric_comparison({"a": {"probe/z/m0": [1.0]}}).axes
+    assert ax.get_title(loc="left") == "probe/z/m0"

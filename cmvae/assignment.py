@@ -1,0 +1,88 @@
+"""Clusters of any packed data, as a CSV table."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cmvae.data.batch import to_device
+from cmvae.data.reader import EvaluationLoader
+from cmvae.data.schema import ShardIndex
+from cmvae.errors import UserError
+from cmvae.files import write_whole
+from cmvae.model import CMVAE
+
+
+def assign_to_file(
+    export: Path, shards: Path, splits: Sequence[str], modalities: Sequence[str], batch_size: int, out: Path
+) -> dict[int, int]:
+    """Assign every sample to a cluster and write the table, whole or not at all, with a progress bar.
+
+    The columns are `key`, `split`, and by vote `cluster` and `confidence`; then `MODALITY_cluster` and
+    `MODALITY_confidence` of what each modality says on its own. Rows are in the order of the splits.
+
+    Args:
+        export: of the model.
+        shards: the packed data; it may have no labels, and modalities that are not in `modalities`.
+        splits: splits of it.
+        modalities: those of the model's modalities to assign from.
+        batch_size: samples that are encoded together.
+        out: the CSV file.
+
+    Returns:
+        The number of samples of each cluster that has some.
+
+    Raises:
+        UserError: the export or the shards are missing or damaged, a modality has another shape than the
+            model was trained on, or the file cannot be written.
+    """
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = CMVAE.from_pretrained(export, device)
+    index = ShardIndex.load(shards)
+    index.check_modalities({name: model.schemas[name] for name in modalities}, shards)
+    columns = ["key", "split", "cluster", "confidence"]
+    for name in modalities:
+        columns += [f"{name}_cluster", f"{name}_confidence"]
+    sizes: Counter[int] = Counter()
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    total = sum(index.split(split, shards).num_samples for split in splits)
+    with tqdm(total=total, desc=str(shards), unit=" samples", leave=False) as progress:
+        for split in splits:
+            loader = EvaluationLoader(shards, split=split, modalities=modalities, batch_size=batch_size)
+            for batch in loader:
+                for row in assign_batch(model, to_device(batch, device), modalities):
+                    table.writerow({"split": split, **row})
+                    sizes[row["cluster"]] += 1
+                    progress.update()
+    try:
+        write_whole(out, text.getvalue().encode())
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error}") from error
+    return dict(sizes)
+
+
+def assign_batch(
+    model: CMVAE, batch: Mapping[str, Any], modalities: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """The cells of every valid sample of a batch on the model's device, by column, without `split`."""
+    assignment = model.assign({name: batch[name] for name in modalities})
+    confidences, clusters = assignment.responsibilities.max(dim=2)
+    for row in batch["valid"].nonzero().flatten().tolist():
+        cells = {"key": batch["key"][row], **_cells("", assignment.cluster[row], assignment.confidence[row])}
+        for m, name in enumerate(modalities):
+            cells |= _cells(f"{name}_", clusters[row, m], confidences[row, m])
+        yield cells
+
+
+def _cells(prefix: str, cluster: Tensor, confidence: Tensor) -> dict[str, Any]:
+    return {f"{prefix}cluster": int(cluster), f"{prefix}confidence": f"{float(confidence):.6f}"}

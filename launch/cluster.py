@@ -1,0 +1,103 @@
+"""Clusters of packed data by a trained run, as a table.
+
+    python launch/cluster.py runs/NAME shards/OTHER --out assignments.csv [--split all]
+
+The data needs no labels; of modalities that the run does not know nothing is read, and where it lacks some of
+the run's modalities the others decide. Starts from the run's export. Columns: key, split, cluster and
+confidence by vote, then MODALITY_cluster and MODALITY_confidence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from cmvae.config import ExperimentConfig, load_run_config
+from cmvae.data.schema import ShardIndex
+from cmvae.errors import UserError
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Clusters of packed data by a trained run, as a table.")
+    parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/digits")
+    parser.add_argument("shards", type=Path, help="packed data, e.g. shards/digits")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="the table to write")
+    parser.add_argument("--split", default="all", help="one split of the data, or all (default)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file --out")
+    return parser.parse_args()
+
+
+def check_out(path: Path, overwrite: bool) -> None:
+    """Refuse a table that could not be written, before anything is computed.
+
+    Raises:
+        UserError: the file is there already, or its folder is not.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--out {path}: not a file in a folder that exists. Give a path such as clusters.csv")
+    if path.exists() and not overwrite:
+        raise UserError(f"--out {path}: exists. Add --overwrite to replace it, or give another path")
+
+
+def choose_modalities(
+    config: ExperimentConfig, index: ShardIndex, arguments: argparse.Namespace
+) -> list[str]:
+    """The run's modalities that the data has; says on stderr which are missing.
+
+    Raises:
+        UserError: the data has none of them.
+    """
+    wanted = list(config.model.modalities)
+    present = [name for name in wanted if name in index.modalities]
+    if not present:
+        raise UserError(
+            f"{arguments.shards}: modalities: it has {', '.join(index.modalities)}, but the run "
+            f"{arguments.run} knows only {', '.join(wanted)}. Pack the data under those names"
+        )
+    missing = [name for name in wanted if name not in present]
+    if missing:
+        print(
+            f"note: {arguments.shards} has no {', '.join(missing)}: clusters are read from "
+            f"{', '.join(present)} alone",
+            file=sys.stderr,
+        )
+    return present
+
+
+def main() -> int:
+    """Check, assign, write."""
+    arguments = parse_arguments()
+    try:
+        config = load_run_config(arguments.run)
+        index = ShardIndex.load(arguments.shards)
+        if arguments.split != "all":
+            index.split(arguments.split, arguments.shards)
+        splits = list(index.splits) if arguments.split == "all" else [arguments.split]
+        modalities = choose_modalities(config, index, arguments)
+        check_out(arguments.out, arguments.overwrite)
+
+        from cmvae.assignment import assign_to_file
+
+        sizes = assign_to_file(
+            arguments.run / "export",
+            arguments.shards,
+            splits,
+            modalities,
+            config.evaluation.batch_size,
+            arguments.out,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(f"{sum(sizes.values())} samples in {len(sizes)} clusters: {arguments.out}")
+    for cluster, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        print(f"cluster {cluster:>4}  {size:>8,}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

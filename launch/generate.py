@@ -1,0 +1,112 @@
+r"""Generate with a trained run, to PNG files.
+
+    python launch/generate.py runs/NAME [--num 64] [--cluster C | --cluster all] [--to MODALITY,…]
+    python launch/generate.py runs/NAME --given MODALITY[,MODALITY] [--split test] [--to MODALITY,…]
+
+Unconditionally, of one or every cluster, or from some modalities of packed samples; w always from its prior.
+Starts from the run's export and writes a folder a modality, `grid.png` and `generation.json` below
+`runs/NAME/generated` or `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from cmvae.config import ExperimentConfig, load_run_config
+from cmvae.data.schema import ShardIndex
+from cmvae.errors import UserError
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Generate with a trained run, to PNG files.")
+    parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/digits")
+    parser.add_argument(
+        "--num", type=_positive, default=64, metavar="N", help="samples, of each cluster (default: 64)"
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--cluster", type=_cluster, metavar="C", help="of cluster C, or of all one by one")
+    source.add_argument("--given", type=_names, metavar="MODALITY,…", help="from these, of the first samples")
+    parser.add_argument("--split", metavar="SPLIT", help="split of the samples for --given (default: test)")
+    parser.add_argument("--to", type=_names, metavar="MODALITY,…", help="what to write (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: generated in the run's folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier generations in --out")
+    arguments = parser.parse_args()
+    if arguments.split is not None and arguments.given is None:
+        parser.error("--split: only samples for --given are read from a split")
+    return arguments
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _cluster(text: str) -> int | Literal["all"]:
+    if text == "all":
+        return "all"
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a cluster nor all")
+    return int(text)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Names in the order given, each once."""
+    return tuple(dict.fromkeys(text.split(",")))
+
+
+def check_names(flag: str, names: Sequence[str], config: ExperimentConfig) -> None:
+    """Refuse names that are no modalities of the run.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name in names:
+        if name not in config.model.modalities:
+            raise UserError(
+                f"{flag} {name}: the run has no such modality; it has {', '.join(config.model.modalities)}"
+            )
+
+
+def main() -> int:
+    """Check, generate, say where it is."""
+    arguments = parse_arguments()
+    try:
+        config = load_run_config(arguments.run)
+        targets = arguments.to or tuple(config.model.modalities)
+        split = arguments.split or "test"
+        check_names("--to", targets, config)
+        if arguments.given is not None:
+            check_names("--given", arguments.given, config)
+            ShardIndex.load(config.data.shards).split(split, config.data.shards)
+
+        from cmvae.generation import GenerationRequest, run_generation
+
+        out = arguments.out or arguments.run / "generated"
+        request = GenerationRequest(
+            num_samples=arguments.num,
+            cluster=arguments.cluster,
+            given=arguments.given,
+            split=split,
+            targets=targets,
+            seed=arguments.seed,
+        )
+        num_samples = run_generation(config, arguments.run, request, out, arguments.overwrite)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(f"{num_samples} samples of {', '.join(targets)}: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

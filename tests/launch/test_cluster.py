@@ -1,0 +1,130 @@
+"""`launch/cluster.py` on an untrained export: the table against the model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from commands import ROOT, run_command
+
+from cmvae.clustering import responsibilities, vote
+from cmvae.data.reader import EvaluationLoader
+from cmvae.evaluation.clustering import all_log_weights, encode_split
+from cmvae.model import CMVAE
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def expected_posterior(run, shards, split, places):
+    """p(c|z) of a split by the encoders and numpy, without `CMVAE.assign`."""
+    model = CMVAE.from_pretrained(run / "export")
+    loader = EvaluationLoader(shards, split=split, modalities=model.modality_names, batch_size=64)
+    encoded = encode_split(model, loader)
+    active = model.cluster_prior.active.numpy()
+    return responsibilities(encoded.log_density[:, places], all_log_weights(model), active)
+
+
+def test_the_table_holds_every_sample_with_its_clusters(make_run, digits_shards, index, tmp_path):
+    run, out = make_run(), tmp_path / "assignments.csv"
+    done = run_command(
+        [sys.executable, ROOT / "launch/cluster.py", run, digits_shards, "--out", out], tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    rows = read(out)
+    assert list(rows[0]) == [
+        "key", "split", "cluster", "confidence", "m0_cluster", "m0_confidence",
+        "m1_cluster", "m1_confidence", "m2_cluster", "m2_confidence",
+    ]  # fmt: skip
+    total = sum(split.num_samples for split in index.splits.values())
+    assert f"{total} samples" in done.stdout
+    assert len({(row["split"], row["key"]) for row in rows}) == len(rows) == total
+
+    for split in index.splits:
+        table = [row for row in rows if row["split"] == split]
+        posterior = expected_posterior(run, digits_shards, split, [0, 1, 2])
+        voted = vote(posterior)
+        assert [int(row["cluster"]) for row in table] == voted.tolist()
+        confidence = posterior[np.arange(len(table)), :, voted].mean(axis=1)
+        np.testing.assert_allclose([float(row["confidence"]) for row in table], confidence, atol=1e-5)
+        for m, name in enumerate(("m0", "m1", "m2")):
+            assert [int(row[f"{name}_cluster"]) for row in table] == posterior[:, m].argmax(axis=1).tolist()
+            np.testing.assert_allclose(
+                [float(row[f"{name}_confidence"]) for row in table], posterior[:, m].max(axis=1), atol=1e-5
+            )
+    assert {int(row["cluster"]) for row in rows} <= {1, 3, 5}
+
+
+def test_data_without_labels_and_with_more_modalities(make_run, call, digits_shards, index, tmp_path):
+    shards = tmp_path / "unlabelled"
+    shutil.copytree(digits_shards, shards)
+    content = json.loads((shards / "index.json").read_text())
+    (shards / "index.json").write_text(json.dumps({**content, "class_names": None}))
+    code, _, err = call("cluster.py", make_run("m1"), shards, "--out", tmp_path / "a.csv", "--split", "test")
+    assert code == 0, err
+    assert "note" not in err
+    rows = read(tmp_path / "a.csv")
+    assert len(rows) == index.splits["test"].num_samples
+    assert list(rows[0])[4:] == ["m1_cluster", "m1_confidence"]
+    assert all(row["cluster"] == row["m1_cluster"] for row in rows)
+
+
+def test_missing_modalities_are_named_and_the_others_decide(make_run, call, digits_shards, tmp_path):
+    run = make_run("x0", "m2", "m0")
+    code, _, err = call(
+        "cluster.py", run, digits_shards, "--out", tmp_path / "a.csv", "--split", "validation"
+    )
+    assert code == 0, err
+    assert "has no x0: clusters are read from m2, m0 alone" in err
+    rows = read(tmp_path / "a.csv")
+    assert list(rows[0])[4:] == ["m2_cluster", "m2_confidence", "m0_cluster", "m0_confidence"]
+    model = CMVAE.from_pretrained(run / "export")
+    loader = EvaluationLoader(digits_shards, split="validation", modalities=["m2", "m0"], batch_size=512)
+    batch = next(iter(loader))
+    images = {name: batch[name][: len(rows)] / 255 for name in ("m2", "m0")}
+    assert [int(row["cluster"]) for row in rows] == model.assign(images).cluster.tolist()
+
+
+def test_an_earlier_table_is_only_replaced_when_asked(make_run, call, digits_shards, tmp_path):
+    run, out = make_run("m0"), tmp_path / "a.csv"
+    out.write_text("mine")
+    arguments = ("cluster.py", run, digits_shards, "--split", "test", "--out", out)
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert "exists. Add --overwrite" in err
+    assert out.read_text() == "mine"
+    assert call(*arguments, "--overwrite")[0] == 0
+    assert out.read_text().startswith("key,split,cluster,confidence")
+
+
+@pytest.mark.parametrize(
+    ("modalities", "size", "out", "split", "expected"),
+    [
+        (("x0",), 16, "a.csv", "all", r"modalities: it has m0, m1, m2, but the run .* knows only x0"),
+        (
+            ("m0",),
+            8,
+            "a.csv",
+            "all",
+            r"index\.json: modalities\.m0\.shape: \(3, 16, 16\), but .* \(3, 8, 8\)",
+        ),
+        (("m0",), 16, "no/a.csv", "all", r"not a file in a folder that exists"),
+        (("m0",), 16, ".", "all", r"not a file in a folder that exists"),
+        (("m0",), 16, "a.csv", "dev", r"no split 'dev'; it has train, validation, test"),
+    ],
+)
+def test_what_does_not_fit_is_explained_and_nothing_is_written(
+    make_run, call, digits_shards, tmp_path, modalities, size, out, split, expected
+):
+    run = make_run(*modalities, size=size)
+    code, _, err = call("cluster.py", run, digits_shards, "--split", split, "--out", tmp_path / out)
+    assert code == 2
+    assert re.search(expected, err)
+    assert not list(tmp_path.glob("*.csv"))
