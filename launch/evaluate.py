@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cmvae.config import check_against_shards, load_config
+from cmvae.config import check_against_shards, load_run_config
 from cmvae.data.schema import ShardIndex
 from cmvae.errors import UserError
 
@@ -41,15 +41,12 @@ def evaluation_setting(override: str) -> str:
 def main() -> int:
     """Check, evaluate, print the table."""
     arguments = parse_arguments()
-    source = arguments.run / "config.yaml"
     try:
-        if not source.is_file():
-            raise UserError(
-                f"{source}: missing, so {arguments.run} is no run. Train one with launch/train.py"
-            )
-        config = load_config(source, [evaluation_setting(override) for override in arguments.overrides])
+        config = load_run_config(
+            arguments.run, [evaluation_setting(override) for override in arguments.overrides]
+        )
         index = ShardIndex.load(config.data.shards)
-        check_against_shards(config, index, str(source))
+        check_against_shards(config, index, str(arguments.run / "config.yaml"))
         index.split(config.evaluation.split, config.data.shards)
 
         from cmvae.evaluation.report import format_report

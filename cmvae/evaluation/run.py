@@ -41,8 +41,9 @@ def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> 
     try:
         model = CMVAE.from_pretrained(run_dir / "export", accelerator.device)
         context = EvaluationContext(model, config.data.shards, index, config.evaluation, accelerator)
+        index.check_modalities(model.schemas, config.data.shards)
         result = _describe(context, run_dir / "export" / WEIGHTS_NAME)
-        for group in _evaluate_groups(context):
+        for group in _evaluate_groups(context, config.objective.beta):
             result.add(group)
         if not accelerator.is_main_process:
             return None
@@ -53,11 +54,11 @@ def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> 
         accelerator.end_training()
 
 
-def _evaluate_groups(context: EvaluationContext) -> Iterator[GroupResult]:
-    """The groups that were asked for, one after the other."""
+def _evaluate_groups(context: EvaluationContext, beta: float) -> Iterator[GroupResult]:
+    """The groups that were asked for, one after the other; β is the objective's, for the selection curve."""
     wanted = set(context.settings.metrics)
     if "clustering" in wanted:
-        yield evaluate_clustering(context)
+        yield evaluate_clustering(context, beta)
     if wanted & GENERATIVE_GROUPS:
         yield evaluate_generative(context, wanted & GENERATIVE_GROUPS)
     if "probe" in wanted:
