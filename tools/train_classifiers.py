@@ -31,8 +31,8 @@ def _non_negative(text: str) -> int:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description="Train one small image classifier a modality on the labelled train split, once per packed "
-        "data set, and save them beside the shards. Evaluation reads generated images with them."
+        description="Train one small image classifier a modality on the labelled train split, once per "
+        "packed data set, and save them beside the shards. Evaluation reads generated images with them."
     )
     parser.add_argument(
         "folder", type=Path, help="what tools/make_shards.py wrote, for example shards/digits"
@@ -66,7 +66,7 @@ def main() -> int:
 
         with tqdm(unit=" steps") as bar:
 
-            def report(modality: str, step: int, total: int) -> None:
+            def report(modality: str, total: int, step: int) -> None:
                 if step == 1:
                     bar.set_description(modality)
                     bar.reset(total)

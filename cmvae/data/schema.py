@@ -96,7 +96,7 @@ class SplitSchema(_Schema):
 
 
 class ClassifierSchema(_Schema):
-    """What reads the class of one modality's images, for the evaluation of models; trained on these shards."""
+    """What reads the class of one modality's images when models are evaluated; trained on these shards."""
 
     file: ClassifierFile
     """Below the folder of the index."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -118,7 +119,7 @@ def train_classifier(
     seed: int,
     report: Callable[[int], None] = lambda step: None,
 ) -> ImageClassifier:
-    """Train a classifier with AdamW and one cycle of the learning rate, on small random changes of the images.
+    """Train a classifier with AdamW and one cycle of the learning rate, on randomly changed images.
 
     Deterministic on a CPU: the same arguments give the same weights.
 
@@ -168,7 +169,7 @@ def train_classifiers(
     width: int = DEFAULT_WIDTH,
     epochs: int | None = None,
     seed: int = 0,
-    report: Callable[[str, int, int], None] = lambda modality, step, total: None,
+    report: Callable[[str, int, int], None] = lambda modality, total, step: None,
 ) -> dict[str, ClassifierSchema]:
     """Train the classifier of every modality of a packed data set and save them beside its shards.
 
@@ -180,7 +181,7 @@ def train_classifiers(
         width: channels of the first convolution.
         epochs: passes over the train split; None sees about 30,000 images.
         seed: of everything random.
-        report: called after each step with the modality, the step's number and the number of steps.
+        report: called after each step with the modality, the number of its steps, and the step's own.
 
     Returns:
         What the index now says of each.
@@ -212,7 +213,7 @@ def train_classifiers(
             width=width,
             epochs=passes,
             seed=seed,
-            report=lambda step, modality=modality, total=total: report(modality, step, total),
+            report=partial(report, modality, total),
         )
         accuracy = _measure_accuracy(classifier, *_read_split(folder, "test", modality))
         weights = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
@@ -308,9 +309,7 @@ def _load_classifier(
 
 def _read_split(folder: Path, split: str, modality: str) -> tuple[Tensor, Tensor]:
     """All images (N, C, H, W) uint8 and labels (N,) of a split."""
-    loader = EvaluationLoader(
-        folder, split=split, modalities=[modality], batch_size=_EVALUATION_BATCH_SIZE
-    )
+    loader = EvaluationLoader(folder, split=split, modalities=[modality], batch_size=_EVALUATION_BATCH_SIZE)
     images, labels = [], []
     for batch in loader:
         images.append(batch[modality][batch["valid"]])
