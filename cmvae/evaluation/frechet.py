@@ -91,7 +91,8 @@ def load_inception(weights: Path | None, device: torch.device) -> nn.Module:
         metric = FrechetInceptionDistance(INCEPTION_FEATURES, feature_extractor_weights_path=path)
     except (OSError, RuntimeError, TypeError) as error:  # no network, or weights of another network
         raise UserError(
-            f"the weights of Inception-v3 cannot be had from {path or 'the network'}: {error}. Put "
+            f"the weights of Inception-v3 cannot be had from {path or 'the network'}: "
+            f"{str(error).splitlines()[0]}. Put "
             "torch-fidelity's weights-inception-2015-12-05-6726825d.pth somewhere and set "
             "evaluation.inception_weights to its path"
         ) from error
@@ -125,5 +126,6 @@ def _check_weights(path: Path) -> None:
     except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
             f"{path}: is no readable file of weights ({type(error).__name__}). Set "
-            "evaluation.inception_weights to torch-fidelity's weights-inception-2015-12-05-6726825d.pth, or to null"
+            "evaluation.inception_weights to torch-fidelity's weights-inception-2015-12-05-6726825d.pth, or "
+            "to null"
         ) from error

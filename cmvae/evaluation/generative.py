@@ -33,7 +33,14 @@ from cmvae.evaluation.coherence import (
 )
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.fidelity import NUM_NEIGHBOURS, fidelity
-from cmvae.evaluation.frechet import FrechetDistance, load_inception, refusal, to_bytes, warn_if_few
+from cmvae.evaluation.frechet import (
+    INCEPTION_FEATURES,
+    FrechetDistance,
+    load_inception,
+    refusal,
+    to_bytes,
+    warn_if_few,
+)
 from cmvae.evaluation.result import GroupResult
 
 Loaded = TypeVar("Loaded")
@@ -243,9 +250,13 @@ def _load_networks(context: EvaluationContext, wanted: set[str]) -> tuple[Networ
         left_out["coherence"] = "takes at least two modalities"
     inception = None
     if "frechet" in wanted:
-        inception, reason = _on_all_ranks(
-            context, lambda: load_inception(context.settings.inception_weights, context.device)
-        )
+        # Asked first: with too few images nothing needs to be fetched over a network.
+        num_real = context.index.split(context.settings.split, context.shards).num_samples
+        reason = refusal(num_real, INCEPTION_FEATURES)
+        if reason is None:
+            inception, reason = _on_all_ranks(
+                context, lambda: load_inception(context.settings.inception_weights, context.device)
+            )
         if reason is not None:
             left_out["fid"] = reason
     return Networks(classifiers or {}, inception), left_out
