@@ -28,7 +28,7 @@ def test_true_classes_are_fully_coherent_and_shuffled_ones_one_in_ten():
     assert set(perfect.values()) == {1.0}
     shuffled = conditional_coherence(readings(labels, rng.permutation), labels)
     assert shuffled["coherence/conditional"] == pytest.approx(0.1, abs=0.005)
-    assert unconditional_coherence({name: labels for name in NAMES}) == 1.0
+    assert unconditional_coherence(dict.fromkeys(NAMES, labels)) == 1.0
     independent = {name: rng.permutation(labels) for name in NAMES}
     assert unconditional_coherence(independent) == pytest.approx(0.01, abs=0.003)
 

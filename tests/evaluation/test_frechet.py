@@ -109,7 +109,9 @@ def test_folders_of_pictures_are_compared(tmp_path):
 
 
 def test_a_shard_folder_stands_for_its_test_images(quadrants_shards, tmp_path):
-    assert folder_distance(quadrants_shards, quadrants_shards, "m0", corner_means) == pytest.approx(0, abs=1e-9)
+    assert folder_distance(quadrants_shards, quadrants_shards, "m0", corner_means) == pytest.approx(
+        0, abs=1e-9
+    )
     with pytest.raises(UserError, match="--modality"):
         folder_distance(quadrants_shards, quadrants_shards, None, corner_means)
 
