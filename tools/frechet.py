@@ -89,9 +89,7 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    name = (
-        "FID" if arguments.classifier is None else f"Fréchet distance, classifier of {arguments.classifier}"
-    )
+    name = "FID" if arguments.classifier is None else "Fréchet distance in classifier features"
     print(f"{name}: {distance:.4f}")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -79,32 +80,54 @@ def test_mistakes_are_explained_without_a_traceback(tmp_path, trained, digits_sh
     assert "Traceback" not in result.stderr
 
 
-def test_folders_are_compared_in_the_features_of_a_classifier(quadrants_shards, tmp_path):
+@pytest.fixture
+def frechet(monkeypatch, capsys):
+    """tools/frechet.py in this process, where torch is imported already: exit code, output, errors."""
+
+    def call(*arguments: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["frechet.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(TOOLS / "frechet.py"), run_name="__main__")
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_folders_are_compared_in_the_features_of_a_classifier(quadrants_shards, tmp_path, frechet, caplog):
     (batch,) = EvaluationLoader(quadrants_shards, split="test", modalities=["m0"], batch_size=90)
     for name, images in (("same", batch["m0"]), ("dark", batch["m0"] // 4)):
         (tmp_path / name).mkdir()
         pixels = np.ascontiguousarray(images.numpy().transpose(0, 2, 3, 1))
         for key, image in zip(batch["key"], pixels, strict=True):
             Image.fromarray(image).save(tmp_path / name / f"{key}.png")
-
+    same, dark = tmp_path / "same", tmp_path / "dark"
     flags = ["--classifier", quadrants_shards, "--modality", "m0"]
-    distances = {}
-    for name in ("same", "dark"):
-        result = run("frechet.py", name, quadrants_shards, *flags, folder=tmp_path)
-        assert result.returncode == 0, result.stderr
-        assert "90 samples for 32 features" in result.stderr
-        text, _, number = result.stdout.strip().rpartition(": ")
-        assert text == "Fréchet distance in classifier features"
-        distances[name] = float(number)
-    assert distances["same"] == pytest.approx(0, abs=1e-3)
-    assert distances["dark"] > 1
 
-    Image.new("RGB", (9, 8)).save(tmp_path / "dark" / "other.png")
+    distances = []
+    for folder in (same, dark):
+        code, output, _ = frechet(folder, quadrants_shards, *flags)
+        assert code == 0
+        text, _, number = output.strip().rpartition(": ")
+        assert text == "Fréchet distance in classifier features"
+        distances.append(float(number))
+    assert distances[0] == pytest.approx(0, abs=1e-3)
+    assert distances[1] > 1
+    assert "90 samples for 32 features" in caplog.text
+
+    Image.new("RGB", (9, 8)).save(dark / "zebra.png")
     for arguments, reason in (
-        (["dark", "same", *flags], "other.png: is 8×9"),
-        (["same", "same", "--classifier", quadrants_shards], "needs --modality"),
+        ([dark, same, *flags], "zebra.png: is 8×9"),
+        ([same, same, "--classifier", quadrants_shards], "needs --modality"),
+        ([tmp_path / "nothing", same, *flags], "nothing: no such folder"),
     ):
-        result = run("frechet.py", *arguments, folder=tmp_path)
-        assert result.returncode == 2
-        assert reason in result.stderr
-        assert "Traceback" not in result.stderr
+        code, _, errors = frechet(*arguments)
+        assert code == 2
+        assert errors.startswith("error: ")
+        assert reason in errors
+
+
+def test_pictures_of_another_size_than_the_classifier_reads_are_refused(quadrants_shards, tmp_path, frechet):
+    Image.new("RGB", (8, 9)).save(tmp_path / "a.png")
+    code, _, errors = frechet(tmp_path, tmp_path, "--classifier", quadrants_shards, "--modality", "m0")
+    assert code == 2
+    assert "pictures are 9×8, but the classifier of m0 reads 8×8" in errors
