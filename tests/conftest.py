@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import ROOT, run_command
+from quadrants import Quadrants
 
 from cmvae.config import ExperimentConfig, load_config
 
@@ -28,6 +29,21 @@ def digits_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, ROOT / "tools/make_shards.py", "digits", "--out", folder, "--limit", "160"], ROOT
     )
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quadrants_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The four quadrants, packed, with classifiers."""
+    # Slow to import, and few tests want it.
+    import torch
+
+    from cmvae.data.writer import write_shards
+    from cmvae.evaluation.classifiers import train_classifiers
+
+    folder = tmp_path_factory.mktemp("shards") / "quadrants"
+    write_shards(Quadrants(), folder)
+    train_classifiers(folder, device=torch.device("cpu"), width=4, epochs=12)
     return folder
 
 

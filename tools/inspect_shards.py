@@ -43,6 +43,8 @@ def describe(index: ShardIndex) -> str:
     for modality_name, modality in index.modalities.items():
         shape = "×".join(str(size) for size in modality.shape)
         lines.append(f"{modality_name:<12}{modality.kind:>10}{modality.dtype:>8}{shape:>15}")
+    for modality_name, classifier in index.classifiers.items():
+        lines.append(f"classifier of {modality_name}: {classifier.accuracy:.1%} right on test")
     return "\n".join(lines)
 
 

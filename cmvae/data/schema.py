@@ -16,12 +16,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from cmvae.errors import UserError
 
 INDEX_NAME = "index.json"
+CLASSIFIERS_FOLDER = "classifiers"
 FORMAT_VERSION: Final = 1
 # Members of a tar sample that are not modalities, and keys of a batch that are not modalities.
 RESERVED_NAMES = frozenset({"cls", "key", "label", "mask", "position", "valid"})
 
 _MODALITY_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
+_CLASSIFIER_FILE = re.compile(rf"{CLASSIFIERS_FOLDER}/{_MODALITY_NAME.pattern}\.safetensors")
 
 
 def _check_modality_name(name: str) -> str:
@@ -40,8 +42,15 @@ def _check_shard_name(name: str) -> str:
     return name
 
 
+def _check_classifier_file(file: str) -> str:
+    if not _CLASSIFIER_FILE.fullmatch(file):
+        raise ValueError(f"classifier file {file!r} must be {CLASSIFIERS_FOLDER}/MODALITY.safetensors")
+    return file
+
+
 ModalityName = Annotated[str, AfterValidator(_check_modality_name)]
 ShardName = Annotated[str, AfterValidator(_check_shard_name)]
+ClassifierFile = Annotated[str, AfterValidator(_check_classifier_file)]
 SplitName = Literal["train", "validation", "test"]
 
 
@@ -87,6 +96,20 @@ class SplitSchema(_Schema):
         return self
 
 
+class ClassifierSchema(_Schema):
+    """What reads the class of one modality's images when models are evaluated; trained on these shards."""
+
+    file: ClassifierFile
+    """Below the folder of the index."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    width: int = Field(ge=1)
+    """Channels of its first convolution."""
+    epochs: int = Field(ge=1)
+    seed: int = Field(ge=0)
+    accuracy: float = Field(ge=0, le=1)
+    """On the test split."""
+
+
 class ShardIndex(_Schema):
     """`index.json`: everything that a reader needs to know before it opens a tar."""
 
@@ -98,6 +121,8 @@ class ShardIndex(_Schema):
     class_names: tuple[str, ...] | None
     """Names of the labels 0, 1, …; null where the data has no labels."""
     splits: dict[SplitName, SplitSchema]
+    classifiers: dict[ModalityName, ClassifierSchema] = {}
+    """By modality; tools/train_classifiers.py adds them to an index that is already there."""
 
     @classmethod
     def load(cls, folder: str | Path) -> ShardIndex:

@@ -19,7 +19,14 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from cmvae.data.schema import INDEX_NAME, ShardIndex, ShardSchema, SplitName, SplitSchema
+from cmvae.data.schema import (
+    CLASSIFIERS_FOLDER,
+    INDEX_NAME,
+    ShardIndex,
+    ShardSchema,
+    SplitName,
+    SplitSchema,
+)
 from cmvae.data.sources.source import SPLIT_NUMBERS, Sample, Source, random_stream
 from cmvae.errors import UserError
 from cmvae.files import write_whole
@@ -94,7 +101,7 @@ def write_shards(
 
 
 def _clear(folder: Path, force: bool) -> None:
-    """Make the folder, without an index and without the shards of an earlier run."""
+    """Make the folder, without an index, shards and classifiers of an earlier run."""
     index = folder / INDEX_NAME
     if index.exists() and not force:
         raise UserError(
@@ -107,6 +114,9 @@ def _clear(folder: Path, force: bool) -> None:
         for path in folder.iterdir():
             if _OWN_FILE.fullmatch(path.name):
                 path.unlink()
+        # Trained on the data that is being replaced.
+        for path in (folder / CLASSIFIERS_FOLDER).glob("*.safetensors"):
+            path.unlink()
     except OSError as error:
         raise UserError(f"{folder}: cannot be prepared: {error}. Choose another --out") from error
 

@@ -100,13 +100,30 @@ class EvaluationContext:
             positions: (B,) int64.
             shape: of one sample's noise.
         """
+        rows = [
+            self.model.family.draw_noise(shape, torch.device("cpu"), generator)
+            for generator in self._generators(stream, positions)
+        ]
+        return torch.stack(rows).to(self.device)
+
+    def draw_uniform(self, stream: str, positions: Tensor) -> Tensor:
+        """Uniform on [0, 1), (B,) float64 on the CPU: a function of (seed, stream, position), for choices.
+
+        Args:
+            stream: what the choice is, so that two uses are independent.
+            positions: (B,) int64.
+        """
+        rows = [
+            torch.rand((), dtype=torch.float64, generator=generator)
+            for generator in self._generators(stream, positions)
+        ]
+        return torch.stack(rows)
+
+    def _generators(self, stream: str, positions: Tensor) -> Iterator[torch.Generator]:
         entropy = (self.settings.seed, zlib.crc32(stream.encode()))
-        rows = []
         for position in positions.tolist():
             state = np.random.SeedSequence((*entropy, position)).generate_state(1, np.uint64)
-            generator = torch.Generator().manual_seed(int(state[0]) >> 1)
-            rows.append(self.model.family.draw_noise(shape, torch.device("cpu"), generator))
-        return torch.stack(rows).to(self.device)
+            yield torch.Generator().manual_seed(int(state[0]) >> 1)
 
     def _gather(self, values: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:

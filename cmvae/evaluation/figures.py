@@ -165,6 +165,37 @@ def confusion_matrix(counts: IntArray, class_names: Sequence[str], cluster_ids: 
     return figure
 
 
+def coherence_matrix(coherence: FloatArray, modalities: Sequence[str]) -> Figure:
+    """Conditional coherence of every source (rows) and target (columns), as a heat map.
+
+    Args:
+        coherence: (M sources, M targets), shares.
+        modalities: names of rows and columns.
+    """
+    size = len(modalities)
+    figure = Figure(figsize=(1.4 + 0.62 * size, 1.3 + 0.62 * size), dpi=_DPI, layout="constrained")
+    ax = figure.add_subplot()
+    ax.imshow(coherence, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(size, size):
+        ax.text(
+            column,
+            row,
+            f"{coherence[row, column]:.2f}",
+            ha="center",
+            va="center",
+            fontsize=9,
+            color="white" if coherence[row, column] > 0.5 else _INK,
+        )
+    ax.set_xticks(range(size), modalities)
+    ax.set_yticks(range(size), modalities)
+    ax.tick_params(length=0, labelsize=9, labelcolor=_INK)
+    ax.spines[:].set_visible(False)
+    ax.set_title("read as the source's class", fontsize=10, color=_INK)
+    ax.set_xlabel("generated", fontsize=9, color=_INK)
+    ax.set_ylabel("from", fontsize=9, color=_INK)
+    return figure
+
+
 def latent_map(points: FloatArray, assignments: IntArray, labels: IntArray | None) -> Figure:
     """A 2-D map of z, coloured by cluster and, where there are labels, once more by class.
 

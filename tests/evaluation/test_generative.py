@@ -1,0 +1,275 @@
+"""The generation pass, with models whose coherence is known by construction, and with an untrained one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from quadrants import NUM_CLASSES, SHAPES, Quadrants, class_images
+from torch import Tensor
+
+from cmvae.config import EvaluationConfig, ModalityConfig, ModelConfig
+from cmvae.data.reader import EvaluationLoader
+from cmvae.data.schema import ShardIndex
+from cmvae.errors import UserError
+from cmvae.evaluation import generative
+from cmvae.evaluation.context import EvaluationContext
+from cmvae.evaluation.generative import evaluate_generative
+from cmvae.model import CMVAE, Posterior
+
+ALL = {"coherence", "frechet", "fidelity"}
+NAMES = ("m0", "m1", "m2")
+# z of class c is near 10·c in its first dimension.
+SPACING = 10.0
+
+
+class Oracle(CMVAE):
+    """Reads the class off an image and draws it again; `say` and `draw` may twist it, by modality."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        modalities = {name: ModalityConfig(width=2) for name in SHAPES}
+        config = ModelConfig(shared_dim=2, private_dim=3, num_clusters=NUM_CLASSES, modalities=modalities)
+        super().__init__(config, Quadrants.modalities)
+        self.eval()
+        self.say: dict[str, Callable[[Tensor], Tensor]] = {}
+        self.draw: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+        with torch.no_grad():
+            self.cluster_prior.means[:, 0] = SPACING * torch.arange(NUM_CLASSES)
+        self.cluster_prior.scale.fill_(1e-3)
+
+    def encode(self, inputs):
+        posteriors = {}
+        for name, x in inputs.items():
+            quadrants = torch.nn.functional.avg_pool2d(x.mean(1, keepdim=True), 4).flatten(1)
+            classes = self.say.get(name, lambda c: c)(quadrants.argmax(1))
+            loc = torch.stack([SPACING * classes, torch.zeros(len(x))], dim=1)
+            posteriors[name] = Posterior(
+                self.family(loc, torch.full_like(loc, 1e-3)), self.family(torch.zeros(3), torch.ones(3))
+            )
+        return posteriors
+
+    def decode(self, shared, private):
+        images = {}
+        for name, w in private.items():
+            classes = (shared[:, 0] / SPACING).round().long()
+            classes = self.draw.get(name, lambda c, w: c)(classes, w)
+            images[name] = torch.from_numpy(class_images(classes.numpy(), SHAPES[name]))
+        return images
+
+
+@pytest.fixture
+def oracle() -> Oracle:
+    return Oracle()
+
+
+@pytest.fixture
+def evaluation_context(quadrants_shards: Path) -> Callable[..., EvaluationContext]:
+    """`evaluation_context(model, seed=1)` is an evaluation of `model` on the quadrants, with settings."""
+
+    def make(model: CMVAE, index: ShardIndex | None = None, **settings: object) -> EvaluationContext:
+        return EvaluationContext(
+            model,
+            quadrants_shards,
+            index or ShardIndex.load(quadrants_shards),
+            EvaluationConfig(**{"num_generated": 200, "batch_size": 32} | settings),
+            Accelerator(cpu=True),
+        )
+
+    return make
+
+
+@pytest.fixture
+def untrained(oracle):
+    torch.manual_seed(1)
+    modalities = {name: ModalityConfig(width=2) for name in NAMES}
+    config = ModelConfig(shared_dim=4, private_dim=3, num_clusters=5, modalities=modalities)
+    return CMVAE(config, oracle.schemas).eval()
+
+
+def test_a_model_that_is_always_right_is_fully_coherent(oracle, evaluation_context):
+    result = evaluate_generative(evaluation_context(oracle), {"coherence"})
+    assert result.left_out == {}
+    assert set(result.metrics) == {
+        "coherence/conditional",
+        "coherence/unconditional",
+        "coherence/conditional_by_sources/1",
+        "coherence/conditional_by_sources/2",
+        *(f"coherence/matrix/{source}/{target}" for source in NAMES for target in NAMES),
+    }
+    assert set(result.metrics.values()) == {1.0}
+    (picture,) = result.figures["coherence_matrix"].axes[0].images
+    assert np.asarray(picture.get_array()).tolist() == np.ones((3, 3)).tolist()
+    assert result.protocol["generative.num_samples"] == 90
+    assert result.protocol["classifier.accuracy.m1"] > 0.95
+    json.dumps(result.protocol)
+
+
+def test_one_modality_that_always_errs_shows_in_its_row_and_column(oracle, evaluation_context):
+    oracle.say["m1"] = lambda classes: (classes + 1) % 4
+    oracle.draw["m2"] = lambda classes, w: (classes + 2) % 4
+    metrics = evaluate_generative(evaluation_context(oracle), {"coherence"}).metrics
+    matrix = [[metrics[f"coherence/matrix/{source}/{target}"] for target in NAMES] for source in NAMES]
+    assert matrix == [[1, 1, 0], [0, 0, 0], [1, 1, 0]]
+    assert metrics["coherence/conditional"] == pytest.approx(3 / 6)
+    assert metrics["coherence/unconditional"] == 0
+
+
+def test_of_several_sources_each_has_its_share(oracle, evaluation_context):
+    oracle.say["m1"] = lambda classes: (classes + 1) % 4
+    context = evaluation_context(oracle)
+    networks, _ = generative._load_networks(context, {"coherence"})
+    split = generative._read_split(context, networks)
+    read = generative._generate_conditional(context, split, ("m0", "m1"), ["m2"], networks.classify)
+    shift = (read["class/m2"] - split["label"]) % 4
+    assert set(shift.tolist()) == {0, 1}
+    assert np.mean(shift) == pytest.approx(0.5, abs=0.15)
+    # Both sources turn up in every batch and not in turn: the choice belongs to the sample.
+    assert 20 < np.sum(shift[1:] != shift[:-1]) < 70
+
+
+def test_what_the_private_latent_decides_is_not_coherent(oracle, evaluation_context):
+    # Four equally likely classes by w, which is drawn afresh for every target.
+    def by_w(classes, w):
+        return 2 * (w[:, 0] > 0).long() + (w[:, 1] > 0).long()
+
+    oracle.draw = dict.fromkeys(NAMES, by_w)
+    metrics = evaluate_generative(evaluation_context(oracle, num_generated=1000), {"coherence"}).metrics
+    assert metrics["coherence/conditional"] == pytest.approx(1 / 4, abs=0.06)
+    assert metrics["coherence/unconditional"] == pytest.approx(1 / 16, abs=0.03)
+
+
+def test_unconditional_clusters_follow_their_weights_and_the_selection(oracle, evaluation_context):
+    with torch.no_grad():
+        oracle.cluster_prior.logits[:] = torch.tensor([1.0, 1.0, 2.0, 4.0]).log()
+    oracle.cluster_prior.active[1] = False
+    context = evaluation_context(oracle, num_generated=2000)
+    networks, _ = generative._load_networks(context, {"coherence"})
+    read = generative._generate_unconditional(context, networks.classify)
+    shares = np.bincount(read["class/m0"], minlength=4) / 2000
+    assert shares[1] == 0
+    np.testing.assert_allclose(shares[[0, 2, 3]], [1 / 7, 2 / 7, 4 / 7], atol=0.04)
+
+
+def test_figures_depend_on_the_seed_and_not_on_the_batches(untrained, evaluation_context):
+    few, many, other = (
+        evaluate_generative(evaluation_context(untrained, batch_size=size, seed=seed), ALL).metrics
+        for size, seed in ((7, 0), (64, 0), (64, 1))
+    )
+    assert few == pytest.approx(many, rel=1e-4, abs=1e-6)
+    assert any(few[name] != pytest.approx(other[name], rel=1e-3) for name in few)
+    assert set(few) >= {
+        "frechet/classifier/unconditional",
+        "frechet/classifier/conditional",
+        "frechet/classifier/conditional_cross",
+        "fidelity/classifier/recall/unconditional",
+        "fidelity/classifier/density/conditional",
+    }
+
+
+def test_real_images_as_generations_are_at_no_distance(oracle, evaluation_context, quadrants_shards):
+    (batch,) = EvaluationLoader(quadrants_shards, split="test", modalities=NAMES, batch_size=90)
+    context = evaluation_context(oracle, num_generated=90, batch_size=90)
+    clean = evaluate_generative(context, {"frechet", "fidelity"}).metrics
+    oracle.decode = lambda shared, private: {name: batch[name] / 255 for name in private}
+    metrics = evaluate_generative(context, {"frechet", "fidelity"}).metrics
+    for kind in ("unconditional", "conditional", "conditional_cross"):
+        assert metrics[f"frechet/classifier/{kind}"] == pytest.approx(0, abs=1e-6)
+        # One image a class, without noise, covers a part of what there is.
+        assert clean[f"frechet/classifier/{kind}"] > 0.1
+        assert clean[f"fidelity/classifier/coverage/{kind}"] < 0.8
+        for name in ("precision", "recall", "coverage"):
+            assert metrics[f"fidelity/classifier/{name}/{kind}"] == 1
+
+
+def test_conditional_means_leave_self_out_where_they_say_so(oracle, evaluation_context):
+    # One bad source and another bad target, so that the means with and without self differ.
+    oracle.say["m1"] = torch.zeros_like
+    oracle.draw["m0"] = lambda classes, w: torch.zeros_like(classes)
+    metrics = evaluate_generative(evaluation_context(oracle), {"frechet"}).metrics
+    context = evaluation_context(oracle)
+    networks, _ = generative._load_networks(context, {"frechet"})
+    split = generative._read_split(context, networks)
+    values = {}
+    for source in NAMES:
+        read = generative._generate_conditional(context, split, (source,), NAMES, networks.read)
+        for target in NAMES:
+            reference = generative.FrechetDistance(split[f"classifier/{target}"])
+            values[source, target] = reference.to(read[f"classifier/{target}"])
+    cross = [value for (source, target), value in values.items() if source != target]
+    assert metrics["frechet/classifier/conditional"] == pytest.approx(np.mean(list(values.values())))
+    assert metrics["frechet/classifier/conditional_cross"] == pytest.approx(np.mean(cross))
+    assert np.mean(cross) != pytest.approx(np.mean(list(values.values())), rel=0.02)
+
+
+def test_only_what_is_wanted_is_computed(oracle, evaluation_context):
+    metrics = evaluate_generative(evaluation_context(oracle), {"fidelity"}).metrics
+    assert {name.split("/")[0] for name in metrics} == {"fidelity"}
+
+
+def test_too_few_samples_leave_a_distance_out_with_the_reason(oracle, evaluation_context):
+    result = evaluate_generative(evaluation_context(oracle, num_generated=32), {"frechet"})
+    assert "32 samples cannot give" in result.left_out["frechet/classifier/unconditional"]
+    assert "90 samples cannot give the covariance of 2,048" in result.left_out["fid"]
+    assert set(result.metrics) == {"frechet/classifier/conditional", "frechet/classifier/conditional_cross"}
+    result = evaluate_generative(evaluation_context(oracle, num_generated=5), {"fidelity"})
+    assert "5 samples" in result.left_out["fidelity/classifier/unconditional"]
+    assert "fidelity/classifier/recall/conditional" in result.metrics
+
+
+def test_without_labels_or_classifiers_metrics_are_left_out_with_the_command(
+    oracle, evaluation_context, quadrants_shards
+):
+    index = ShardIndex.load(quadrants_shards)
+    for change, reason in (
+        ({"class_names": None}, "no labels"),
+        ({"classifiers": {}}, "train_classifiers.py"),
+    ):
+        result = evaluate_generative(evaluation_context(oracle, index.model_copy(update=change)), ALL)
+        assert result.metrics == {}
+        assert set(result.left_out) == {"coherence", "frechet/classifier", "fidelity/classifier", "fid"}
+        assert reason in result.left_out["coherence"]
+
+
+def test_inception_features_make_the_fid_also_without_labels(
+    oracle, evaluation_context, quadrants_shards, monkeypatch
+):
+    class Halves(torch.nn.Module):
+        def forward(self, images):
+            assert images.dtype == torch.uint8
+            assert images.shape[1:] == (3, 8, 8)
+            return images.double().mean((1, 2))[:, :4]
+
+    monkeypatch.setattr(generative, "INCEPTION_FEATURES", 4)
+    monkeypatch.setattr(generative, "load_inception", lambda weights, device: Halves())
+    index = ShardIndex.load(quadrants_shards).model_copy(update={"class_names": None})
+    result = evaluate_generative(evaluation_context(oracle, index), ALL)
+    assert set(result.metrics) == {"fid/unconditional", "fid/conditional", "fid/conditional_cross"}
+    # The oracle's images lack only the noise of the real ones.
+    assert 0 < result.metrics["fid/conditional"] < 100
+    assert set(result.left_out) == {"coherence", "frechet/classifier", "fidelity/classifier"}
+
+
+def test_one_modality_has_distances_but_no_coherence(evaluation_context, oracle):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        shared_dim=4, private_dim=3, num_clusters=5, modalities={"m0": ModalityConfig(width=2)}
+    )
+    result = evaluate_generative(evaluation_context(CMVAE(config, oracle.schemas).eval()), ALL)
+    assert result.left_out["coherence"] == "takes at least two modalities"
+    assert "frechet/classifier/conditional" in result.metrics
+    assert "frechet/classifier/conditional_cross" not in result.metrics
+
+
+def test_a_model_that_generates_nan_is_named(oracle, evaluation_context):
+    decode = oracle.decode
+    oracle.decode = lambda shared, private: {
+        name: image * (torch.nan if name == "m1" else 1) for name, image in decode(shared, private).items()
+    }
+    with pytest.raises(UserError, match="200 of the 200 images of m1 that the model generates uncond"):
+        evaluate_generative(evaluation_context(oracle), {"coherence"})
