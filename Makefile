@@ -25,7 +25,11 @@ $(VENV)/installed-dev: $(VENV)/installed
 shards/digits/index.json: | $(VENV)/installed
 	$(BIN)/python tools/make_shards.py digits --out shards/digits
 
-demo: $(VENV)/installed shards/digits/index.json
+# What generations are read with; kept with the packed data, and trained once.
+shards/digits/classifiers/m0.safetensors: shards/digits/index.json
+	$(BIN)/python tools/train_classifiers.py shards/digits
+
+demo: $(VENV)/installed shards/digits/classifiers/m0.safetensors
 	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml launch/train.py configs/digits.yaml --overwrite $(ARGS)
 	$(BIN)/python launch/evaluate.py runs/digits
 	@echo
@@ -37,6 +41,7 @@ POLYMNIST_INPUT = $(if $(wildcard $(DATA)/PolyMNIST/.),--released "$(DATA)/PolyM
 polymnist: $(VENV)/installed
 	@test -n "$(DATA)" || { echo "make polymnist DATA=folder: a folder with PolyMNIST/, or with mnist.npz and polymnist_backgrounds/"; exit 2; }
 	test -f shards/polymnist/index.json || $(BIN)/python tools/make_shards.py polymnist $(POLYMNIST_INPUT) --out shards/polymnist
+	test -f shards/polymnist/classifiers/m0.safetensors || $(BIN)/python tools/train_classifiers.py shards/polymnist
 	$(BIN)/accelerate launch launch/train.py configs/polymnist.yaml --resume $(ARGS)
 	$(BIN)/python launch/evaluate.py runs/polymnist
 

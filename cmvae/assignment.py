@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cmvae.data.batch import to_device
 from cmvae.data.reader import EvaluationLoader
@@ -19,6 +18,7 @@ from cmvae.data.schema import ShardIndex
 from cmvae.errors import UserError
 from cmvae.files import write_whole
 from cmvae.model import CMVAE
+from cmvae.progress import progress_bar
 
 
 def assign_to_file(
@@ -56,7 +56,7 @@ def assign_to_file(
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
     total = sum(index.split(split, shards).num_samples for split in splits)
-    with tqdm(total=total, desc=str(shards), unit=" samples", leave=False) as progress:
+    with progress_bar(total=total, desc=str(shards), unit=" samples", leave=False) as progress:
         for split in splits:
             loader = EvaluationLoader(shards, split=split, modalities=modalities, batch_size=batch_size)
             for batch in loader:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from cmvae.config import ExperimentConfig
 from cmvae.data.batch import to_device
@@ -23,6 +22,7 @@ from cmvae.errors import UserError
 from cmvae.evaluation.figures import sample_rows
 from cmvae.files import whole_folder
 from cmvae.model import CMVAE
+from cmvae.progress import progress_bar
 
 RECORD_NAME = "generation.json"
 GRID_NAME = "grid.png"
@@ -95,7 +95,7 @@ def run_generation(
     else:
         made = generate_unconditional(model, request.num_samples, batch_size, generator)
     record = {"run": str(run_dir), **asdict(request)}
-    progress = tqdm(made, desc=str(run_dir), unit=" batches", leave=False)
+    progress = progress_bar(made, desc=str(run_dir), unit=" batches", leave=False)
     return write_generated(out, progress, request.targets, record)
 
 

@@ -57,9 +57,8 @@ def verify(folder: Path, index: ShardIndex) -> dict[str, Counter[int]]:
     Raises:
         UserError: a shard is not what the index says; all bad shards are named.
     """
-    from tqdm import tqdm
-
     from cmvae.data.reader import SplitReader
+    from cmvae.progress import progress_bar
 
     counts: dict[str, Counter[int]] = {}
     problems = []
@@ -67,7 +66,7 @@ def verify(folder: Path, index: ShardIndex) -> dict[str, Counter[int]]:
         counts[name] = Counter()
         # No modality is asked for: the images need not be kept to count the samples.
         reader = SplitReader(folder, name, modalities=())
-        for shard in tqdm(split.shards, desc=f"verify {name}", unit=" shards", leave=False):
+        for shard in progress_bar(split.shards, desc=f"verify {name}", unit=" shards", leave=False):
             try:
                 check_sum(folder, shard)
                 counts[name].update(reader.label(sample) for sample in reader.read_shard(shard))

@@ -68,14 +68,13 @@ def main() -> int:
     """Pack, print a summary and the next command."""
     arguments = parse_arguments()
     # Slow to import; after the flags, so that a mistake in them shows at once.
-    from tqdm import tqdm
-
     from cmvae.data.writer import write_shards
+    from cmvae.progress import progress_bar
 
     started = time.perf_counter()
     try:
         source = SOURCES[arguments.source].from_arguments(arguments)
-        with tqdm(desc=str(arguments.out), unit=" samples") as bar:
+        with progress_bar(desc=str(arguments.out), unit=" samples") as bar:
 
             def report(done: int, total: int) -> None:
                 bar.total = total

@@ -60,11 +60,11 @@ def main() -> int:
         ShardIndex.load(arguments.folder)
 
         import torch
-        from tqdm import tqdm
 
         from cmvae.evaluation.classifiers import GOOD_ACCURACY, MIN_ACCURACY, train_classifiers
+        from cmvae.progress import progress_bar
 
-        with tqdm(unit=" steps") as bar:
+        with progress_bar(unit=" steps") as bar:
 
             def report(modality: str, total: int, step: int) -> None:
                 if step == 1:

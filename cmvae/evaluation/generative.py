@@ -9,7 +9,7 @@ figure depends on the size of the batches or the number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, TypeVar
@@ -19,7 +19,6 @@ import torch
 from accelerate.utils import gather_object
 from einops import rearrange
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cmvae.clustering import FloatArray
 from cmvae.errors import UserError
@@ -42,6 +41,7 @@ from cmvae.evaluation.frechet import (
     warn_if_few,
 )
 from cmvae.evaluation.result import GroupResult
+from cmvae.progress import progress_bar
 
 Loaded = TypeVar("Loaded")
 Reader = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -77,7 +77,7 @@ class Networks:
         return readings
 
 
-def evaluate_generative(context: EvaluationContext, wanted: set[str]) -> GroupResult:
+def evaluate_generative(context: EvaluationContext, wanted: Collection[str]) -> GroupResult:
     """Coherence, Fréchet distances, and precision and recall of a model, from one pass of generations.
 
     Args:
@@ -115,7 +115,7 @@ def evaluate_generative(context: EvaluationContext, wanted: set[str]) -> GroupRe
         comparison.add(unconditional, ("unconditional",), compared)
 
     classes = {}
-    for sources in tqdm(
+    for sources in progress_bar(
         _source_sets(names, len(names) - 1 if coherent else 1),
         desc="generate",
         disable=not context.accelerator.is_main_process,
@@ -196,7 +196,7 @@ def _compare_with(
     context: EvaluationContext,
     real: Mapping[str, np.ndarray],
     networks: Networks,
-    wanted: set[str],
+    wanted: Collection[str],
     result: GroupResult,
 ) -> list[_Comparison]:
     """The comparisons that there are networks and samples enough for; the others go to `result.left_out`."""
@@ -236,7 +236,7 @@ def _compare_with(
     return comparisons
 
 
-def _load_networks(context: EvaluationContext, wanted: set[str]) -> tuple[Networks, dict[str, str]]:
+def _load_networks(context: EvaluationContext, wanted: Collection[str]) -> tuple[Networks, dict[str, str]]:
     """The networks that the wanted metrics take, and the metrics that must do without, with the reason."""
     left_out: dict[str, str] = {}
     classifiers, reason = _on_all_ranks(

@@ -15,7 +15,6 @@ modalities nor β, which belong to the objective, enter it.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.result import GroupResult
 from cmvae.model import CMVAE, Posterior
 from cmvae.objectives import cluster_log_prob, data_log_prob, mixture_log_prob
+from cmvae.progress import progress_bar
 
 # Importance samples of one sample that are drawn together. Part of what the noise is a function of, hence a
 # constant: the figure must not depend on how much memory there is.
@@ -48,14 +48,12 @@ def evaluate_likelihood(context: EvaluationContext) -> GroupResult:
     chunks = chunk_sizes(settings.likelihood_samples, num_modalities)
     num_samples = sum(chunks) * num_modalities
     ranks = context.accelerator.num_processes
-    with tqdm(
+    with progress_bar(
         total=math.ceil(context.index.split(settings.split, context.shards).num_samples / ranks),
         desc="log-likelihood",
         unit=" samples",
         disable=not context.accelerator.is_main_process,
         leave=False,
-        # A log file has no use for ten lines a second.
-        mininterval=0.5 if sys.stderr.isatty() else 15,
     ) as progress:
 
         def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ from cmvae.data.schema import ShardIndex
 from cmvae.distributed import start_evaluation_accelerator
 from cmvae.evaluation.clustering import evaluate_clustering
 from cmvae.evaluation.context import EvaluationContext
-from cmvae.evaluation.generative import evaluate_generative
 from cmvae.evaluation.likelihood import evaluate_likelihood
 from cmvae.evaluation.probes import evaluate_probes
 from cmvae.evaluation.report import write_report
@@ -60,6 +59,9 @@ def _evaluate_groups(context: EvaluationContext, beta: float) -> Iterator[GroupR
     if "clustering" in wanted:
         yield evaluate_clustering(context, beta)
     if wanted & GENERATIVE_GROUPS:
+        # torchmetrics takes four seconds to import.
+        from cmvae.evaluation.generative import evaluate_generative
+
         yield evaluate_generative(context, wanted & GENERATIVE_GROUPS)
     if "probe" in wanted:
         yield evaluate_probes(context)

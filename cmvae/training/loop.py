@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from cmvae.distributed import (
     start_accelerator,
 )
 from cmvae.model import CMVAE, channels_last
+from cmvae.progress import progress_bar
 from cmvae.tasks import CMVAETask
 from cmvae.tracking import RUN_RECORD_NAME, Status, Tracker, open_tracker
 from cmvae.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
@@ -260,15 +260,13 @@ class Trainer:
 
     def _progress_bar(self) -> tqdm:
         samples_per_step = self.samples_per_batch * self.accumulation
-        return tqdm(
+        return progress_bar(
             desc=self.config.name,
             total=self.total_steps * samples_per_step,
             initial=self.state.step * samples_per_step,
             unit="samples",
             unit_scale=True,
             disable=not self.accelerator.is_main_process,
-            # A log file has no use for ten lines a second.
-            mininterval=0.5 if sys.stderr.isatty() else 15,
         )
 
 

@@ -28,6 +28,7 @@ from cmvae.data.sources.pairing import invert_under, pair_within_classes
 from cmvae.data.sources.source import SPLIT_NUMBERS, Sample, Source, random_stream
 from cmvae.errors import UserError
 from cmvae.files import publish_folder
+from cmvae.progress import progress_bar
 
 DESCRIPTION = "PolyMNIST: MNIST digits over photographs, 60,000 samples of five modalities of 3×28×28"
 
@@ -335,7 +336,7 @@ def _unpack_release(archive: Path, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with zipfile.ZipFile(archive) as members:
-            for name in tqdm(members.namelist(), desc=f"unpack {archive.name}"):
+            for name in progress_bar(members.namelist(), desc=f"unpack {archive.name}"):
                 match = _RELEASED_MEMBER.fullmatch(name)
                 if match is None:
                     continue
