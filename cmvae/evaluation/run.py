@@ -6,12 +6,16 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from matplotlib.figure import Figure
+
 from cmvae.config import ExperimentConfig
 from cmvae.data.schema import ShardIndex
 from cmvae.distributed import start_evaluation_accelerator
 from cmvae.evaluation.clustering import evaluate_clustering
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.likelihood import evaluate_likelihood
+from cmvae.evaluation.pictures import draw_cross_modal
 from cmvae.evaluation.probes import evaluate_probes
 from cmvae.evaluation.report import write_report
 from cmvae.evaluation.result import GroupResult
@@ -20,6 +24,8 @@ from cmvae.tracking import resume_tracker
 
 # One pass of generations feeds all of them.
 GENERATIVE_GROUPS = frozenset({"coherence", "frechet", "fidelity"})
+# Samples in the picture of generations.
+GRID_SAMPLES = 8
 
 
 def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> GroupResult | None:
@@ -46,6 +52,7 @@ def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> 
             result.add(group)
         if not accelerator.is_main_process:
             return None
+        result.figures["cross_modal"] = _draw_cross_modal(context)
         write_report(run_dir / "evaluation", result)
         _track(config, run_dir, result)
         return result
@@ -81,6 +88,15 @@ def _describe(context: EvaluationContext, weights: Path) -> GroupResult:
         "seed": settings.seed,
     }
     return GroupResult(protocol=protocol)
+
+
+def _draw_cross_modal(context: EvaluationContext) -> Figure:
+    """The first samples of the split, each modality generated from each."""
+    batch = next(iter(context.batches(context.settings.split)))
+    shown = batch["valid"].nonzero().flatten()[:GRID_SAMPLES]
+    inputs = {name: batch[name][shown] for name in context.model.modality_names}
+    generator = torch.Generator(context.device).manual_seed(context.settings.seed)
+    return draw_cross_modal(context.model, inputs, generator)
 
 
 def _track(config: ExperimentConfig, run_dir: Path, result: GroupResult) -> None:

@@ -136,3 +136,40 @@ def test_ranks_that_do_not_find_each_other_are_refused(tmp_path, experiment_file
     )
     assert done.returncode != 0
     assert not (tmp_path / "run/export").exists()
+
+
+def test_an_evaluation_on_two_ranks_gives_the_figures_of_one(tmp_path, experiment_file, quadrants_shards):
+    shards = f"data.shards={quadrants_shards}"
+    trained = run_command([sys.executable, ROOT / "launch/train.py", experiment_file, shards], ROOT)
+    assert trained.returncode == 0, trained.stderr
+    evaluate = [ROOT / "launch/evaluate.py", tmp_path / "run", "num_generated=70", "likelihood_samples=6"]
+    folder = tmp_path / "run/evaluation"
+
+    results = []
+    for done in (run_command([sys.executable, *evaluate], ROOT), launch("ddp", *evaluate, "batch_size=7")):
+        assert done.returncode == 0, done.stderr
+        results.append(
+            [json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "protocol")]
+        )
+        shutil.rmtree(folder)
+    (one, one_protocol), (two, two_protocol) = results
+    assert {name.split("/")[0] for name in one} == {
+        "clustering",
+        "clustering_all",
+        "coherence",
+        "fidelity",
+        "frechet",
+        "likelihood",
+        "probe",
+    }
+    assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
+    assert two_protocol == one_protocol
+    assert done.stdout.count("likelihood/joint ") == 1, "one rank prints"
+
+
+def test_an_evaluation_under_deepspeed_is_refused(tmp_path, experiment_file):
+    (tmp_path / "run").mkdir()
+    shutil.copy(experiment_file, tmp_path / "run/config.yaml")
+    done = launch("zero2", ROOT / "launch/evaluate.py", tmp_path / "run")
+    assert done.returncode != 0
+    assert "configs/accelerate/ddp.yaml" in done.stderr

@@ -13,7 +13,14 @@ import yaml
 from commands import ROOT, run_command
 from PIL import Image
 
-FIGURES = ["cluster_samples", "confusion_matrix", "cross_modal", "latent_map", "selection_curve"]
+FIGURES = [
+    "cluster_samples",
+    "coherence_matrix",
+    "confusion_matrix",
+    "cross_modal",
+    "latent_map",
+    "selection_curve",
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +60,18 @@ def test_demo_leaves_the_contracted_files(demo):
     metrics = json.loads((run / "evaluation/metrics.json").read_text())
     for key in ("num_clusters", "acc", "nmi", "ari", "purity"):
         assert isinstance(metrics[f"clustering/{key}"], float)
+    for key in (
+        "coherence/conditional",
+        "coherence/unconditional",
+        "coherence/matrix/m0/m1",
+        "frechet/classifier/conditional_cross",
+        "fidelity/classifier/recall/unconditional",
+        "probe/z/m0",
+        "likelihood/joint_standard_error",
+    ):
+        assert isinstance(metrics[key], float)
+    protocol = json.loads((run / "evaluation/protocol.json").read_text())
+    assert "2,048 features" in protocol["left_out"]["fid"]
     assert 2 <= metrics["clustering/num_clusters"] <= 20
     assert 0 < metrics["clustering/acc"] <= metrics["clustering/purity"] <= 1
     assert sorted(path.stem for path in (run / "evaluation/figures").glob("*.png")) == FIGURES
