@@ -1,0 +1,121 @@
+"""The whole evaluation on data that has less than it would like: no labels, one sample, other modalities."""
+
+import json
+from dataclasses import replace
+from typing import ClassVar
+
+import pytest
+import torch
+import yaml
+from quadrants import Quadrants
+
+from cmvae import CMVAE
+from cmvae.config import load_config
+from cmvae.data.reader import EvaluationLoader
+from cmvae.data.schema import ShardIndex
+from cmvae.data.writer import write_shards
+from cmvae.errors import UserError
+from cmvae.evaluation.run import evaluate_run
+from cmvae.model import EXPORT_CONFIG_NAME, WEIGHTS_NAME
+
+
+class Unlabelled(Quadrants):
+    """The quadrants without their labels, and only one sample to evaluate on."""
+
+    class_names = None
+    split_sizes: ClassVar = {"train": 16, "validation": 4, "test": 1}
+
+    def sample(self, split, index):
+        return replace(super().sample(split, index), label=None)
+
+
+@pytest.fixture
+def run(tmp_path, quadrants_shards):
+    """`run(shards)` is a config and a folder with the export of an untrained model."""
+
+    def make(shards=quadrants_shards):
+        settings = {
+            "name": "untrained",
+            "output_dir": str(tmp_path / "run"),
+            "data": {"shards": str(shards)},
+            "model": {
+                "shared_dim": 3,
+                "private_dim": 2,
+                "num_clusters": 4,
+                "modalities": {name: {"width": 2} for name in ("m0", "m1", "m2")},
+            },
+            "train": {"max_steps": 1},
+            "evaluation": {"num_generated": 50, "likelihood_samples": 4, "map_samples": 20},
+            "tracking": {"enabled": False},
+        }
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+        config = load_config(tmp_path / "config.yaml")
+        index = ShardIndex.load(quadrants_shards)
+        torch.manual_seed(0)
+        CMVAE(config.model, index.modalities).save_pretrained(config.run_dir / "export")
+        return config
+
+    return make
+
+
+def test_one_sample_without_a_label_gives_what_it_can_and_reasons_for_the_rest(tmp_path, run):
+    write_shards(Unlabelled(), tmp_path / "unlabelled")
+    config = run(tmp_path / "unlabelled")
+    result = evaluate_run(config, ShardIndex.load(config.data.shards), config.run_dir)
+    metrics = json.loads((config.run_dir / "evaluation/metrics.json").read_text())
+    assert set(metrics) == {"clustering/num_clusters", "likelihood/joint", "likelihood/effective_samples"}
+    left_out = json.loads((config.run_dir / "evaluation/protocol.json").read_text())["left_out"]
+    for name in ("clustering/acc", "coherence", "frechet/classifier", "fid", "fidelity/classifier", "probe"):
+        assert len(left_out[name]) > 10, name
+    assert left_out == result.left_out
+
+
+def test_other_settings_do_not_change_the_figures(run):
+    config = run()
+    index = ShardIndex.load(config.data.shards)
+    first = evaluate_run(config, index, config.run_dir)
+    smaller = config.evaluation.model_copy(update={"batch_size": 11})
+    second = evaluate_run(config.model_copy(update={"evaluation": smaller}), index, config.run_dir)
+    assert first.metrics == pytest.approx(second.metrics, rel=1e-5, abs=1e-6)
+    assert "likelihood/joint" in first.metrics
+    assert "coherence/conditional" in first.metrics
+
+
+def test_only_the_groups_that_are_asked_for_are_computed(run):
+    config = run()
+    wanted = config.evaluation.model_copy(update={"metrics": ("probe",)})
+    result = evaluate_run(
+        config.model_copy(update={"evaluation": wanted}), ShardIndex.load(config.data.shards), config.run_dir
+    )
+    assert {name.split("/")[0] for name in result.metrics} == {"probe"}
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_NAME, EXPORT_CONFIG_NAME])
+def test_an_export_with_a_missing_file_is_named_and_the_last_evaluation_stays(run, name):
+    config = run()
+    (config.run_dir / "evaluation").mkdir()
+    (config.run_dir / "evaluation/metrics.json").write_text('{"clustering/acc": 0.5}')
+    (config.run_dir / "export" / name).unlink()
+    with pytest.raises(UserError, match=f"export/{name}: missing"):
+        evaluate_run(config, ShardIndex.load(config.data.shards), config.run_dir)
+    assert json.loads((config.run_dir / "evaluation/metrics.json").read_text()) == {"clustering/acc": 0.5}
+
+
+def test_data_of_another_shape_is_refused(tmp_path, run):
+    class Wider(Quadrants):
+        modalities: ClassVar = {
+            name: schema.model_copy(update={"shape": (schema.shape[0], 8, 16)})
+            for name, schema in Quadrants.modalities.items()
+        }
+
+        def sample(self, split, index):
+            sample = super().sample(split, index)
+            return replace(sample, images={name: x.repeat(2, axis=2) for name, x in sample.images.items()})
+
+    write_shards(Wider(), tmp_path / "wider")
+    config = run(tmp_path / "wider")
+    index = ShardIndex.load(config.data.shards)
+    batch = next(iter(EvaluationLoader(config.data.shards, split="test", modalities=["m0"], batch_size=2)))
+    assert batch["m0"].shape == (2, 3, 8, 16)
+    with pytest.raises(UserError, match=r"modalities\.m0\.shape: \(3, 8, 16\), but the model was trained on"):
+        evaluate_run(config, index, config.run_dir)
