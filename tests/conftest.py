@@ -26,7 +26,15 @@ def digits_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small part of the embedded digits, packed by the documented command."""
     folder = tmp_path_factory.mktemp("shards") / "digits"
     done = run_command(
-        [sys.executable, ROOT / "tools/make_shards.py", "digits", "--out", folder, "--limit", "160"], ROOT
+        [
+            sys.executable,
+            ROOT / "tools/make_shards.py",
+            "digits",
+            f"--out={folder}",
+            "--pairings=1",
+            "--limit=160",
+        ],
+        ROOT,
     )
     assert done.returncode == 0, done.stderr
     return folder

@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pairings",
         type=int,
-        default=1,
+        default=4,
         metavar="N",
-        help="samples made of every train image, each with other partners and backgrounds (default: 1)",
+        help="samples made of every train image, each with other partners and backgrounds (default: 4)",
     )
     parser.add_argument(
         "--held-out-pairings",
@@ -84,7 +84,7 @@ class DigitsSource:
     name = "digits"
     class_names = tuple(str(digit) for digit in range(10))
 
-    def __init__(self, seed: int = 0, pairings: int = 1, held_out_pairings: int = 5) -> None:
+    def __init__(self, seed: int = 0, pairings: int = 4, held_out_pairings: int = 5) -> None:
         if min(pairings, held_out_pairings) < 1:
             raise UserError(
                 f"--pairings {pairings}, --held-out-pairings {held_out_pairings}: give at least 1"
