@@ -93,7 +93,7 @@ def evaluate_clustering(context: EvaluationContext, beta: float) -> GroupResult:
     """Clusters of the split that is evaluated, after the export's selection, and pictures of them.
 
     By vote of all modalities `clustering/{num_clusters,acc,nmi,ari,purity}`, with all clusters before
-    selection `clustering_all/…`, and from a subset of the modalities `clustering/from/m0+m1/…`.
+    selection `clustering_all/…`, and from a subset of the modalities `clustering/from/m0-m1/…`.
 
     Args:
         context: the evaluation.
@@ -120,7 +120,9 @@ def evaluate_clustering(context: EvaluationContext, beta: float) -> GroupResult:
             part = _from_modalities(encoded, [model.modality_names.index(name) for name in names])
             agreement = _agreement(part, log_weights, active)
             result.metrics |= {
-                f"clustering/from/{'+'.join(names)}/{key}": agreement[key] for key in AGREEMENT
+                # Of all signs that join names, "-" is one that MLflow takes and no modality has.
+                f"clustering/from/{'-'.join(names)}/{key}": agreement[key]
+                for key in AGREEMENT
             }
         result.protocol["clustering.subsets_of_modalities"] = rule
     else:
