@@ -145,14 +145,16 @@ def test_an_evaluation_on_two_ranks_gives_the_figures_of_one(tmp_path, experimen
     evaluate = [ROOT / "launch/evaluate.py", tmp_path / "run", "num_generated=70", "likelihood_samples=6"]
     folder = tmp_path / "run/evaluation"
 
-    results = []
-    for done in (run_command([sys.executable, *evaluate], ROOT), launch("ddp", *evaluate, "batch_size=7")):
-        assert done.returncode == 0, done.stderr
-        results.append(
-            [json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "protocol")]
-        )
-        shutil.rmtree(folder)
-    (one, one_protocol), (two, two_protocol) = results
+    def read():
+        return [json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "protocol")]
+
+    alone = run_command([sys.executable, *evaluate], ROOT)
+    assert alone.returncode == 0, alone.stderr
+    one, one_protocol = read()
+    shutil.rmtree(folder)
+    done = launch("ddp", *evaluate, "batch_size=7")
+    assert done.returncode == 0, done.stderr
+    two, two_protocol = read()
     assert {name.split("/")[0] for name in one} == {
         "clustering",
         "clustering_all",
