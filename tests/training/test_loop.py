@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmvae import CMVAE
+from cmvae import CMVAE, tasks
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
 from cmvae.distributed import NonFiniteError, StopRequest
@@ -172,16 +172,17 @@ def test_a_second_signal_has_its_usual_effect():
 
 def test_a_non_finite_term_stops_before_the_update_and_is_named(experiment, monkeypatch):
     config = experiment()
-    original = CMVAETask._log_likelihood
-    calls = []
+    original = tasks.LogWeightTerms
+    steps = []
 
-    def broken(task, modality, *arguments):
-        calls.append(modality)
-        value = original(task, modality, *arguments)
-        # Two trial batches in validation come first; break m1 in the fifth training step.
-        return value * torch.nan if task.training and modality == "m1" and len(calls) > 18 else value
+    def broken(*, log_likelihood, **others):
+        if torch.is_grad_enabled():  # not in a validation
+            steps.append(len(steps))
+        if len(steps) == 5:
+            log_likelihood = log_likelihood | {"m1": log_likelihood["m1"] * torch.nan}
+        return original(log_likelihood=log_likelihood, **others)
 
-    monkeypatch.setattr(CMVAETask, "_log_likelihood", broken)
+    monkeypatch.setattr(tasks, "LogWeightTerms", broken)
     with pytest.raises(NonFiniteError, match=r"log_likelihood/m1, bound, loss") as caught:
         train(config)
     assert "m0" not in str(caught.value)
