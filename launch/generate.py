@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from cmvae.arguments import positive_integer
 from cmvae.config import ExperimentConfig, load_run_config
 from cmvae.data.schema import ShardIndex
 from cmvae.errors import UserError
@@ -26,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Generate with a trained run, to PNG files.")
     parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/digits")
     parser.add_argument(
-        "--num", type=_positive, default=64, metavar="N", help="samples, of each cluster (default: 64)"
+        "--num", type=positive_integer, default=64, metavar="N", help="samples, of each cluster (default: 64)"
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--cluster", type=_cluster, metavar="C", help="of cluster C, or of all one by one")
@@ -40,13 +41,6 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.split is not None and arguments.given is None:
         parser.error("--split: only samples for --given are read from a split")
     return arguments
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
 
 
 def _cluster(text: str) -> int | Literal["all"]:

@@ -11,22 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a checkout that is not installed
 
+from cmvae.arguments import non_negative_integer, positive_integer
 from cmvae.data.sources import SOURCES
 from cmvae.errors import UserError
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def _non_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,24 +25,24 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         command.add_argument(
             "--out", type=Path, required=True, metavar="FOLDER", help="for example shards/NAME"
         )
-        command.add_argument("--seed", type=_non_negative, default=0, help="default: 0")
+        command.add_argument("--seed", type=non_negative_integer, default=0, help="default: 0")
         command.add_argument(
             "--workers",
-            type=_positive,
+            type=positive_integer,
             default=os.cpu_count() or 1,
             metavar="N",
             help="writer processes; the bytes do not depend on it (default: all processors)",
         )
         command.add_argument(
             "--shard-size",
-            type=_positive,
+            type=positive_integer,
             default=1000,
             metavar="N",
             help="samples of a shard (default: 1000)",
         )
         command.add_argument(
             "--limit",
-            type=_positive,
+            type=positive_integer,
             metavar="N",
             help="for a quick trial: N train samples, and of the other splits as large a part",
         )

@@ -10,22 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a checkout that is not installed
 
+from cmvae.arguments import non_negative_integer, positive_integer
 from cmvae.data.schema import ShardIndex
 from cmvae.errors import UserError
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def _non_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,16 +25,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "folder", type=Path, help="what tools/make_shards.py wrote, for example shards/digits"
     )
     parser.add_argument(
-        "--epochs", type=_positive, metavar="N", help="default: about 30,000 images, at least 5 epochs"
+        "--epochs", type=positive_integer, metavar="N", help="default: about 30,000 images, at least 5 epochs"
     )
     parser.add_argument(
         "--width",
-        type=_positive,
+        type=positive_integer,
         default=16,
         metavar="N",
         help="channels of the first convolution (default: 16)",
     )
-    parser.add_argument("--seed", type=_non_negative, default=0, help="default: 0")
+    parser.add_argument("--seed", type=non_negative_integer, default=0, help="default: 0")
     return parser.parse_args(arguments)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import ROOT, run_tool
 from PIL import Image
 
 from cmvae.data.reader import EvaluationLoader
@@ -20,26 +20,13 @@ from cmvae.data.schema import ShardIndex
 from cmvae.errors import UserError
 from cmvae.evaluation.classifiers import load_classifiers
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-def run(tool: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(
-        [sys.executable, TOOLS / tool, *map(str, arguments)],
-        cwd=folder,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, digits_shards) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """Far too short a training, so that what it is worth must be said."""
     folder = tmp_path_factory.mktemp("work")
     shutil.copytree(digits_shards, folder / "digits")
-    return folder, run("train_classifiers.py", "digits", "--epochs", 2, "--width", 2, folder=folder)
+    return folder, run_tool("train_classifiers.py", "digits", "--epochs", 2, "--width", 2, folder=folder)
 
 
 def test_training_prints_and_saves_what_each_classifier_is_worth(trained, digits_shards):
@@ -60,21 +47,21 @@ def test_training_prints_and_saves_what_each_classifier_is_worth(trained, digits
 
 def test_inspection_shows_the_accuracy_and_still_verifies(trained):
     folder, _ = trained
-    result = run("inspect_shards.py", "digits", folder=folder)
+    result = run_tool("inspect_shards.py", "digits", folder=folder)
     assert result.returncode == 0, result.stderr
     accuracy = ShardIndex.load(folder / "digits").classifiers["m1"].accuracy
     assert f"classifier of m1: {accuracy:.1%} right on test" in result.stdout
 
 
 def test_mistakes_are_explained_without_a_traceback(tmp_path, trained, digits_shards):
-    result = run("train_classifiers.py", "nothing", folder=tmp_path)
+    result = run_tool("train_classifiers.py", "nothing", folder=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith("error: nothing: no such shard folder")
-    assert run("train_classifiers.py", "nothing", "--epochs", 0, folder=tmp_path).returncode == 2
+    assert run_tool("train_classifiers.py", "nothing", "--epochs", 0, folder=tmp_path).returncode == 2
     unlabelled = shutil.copytree(digits_shards, tmp_path / "unlabelled")
     index = json.loads((unlabelled / "index.json").read_text()) | {"class_names": None}
     (unlabelled / "index.json").write_text(json.dumps(index))
-    result = run("train_classifiers.py", "unlabelled", folder=tmp_path)
+    result = run_tool("train_classifiers.py", "unlabelled", folder=tmp_path)
     assert result.returncode == 2
     assert "error: unlabelled: has no labels" in result.stderr
     assert "Traceback" not in result.stderr
@@ -87,7 +74,7 @@ def frechet(monkeypatch, capsys):
     def call(*arguments: object) -> tuple[object, str, str]:
         monkeypatch.setattr(sys, "argv", ["frechet.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(TOOLS / "frechet.py"), run_name="__main__")
+            runpy.run_path(str(ROOT / "tools" / "frechet.py"), run_name="__main__")
         return end.value.code, *capsys.readouterr()
 
     return call

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from commands import run_tool
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "data": {"shards": "shards/digits"},
     "model": {"modalities": {"m0": {}}},
@@ -36,12 +33,7 @@ def write_run(tmp_path):
 
 
 def compare(folder, *arguments):
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools/compare.py", *map(str, arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+    done = run_tool("compare.py", *arguments, folder=folder)
     assert "Traceback" not in done.stderr
     return done
 

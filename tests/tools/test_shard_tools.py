@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import ROOT, run_tool
 from PIL import Image
 
 from cmvae.data.schema import ShardIndex
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-def run(tool: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(
-        [sys.executable, TOOLS / tool, *map(str, arguments)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("work")
-    return folder, run(
+    return folder, run_tool(
         "make_shards.py", "digits", "--out", "shards/digits", "--pairings", 1, "--limit", 60,
         "--shard-size", 25, folder=folder,
     )  # fmt: skip
@@ -50,14 +37,14 @@ def test_packing_prints_what_was_done_and_what_is_next(packed):
 
 def test_packing_twice_is_refused_without_a_traceback(packed):
     folder, _ = packed
-    result = run("make_shards.py", "digits", "--out", "shards/digits", folder=folder)
+    result = run_tool("make_shards.py", "digits", "--out", "shards/digits", folder=folder)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: shards/digits: holds a packed data set already")
     assert "Traceback" not in result.stderr
 
 
 def test_a_wrong_path_is_explained(tmp_path):
-    result = run(
+    result = run_tool(
         "make_shards.py", "polymnist", "--out", "out", "--mnist", "nothing.npz", "--backgrounds", ".",
         folder=tmp_path,
     )  # fmt: skip
@@ -71,14 +58,14 @@ def test_a_wrong_path_is_explained(tmp_path):
     "flags", [["digits", "--mnist", "x"], ["polymnist"], ["polymnist", "--released", "a", "--download"]]
 )
 def test_flags_belong_to_their_source(tmp_path, flags):
-    result = run("make_shards.py", *flags, "--out", "out", folder=tmp_path)
+    result = run_tool("make_shards.py", *flags, "--out", "out", folder=tmp_path)
     assert result.returncode == 2
     assert "usage" in result.stderr
 
 
 def test_inspection_counts_verifies_draws_and_then_finds_a_flipped_byte(packed):
     folder, _ = packed
-    result = run("inspect_shards.py", "shards/digits", folder=folder)
+    result = run_tool("inspect_shards.py", "shards/digits", folder=folder)
     assert result.returncode == 0, result.stderr
     rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()}
     assert rows["train"][:2] == ["60", "3"]
@@ -93,7 +80,7 @@ def test_inspection_counts_verifies_draws_and_then_finds_a_flipped_byte(packed):
     content = bytearray(shard.read_bytes())
     content[content.rindex(b"IDAT") + 20] ^= 1
     shard.write_bytes(content)
-    result = run("inspect_shards.py", "shards/digits", "--sheet", "sheet.png", folder=folder)
+    result = run_tool("inspect_shards.py", "shards/digits", "--sheet", "sheet.png", folder=folder)
     assert result.returncode == 2
     assert "train-000001.tar: its SHA-256" in result.stderr
     assert "train-000000.tar" not in result.stderr
@@ -107,13 +94,13 @@ def test_inspection_without_verification_only_looks(packed, monkeypatch):
         sys, "argv", ["inspect", str(folder / "shards" / "digits"), "--no-verify", "--sheet", str(sheet)]
     )
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(TOOLS / "inspect_shards.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "tools" / "inspect_shards.py"), run_name="__main__")
     assert end.value.code == 0
     assert sheet.is_file()
 
 
 def test_inspecting_nothing_says_how_to_pack(tmp_path):
-    result = run("inspect_shards.py", "shards/none", folder=tmp_path)
+    result = run_tool("inspect_shards.py", "shards/none", folder=tmp_path)
     assert result.returncode == 2
     assert "shards/none: no such shard folder" in result.stderr
     assert "make_shards.py" in result.stderr

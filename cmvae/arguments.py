@@ -1,0 +1,21 @@
+"""Types of command-line arguments, for argparse; imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def positive_integer(text: str) -> int:
+    """An integer from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def non_negative_integer(text: str) -> int:
+    """An integer from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
