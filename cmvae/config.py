@@ -72,6 +72,81 @@ class ObjectiveConfig(_Settings):
     """Weight of the prior and posterior terms in every log-weight."""
 
 
+class UNetConfig(_Settings):
+    """The U-Net of the diffusion; DiffuseVAE takes 128 channels, multipliers 1, 2, 2, 2 and dropout 0.1 to 0.3."""
+
+    channels: PositiveInt = 128
+    """Of the first level; a multiple of 8."""
+    multipliers: tuple[PositiveInt, ...] = (1, 2, 2)
+    """Channels of every level in multiples of the first; each level after it halves height and width."""
+    blocks: PositiveInt = 2
+    """Residual blocks a level."""
+    attention_sizes: tuple[PositiveInt, ...] = ()
+    """Heights at which levels attend, besides the lowest one between the two halves."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+
+
+class DiffusionConfig(_Settings):
+    """The forward process and what the network learns of it; the defaults are those of DDPM and DiffuseVAE."""
+
+    num_timesteps: int = Field(default=1000, ge=2)
+    """T."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """β from 1e-4 to 0.02 (DDPM), or the squared cosine of Nichol & Dhariwal (2021)."""
+    prediction: Literal["epsilon", "v", "sample"] = "epsilon"
+    """What the network predicts: the noise, the velocity of Salimans & Ho (2022), or the image."""
+    loss_weighting: Literal["uniform", "min_snr"] = "uniform"
+    """Of the squared error of the prediction over time steps; `min_snr` is that of Hang et al. (2023)."""
+    min_snr_gamma: float = Field(default=5.0, gt=0)
+
+
+class ConditioningConfig(_Settings):
+    """What the diffusion is conditioned on, concatenated with the noisy image on channels."""
+
+    source: Literal["any", "self", "none"] = "any"
+    """A reconstruction from a modality drawn anew at every step, always from the image's own modality, or
+    nothing: a plain DDPM."""
+    latent: bool = False
+    """z of the reconstruction as a second condition."""
+    noise: float = Field(default=0.0, ge=0)
+    """Standard deviation of noise on the reconstruction while training, the image being in [−1, 1]."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of training images whose condition is left out; guidance takes some."""
+
+
+class SamplerConfig(_Settings):
+    """How a reconstruction is refined."""
+
+    name: Literal["ddpm", "ddim", "dpm_solver"] = "dpm_solver"
+    """Ancestral sampling, DDIM with η = 0, or DPM-Solver++ of second order."""
+    num_steps: PositiveInt = 20
+    """Evaluations of the network."""
+    start: float = Field(default=1.0, gt=0, le=1)
+    """Where in T it starts: 1 is pure noise, less is the reconstruction, noised so far."""
+    guidance: float = Field(default=1.0, ge=0)
+    """1 is the network as it is; more exaggerates what the condition changes (Ho & Salimans, 2022)."""
+
+
+class RefinerConfig(_Settings):
+    """The conditional diffusion of D-CMVAE."""
+
+    sharing: Literal["per_modality", "shared"] = "per_modality"
+    """One U-Net an image modality, or one for all with the modality as class label."""
+    network: UNetConfig = UNetConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    conditioning: ConditioningConfig = ConditioningConfig()
+    sampler: SamplerConfig = SamplerConfig()
+
+    @model_validator(mode="after")
+    def _guidance_has_what_it_takes(self) -> RefinerConfig:
+        if self.sampler.guidance != 1 and self.conditioning.dropout == 0:
+            raise ValueError(
+                "sampler.guidance other than 1 compares with a network that has learned to do without the "
+                "condition: set conditioning.dropout, say to 0.1, and train"
+            )
+        return self
+
+
 class DataConfig(_Settings):
     """Which shards are read, and how."""
 
@@ -117,6 +192,8 @@ class TrainConfig(_Settings):
     checkpoint_every: PositiveInt | None = None
     """Steps between checkpoints; null keeps only the one at the end."""
     keep_checkpoints: PositiveInt = 2
+    ema_decay: float | None = Field(default=None, ge=0, lt=1)
+    """Validate and export an exponential moving average of the weights with this decay; null the weights."""
 
     @model_validator(mode="after")
     def _has_an_end(self) -> TrainConfig:
@@ -157,7 +234,7 @@ class TrackingConfig(_Settings):
 
 
 class ExperimentConfig(_Settings):
-    """One experiment: what a YAML file in configs/ says."""
+    """What the experiments have in common, whatever they train."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name of the run, and of its folder below runs/."""
@@ -165,8 +242,6 @@ class ExperimentConfig(_Settings):
     """Folder of the run; null is runs/NAME."""
     seed: int = Field(default=0, ge=0)
     data: DataConfig
-    model: ModelConfig
-    objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -176,6 +251,21 @@ class ExperimentConfig(_Settings):
     def run_dir(self) -> Path:
         """Folder of the run."""
         return self.output_dir if self.output_dir is not None else Path("runs") / self.name
+
+
+class CMVAEExperiment(ExperimentConfig):
+    """Training a CMVAE: what a YAML file in configs/ says."""
+
+    model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+
+
+class RefinerExperiment(ExperimentConfig):
+    """Training the diffusion that refines a CMVAE: a YAML file with the section `refiner`."""
+
+    cmvae: Path
+    """Folder of the CMVAE's run, whose export is refined and stays as it is."""
+    refiner: RefinerConfig = RefinerConfig()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -193,10 +283,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     settings = _read_yaml(path)
     for override in overrides:
         _apply_override(settings, override)
+    experiment = RefinerExperiment if "refiner" in settings else CMVAEExperiment
     try:
-        return ExperimentConfig.model_validate(settings)
+        return experiment.model_validate(settings)
     except ValidationError as error:
-        problems = [_explain(problem, settings) for problem in error.errors()]
+        problems = [_explain(problem, experiment) for problem in error.errors()]
         source = str(path) if not overrides else f"{path} with {' '.join(overrides)}"
         raise UserError("\n".join(f"{source}: {problem}" for problem in problems)) from error
 
@@ -211,6 +302,18 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> ExperimentC
     if not path.is_file():
         raise UserError(f"{path}: missing, so {run_dir} is no run. Train one with launch/train.py")
     return load_config(path, overrides)
+
+
+def load_cmvae_run(run_dir: Path, overrides: Sequence[str] = ()) -> CMVAEExperiment:
+    """The experiment of a CMVAE's run, from its folder.
+
+    Raises:
+        UserError: it is the run of a refiner, or as `load_run_config`.
+    """
+    config = load_run_config(run_dir, overrides)
+    if not isinstance(config, CMVAEExperiment):
+        raise UserError(f"{run_dir}: the run of a refiner, where that of a CMVAE is wanted")
+    return config
 
 
 def save_config(config: ExperimentConfig, path: str | Path) -> None:
@@ -236,6 +339,19 @@ def flatten(config: ExperimentConfig) -> dict[str, Any]:
     return dict(walk("", config.model_dump(mode="json")))
 
 
+def read_modalities(config: ExperimentConfig) -> tuple[str, ...]:
+    """The modalities that an experiment reads: its model's, or those of the CMVAE that it refines.
+
+    Raises:
+        UserError: the CMVAE's run is missing.
+    """
+    if isinstance(config, RefinerExperiment):
+        return tuple(load_cmvae_run(config.cmvae).model.modalities)
+    if isinstance(config, CMVAEExperiment):
+        return tuple(config.model.modalities)
+    raise TypeError(f"{type(config).__name__} trains nothing")
+
+
 def check_against_shards(config: ExperimentConfig, index: ShardIndex, source: str) -> None:
     """Refuse a config that asks for modalities which the shards lack.
 
@@ -245,14 +361,14 @@ def check_against_shards(config: ExperimentConfig, index: ShardIndex, source: st
         source: the config's file, for the message.
 
     Raises:
-        UserError: the shards lack a modality of the config.
+        UserError: the shards lack a modality of the config, or the CMVAE to refine is missing.
     """
-    missing = [name for name in config.model.modalities if name not in index.modalities]
+    missing = [name for name in read_modalities(config) if name not in index.modalities]
     if missing:
+        key = f"model.modalities.{missing[0]}" if isinstance(config, CMVAEExperiment) else "cmvae"
         raise UserError(
-            f"{source}: model.modalities.{missing[0]}: {config.data.shards} has no modality "
-            f"{missing[0]!r}; it has {', '.join(index.modalities)}. Rename or remove it, or set data.shards "
-            "to a data set that has it"
+            f"{source}: {key}: {config.data.shards} has no modality {missing[0]!r}; it has "
+            f"{', '.join(index.modalities)}. Rename or remove it, or set data.shards to a data set that has it"
         )
 
 
@@ -294,12 +410,12 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _explain(problem: Any, settings: dict[str, Any]) -> str:
+def _explain(problem: Any, experiment: type[ExperimentConfig]) -> str:
     """One pydantic problem as: key, what is wrong, what to do."""
     location = [str(part) for part in problem["loc"] if part != "[key]"]
     key = ".".join(location) or "the experiment"
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(experiment, location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1)
         remedy = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
         return f"{key}: no such key; {remedy}"
@@ -312,9 +428,9 @@ def _explain(problem: Any, settings: dict[str, Any]) -> str:
     return f"{key}: {message[:1].lower()}{message[1:]}"
 
 
-def _known_keys(location: list[str]) -> list[str]:
+def _known_keys(experiment: type[ExperimentConfig], location: list[str]) -> list[str]:
     """The keys that settings have at `location`, found by walking the models' own fields."""
-    annotation: Any = ExperimentConfig
+    annotation: Any = experiment
     for part in location:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             field = annotation.model_fields.get(part)

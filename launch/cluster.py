@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cmvae.config import ExperimentConfig, load_run_config
+from cmvae.config import CMVAEExperiment, load_cmvae_run
 from cmvae.data.schema import ShardIndex
 from cmvae.errors import UserError
 
@@ -42,7 +42,7 @@ def check_out(path: Path, overwrite: bool) -> None:
 
 
 def choose_modalities(
-    config: ExperimentConfig, index: ShardIndex, arguments: argparse.Namespace
+    config: CMVAEExperiment, index: ShardIndex, arguments: argparse.Namespace
 ) -> list[str]:
     """The run's modalities that the data has; says on stderr which are missing.
 
@@ -70,7 +70,7 @@ def main() -> int:
     """Check, assign, write."""
     arguments = parse_arguments()
     try:
-        config = load_run_config(arguments.run)
+        config = load_cmvae_run(arguments.run)
         index = ShardIndex.load(arguments.shards)
         if arguments.split != "all":
             index.split(arguments.split, arguments.shards)

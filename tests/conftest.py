@@ -12,7 +12,7 @@ import yaml
 from commands import ROOT, run_command
 from quadrants import Quadrants
 
-from cmvae.config import ExperimentConfig, load_config
+from cmvae.config import CMVAEExperiment, load_config
 
 
 def pytest_configure() -> None:
@@ -75,6 +75,6 @@ def experiment_file(tmp_path: Path, digits_shards: Path) -> Path:
 
 
 @pytest.fixture
-def experiment(experiment_file: Path) -> Callable[..., ExperimentConfig]:
+def experiment(experiment_file: Path) -> Callable[..., CMVAEExperiment]:
     """`experiment("train.max_steps=3")` is the experiment of `experiment_file` with overrides."""
     return lambda *overrides: load_config(experiment_file, overrides)

@@ -13,7 +13,7 @@ import yaml
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
-from cmvae.config import ExperimentConfig, flatten
+from cmvae.config import CMVAEExperiment, flatten
 from cmvae.tracking import MlflowTracker, NullTracker, Tracker, open_tracker, resume_tracker
 
 
@@ -30,8 +30,8 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "trial"
 
 
-def make_config(**changes: object) -> ExperimentConfig:
-    return ExperimentConfig.model_validate(
+def make_config(**changes: object) -> CMVAEExperiment:
+    return CMVAEExperiment.model_validate(
         {
             "name": "trial",
             "data": {"shards": "shards/digits"},
@@ -94,7 +94,7 @@ def test_a_training_can_be_read_back(tmp_path: Path, run_dir: Path) -> None:
     assert run.data.tags["host"]
 
     artifacts = tmp_path / "mlruns" / run.info.experiment_id / run.info.run_id / "artifacts"
-    assert ExperimentConfig.model_validate(yaml.safe_load((artifacts / "config.yaml").read_text())) == config
+    assert CMVAEExperiment.model_validate(yaml.safe_load((artifacts / "config.yaml").read_text())) == config
     assert (artifacts / "figures" / "selection.png").read_bytes().startswith(b"\x89PNG")
     assert (artifacts / "notes.txt").read_text() == "hello"
     images = sorted(path.name for path in (artifacts / "images").glob("*.png"))
