@@ -73,7 +73,7 @@ class ObjectiveConfig(_Settings):
 
 
 class UNetConfig(_Settings):
-    """The U-Net of the diffusion; DiffuseVAE takes 128 channels, multipliers 1, 2, 2, 2 and dropout 0.1 to 0.3."""
+    """The U-Net of the diffusion. DiffuseVAE takes 128 channels, multipliers 1, 2, 2, 2 at 32 px."""
 
     channels: PositiveInt = 128
     """Of the first level; a multiple of 8."""
@@ -87,7 +87,7 @@ class UNetConfig(_Settings):
 
 
 class DiffusionConfig(_Settings):
-    """The forward process and what the network learns of it; the defaults are those of DDPM and DiffuseVAE."""
+    """The forward process and what the network learns of it, by default as in DDPM and DiffuseVAE."""
 
     num_timesteps: int = Field(default=1000, ge=2)
     """T."""
@@ -138,7 +138,13 @@ class RefinerConfig(_Settings):
     sampler: SamplerConfig = SamplerConfig()
 
     @model_validator(mode="after")
-    def _guidance_has_what_it_takes(self) -> RefinerConfig:
+    def _sampler_fits(self) -> RefinerConfig:
+        reach = round(self.sampler.start * self.diffusion.num_timesteps)
+        if self.sampler.num_steps > reach:
+            raise ValueError(
+                f"sampler.num_steps is {self.sampler.num_steps}, but below sampler.start there are only "
+                f"{reach} time steps to take"
+            )
         if self.sampler.guidance != 1 and self.conditioning.dropout == 0:
             raise ValueError(
                 "sampler.guidance other than 1 compares with a network that has learned to do without the "
@@ -368,7 +374,8 @@ def check_against_shards(config: ExperimentConfig, index: ShardIndex, source: st
         key = f"model.modalities.{missing[0]}" if isinstance(config, CMVAEExperiment) else "cmvae"
         raise UserError(
             f"{source}: {key}: {config.data.shards} has no modality {missing[0]!r}; it has "
-            f"{', '.join(index.modalities)}. Rename or remove it, or set data.shards to a data set that has it"
+            f"{', '.join(index.modalities)}. Rename or remove it, or set data.shards to a data set that has "
+            "it"
         )
 
 

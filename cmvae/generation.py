@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cmvae.config import ExperimentConfig
+from cmvae.config import ExperimentConfig, RefinerExperiment
 from cmvae.data.batch import to_device
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
+from cmvae.distributed import AUTOCAST_DTYPES
 from cmvae.errors import UserError
 from cmvae.evaluation.figures import sample_rows
 from cmvae.files import whole_folder
@@ -31,6 +32,10 @@ _GRID_ROWS, _GRID_COLUMNS = 8, 8
 # A key may hold what a file system does not allow or a shell takes for something else.
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _MAX_KEY_LENGTH = 80
+
+
+Generate = Callable[..., dict[str, Tensor]]
+"""`CMVAE.generate` or `DCMVAE.generate`."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Generated:
 def run_generation(
     config: ExperimentConfig, run_dir: Path, request: GenerationRequest, out: Path, overwrite: bool
 ) -> int:
-    """Generate with a run's export and write it below `out`, with a progress bar.
+    """Generate with a run's export and write it below `out`, with a progress bar; with a refiner's, refined.
 
     Args:
         config: the run's experiment; its shards are read for `request.given` only.
@@ -84,43 +89,63 @@ def run_generation(
     """
     check_output_folder(out, overwrite)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = CMVAE.from_pretrained(run_dir / "export", device)
+    model, generate = _load(config, run_dir, device)
     generator = torch.Generator(device).manual_seed(request.seed)
     batch_size = min(config.evaluation.batch_size, request.num_samples)
     if request.given is not None:
-        made = generate_given(model, config.data.shards, request, batch_size, generator)
+        made = generate_given(model, generate, config.data.shards, request, batch_size, generator)
     elif request.cluster is not None:
         clusters = active_clusters(model, None if request.cluster == "all" else request.cluster)
-        made = generate_clusters(model, clusters, request.num_samples, batch_size, generator)
+        made = generate_clusters(generate, clusters, request.num_samples, batch_size, generator)
     else:
-        made = generate_unconditional(model, request.num_samples, batch_size, generator)
+        made = generate_unconditional(generate, request.num_samples, batch_size, generator)
     record = {"run": str(run_dir), **asdict(request)}
     progress = progress_bar(made, desc=str(run_dir), unit=" batches", leave=False)
     return write_generated(out, progress, request.targets, record)
 
 
+def _load(config: ExperimentConfig, run_dir: Path, device: torch.device) -> tuple[CMVAE, Generate]:
+    """The CMVAE of a run, and what generates: its method, or that of the two with the refiner."""
+    if isinstance(config, RefinerExperiment):
+        # diffusers takes seconds to import.
+        from cmvae.dcmvae import DCMVAE
+
+        dtype = AUTOCAST_DTYPES[config.train.mixed_precision]
+        both = DCMVAE.from_pretrained(
+            run_dir / "export", config.cmvae / "export", device, dtype, config.refiner.sampler
+        )
+        return both.cmvae, both.generate
+    model = CMVAE.from_pretrained(run_dir / "export", device)
+    return model, model.generate
+
+
 def generate_unconditional(
-    model: CMVAE, num_samples: int, batch_size: int, generator: torch.Generator
+    generate: Generate, num_samples: int, batch_size: int, generator: torch.Generator
 ) -> Iterator[Generated]:
     """Joint generations from the prior, called by their index."""
     for indices in _batches(num_samples, batch_size):
-        images = model.generate(len(indices), generator=generator)
+        images = generate(len(indices), generator=generator)
         yield Generated([f"{index:06d}" for index in indices], images)
 
 
 def generate_clusters(
-    model: CMVAE, clusters: Sequence[int], num_samples: int, batch_size: int, generator: torch.Generator
+    generate: Generate, clusters: Sequence[int], num_samples: int, batch_size: int, generator: torch.Generator
 ) -> Iterator[Generated]:
     """`num_samples` joint generations of each cluster, called by the cluster and their index in it."""
     for cluster in clusters:
         for indices in _batches(num_samples, batch_size):
-            images = model.generate(len(indices), cluster=cluster, generator=generator)
+            images = generate(len(indices), cluster=cluster, generator=generator)
             names = [f"cluster-{cluster:03d}_{index:06d}" for index in indices]
             yield Generated(names, images, group=f"cluster {cluster}")
 
 
 def generate_given(
-    model: CMVAE, shards: Path, request: GenerationRequest, batch_size: int, generator: torch.Generator
+    model: CMVAE,
+    generate: Generate,
+    shards: Path,
+    request: GenerationRequest,
+    batch_size: int,
+    generator: torch.Generator,
 ) -> Iterator[Generated]:
     """One generation of each of the first samples of a split, called by its place in the split and its key.
 
@@ -137,7 +162,7 @@ def generate_given(
         inputs = {name: batch[name][: len(places)] for name in given}
         # Without its tail, the last batch has neither padding nor more than was asked for.
         names = [f"{place:06d}_{safe_name(key)}" for place, key in zip(places, batch["key"], strict=False)]
-        yield Generated(names, model.generate(given=inputs, generator=generator), given=inputs)
+        yield Generated(names, generate(given=inputs, generator=generator), given=inputs)
 
 
 def safe_name(key: str) -> str:

@@ -12,22 +12,15 @@ from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from cmvae.clustering import confidence, responsibilities, vote
 from cmvae.config import ModelConfig
 from cmvae.data.schema import ModalityName, ModalitySchema
 from cmvae.distributions import FAMILIES, LocationScale
-from cmvae.errors import UserError
-from cmvae.files import whole_folder
+from cmvae.exports import load_weights, read_export_config, save_export
 from cmvae.networks import network_family
-
-WEIGHTS_NAME = "model.safetensors"
-EXPORT_CONFIG_NAME = "config.yaml"
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -52,6 +45,15 @@ class Posterior(NamedTuple):
 def stack_shared_locations(posteriors: Mapping[str, Posterior]) -> Tensor:
     """Locations of q(z|x_m), (B, M, D_z): what clusters are read from."""
     return torch.stack([posterior.shared.loc for posterior in posteriors.values()], dim=1)
+
+
+class Latents(NamedTuple):
+    """What a joint generation is decoded from."""
+
+    shared: Tensor
+    """z, (B, D_z)."""
+    private: dict[str, Tensor]
+    """w_m by modality, (B, D_w)."""
 
 
 class Assignment(NamedTuple):
@@ -267,7 +269,19 @@ class CMVAE(nn.Module):
         Raises:
             ValueError: neither or both of `num_samples` and `given`, or `cluster` with `given`.
         """
-        device = self.private_scale.device
+        latents = self.sample_latents(num_samples, given=given, cluster=cluster, generator=generator)
+        return self.decode(latents.shared, latents.private)
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        num_samples: int | None = None,
+        *,
+        given: Mapping[str, Tensor] | None = None,
+        cluster: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Latents:
+        """What `generate` decodes; arguments and errors as there."""
         if given is not None and num_samples is None and cluster is None:
             shared = self._sample_posterior(given, generator)
         elif num_samples is not None and given is None:
@@ -276,9 +290,9 @@ class CMVAE(nn.Module):
             raise ValueError("give num_samples (and cluster, if wanted) or given, not both")
         private = {}
         for name in self.modality_names:
-            noise = self.family.draw_noise((len(shared), self.config.private_dim), device, generator)
+            noise = self.family.draw_noise((len(shared), self.config.private_dim), shared.device, generator)
             private[name] = self.private_prior.sample(noise)
-        return self.decode(shared, private)
+        return Latents(shared, private)
 
     def _sample_prior(
         self, num_samples: int, cluster: int | None, generator: torch.Generator | None
@@ -312,12 +326,8 @@ class CMVAE(nn.Module):
         Args:
             folder: where to; an older export there is replaced.
         """
-        export = ExportConfig(model=self.config, modalities=self.schemas)
-        with whole_folder(Path(folder)) as partial:
-            weights = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
-            save_file(weights, partial / WEIGHTS_NAME)
-            text = yaml.safe_dump(export.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-            (partial / EXPORT_CONFIG_NAME).write_text(text, encoding="utf-8")
+        config = ExportConfig(model=self.config, modalities=self.schemas)
+        save_export(Path(folder), config, self.state_dict())
 
     @classmethod
     def from_pretrained(
@@ -333,25 +343,7 @@ class CMVAE(nn.Module):
                 config.
         """
         folder = Path(folder)
-        for name in (WEIGHTS_NAME, EXPORT_CONFIG_NAME):
-            if not (folder / name).is_file():
-                raise UserError(
-                    f"{folder / name}: missing, so this is no export. A training writes RUN/export when it "
-                    "ends; give that folder"
-                )
-        try:
-            export = ExportConfig.model_validate(
-                yaml.safe_load((folder / EXPORT_CONFIG_NAME).read_text(encoding="utf-8"))
-            )
-            model = cls(export.model, export.modalities, autocast_dtype)
-            state = load_file(folder / WEIGHTS_NAME)
-            model.load_state_dict(state)
-        except (ValidationError, yaml.YAMLError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"{folder}: a damaged export: {error}. Export the run again") from error
-        for name, tensor in state.items():
-            if not tensor.isfinite().all():
-                raise UserError(
-                    f"{folder / WEIGHTS_NAME}: {name}: holds values that are not finite, as after a training "
-                    "that diverged. Train again, for example with a lower optimizer.learning_rate"
-                )
+        export = read_export_config(folder, ExportConfig)
+        model = cls(export.model, export.modalities, autocast_dtype)
+        load_weights(model, folder)
         return channels_last(model.to(device)).eval()

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cmvae.config import ExperimentConfig, dump_yaml, flatten
+from cmvae.config import ExperimentConfig, RefinerExperiment, dump_yaml, flatten
 from cmvae.files import write_whole
 
 if TYPE_CHECKING:
@@ -166,8 +166,9 @@ def open_tracker(config: ExperimentConfig, run_dir: Path, is_main: bool, task: s
     """The tracker of a training: a new run of MLflow, or the one that `run_dir` already belongs to.
 
     A new run gets all settings as parameters, the YAML as `config.yaml`, and tags for task, world size
-    (from the launcher's WORLD_SIZE), host and git commit. In a resumed run tags and YAML are those of the
-    last start; MLflow's parameters cannot change, so a setting that did stands in a tag `resumed.KEY`.
+    (from the launcher's WORLD_SIZE), host and git commit; a refiner's run becomes a child of its CMVAE's. In
+    a resumed run tags and YAML are those of the last start; MLflow's parameters cannot change, so a setting
+    that did stands in a tag `resumed.KEY`.
 
     Args:
         config: the experiment.
@@ -214,6 +215,11 @@ def _open_for_training(config: ExperimentConfig, run_dir: Path, task: str) -> Ml
     tags = {"task": task, "world_size": os.environ.get("WORLD_SIZE", "1"), "host": platform.node()}
     for key, value in {**tags, **_git_tags()}.items():
         client.set_tag(run_id, key, value)
+    if isinstance(config, RefinerExperiment):
+        refined = _read_record(config.cmvae / RUN_RECORD_NAME)
+        if refined is not None:
+            # MLflow's pages show a run below its parent, with a link.
+            client.set_tag(run_id, "mlflow.parentRunId", refined.run_id)
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=client.tracking_uri)

@@ -41,9 +41,7 @@ def check_out(path: Path, overwrite: bool) -> None:
         raise UserError(f"--out {path}: exists. Add --overwrite to replace it, or give another path")
 
 
-def choose_modalities(
-    config: CMVAEExperiment, index: ShardIndex, arguments: argparse.Namespace
-) -> list[str]:
+def choose_modalities(config: CMVAEExperiment, index: ShardIndex, arguments: argparse.Namespace) -> list[str]:
     """The run's modalities that the data has; says on stderr which are missing.
 
     Raises:

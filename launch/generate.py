@@ -4,6 +4,7 @@ r"""Generate with a trained run, to PNG files.
     python launch/generate.py runs/NAME --given MODALITY[,MODALITY] [--split test] [--to MODALITY,…]
 
 Unconditionally, of one or every cluster, or from some modalities of packed samples; w always from its prior.
+The run of a refiner generates with its CMVAE and refines.
 Starts from the run's export and writes a folder a modality, `grid.png` and `generation.json` below
 `runs/NAME/generated` or `--out`.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from cmvae.arguments import positive_integer
-from cmvae.config import ExperimentConfig, load_run_config
+from cmvae.config import load_run_config, read_modalities
 from cmvae.data.schema import ShardIndex
 from cmvae.errors import UserError
 
@@ -26,6 +27,9 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Generate with a trained run, to PNG files.")
     parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/digits")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings, e.g. refiner.sampler.num_steps=50"
+    )
     parser.add_argument(
         "--num", type=positive_integer, default=64, metavar="N", help="samples, of each cluster (default: 64)"
     )
@@ -37,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: generated in the run's folder")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier generations in --out")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.split is not None and arguments.given is None:
         parser.error("--split: only samples for --given are read from a split")
     return arguments
@@ -56,29 +60,28 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text.split(",")))
 
 
-def check_names(flag: str, names: Sequence[str], config: ExperimentConfig) -> None:
+def check_names(flag: str, names: Sequence[str], modalities: Sequence[str]) -> None:
     """Refuse names that are no modalities of the run.
 
     Raises:
         UserError: there is one.
     """
     for name in names:
-        if name not in config.model.modalities:
-            raise UserError(
-                f"{flag} {name}: the run has no such modality; it has {', '.join(config.model.modalities)}"
-            )
+        if name not in modalities:
+            raise UserError(f"{flag} {name}: the run has no such modality; it has {', '.join(modalities)}")
 
 
 def main() -> int:
     """Check, generate, say where it is."""
     arguments = parse_arguments()
     try:
-        config = load_run_config(arguments.run)
-        targets = arguments.to or tuple(config.model.modalities)
+        config = load_run_config(arguments.run, arguments.overrides)
+        modalities = read_modalities(config)
+        targets = arguments.to or modalities
         split = arguments.split or "test"
-        check_names("--to", targets, config)
+        check_names("--to", targets, modalities)
         if arguments.given is not None:
-            check_names("--given", arguments.given, config)
+            check_names("--given", arguments.given, modalities)
             ShardIndex.load(config.data.shards).split(split, config.data.shards)
 
         from cmvae.generation import GenerationRequest, run_generation

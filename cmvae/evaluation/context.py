@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
 from cmvae.model import CMVAE
 
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from cmvae.refiner import Refiner
+
 
 @dataclass(frozen=True)
 class EvaluationContext:
@@ -36,6 +39,8 @@ class EvaluationContext:
     index: ShardIndex
     settings: EvaluationConfig
     accelerator: Accelerator
+    refiner: Refiner | None = None
+    """Makes what the model generates sharp, if there is one; on the same device."""
 
     @property
     def device(self) -> torch.device:
@@ -119,11 +124,22 @@ class EvaluationContext:
         ]
         return torch.stack(rows)
 
-    def _generators(self, stream: str, positions: Tensor) -> Iterator[torch.Generator]:
+    def draw_seeds(self, stream: str, positions: Tensor) -> list[int]:
+        """One random number of 63 bits a sample: a function of (seed, stream, position).
+
+        Args:
+            stream: what it is for, so that two uses are independent.
+            positions: (B,) int64.
+        """
         entropy = (self.settings.seed, zlib.crc32(stream.encode()))
-        for position in positions.tolist():
-            state = np.random.SeedSequence((*entropy, position)).generate_state(1, np.uint64)
-            yield torch.Generator().manual_seed(int(state[0]) >> 1)
+        return [
+            int(np.random.SeedSequence((*entropy, position)).generate_state(1, np.uint64)[0]) >> 1
+            for position in positions.tolist()
+        ]
+
+    def _generators(self, stream: str, positions: Tensor) -> Iterator[torch.Generator]:
+        for seed in self.draw_seeds(stream, positions):
+            yield torch.Generator().manual_seed(seed)
 
     def _gather(self, values: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:

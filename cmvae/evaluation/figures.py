@@ -41,36 +41,44 @@ _MAX_CATEGORIES_BY_COLOUR = 20
 
 
 def cross_modal_grid(
-    inputs: Mapping[str, FloatArray], generated: Mapping[tuple[str, str], FloatArray]
+    inputs: Mapping[str, FloatArray],
+    generated: Mapping[tuple[str, str], FloatArray],
+    refined: Mapping[tuple[str, str], FloatArray] | None = None,
 ) -> Figure:
     """Every modality generated from every modality: a block of columns a target, a row a source.
 
     The first row holds the inputs; a column of a block is one sample, so that it shows one class from top
-    to bottom. Reconstructions, where the source is the target, are framed.
+    to bottom. Where the source is the target, the block is framed.
 
     Args:
         inputs: modality → (N, C, H, W).
         generated: (source, target) → (N, C, H, W), for every ordered pair.
+        refined: the same pictures made sharp, in a row below each.
     """
     names = list(inputs)
+    rows = []
+    for source in names:
+        rows.append((f"from {source}", source, generated))
+        if refined is not None:
+            rows.append(("refined", source, refined))
     num_samples = len(next(iter(inputs.values())))
     figure = Figure(
         figsize=(
             0.9 + len(names) * (num_samples * _IMAGE_INCHES + 0.15),
-            0.45 + (len(names) + 1) * (_IMAGE_INCHES + 0.06),
+            0.45 + (len(rows) + 1) * (_IMAGE_INCHES + 0.06),
         ),
         dpi=_DPI,
     )
     figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.0)
-    axes = figure.subplots(len(names) + 1, len(names), squeeze=False)
+    axes = figure.subplots(len(rows) + 1, len(names), squeeze=False)
     for column, target in enumerate(names):
         axes[0, column].set_title(f"→ {target}", fontsize=10, color=_INK, fontweight="bold")
         _show(axes[0, column], _tile(inputs[target][None]))
-        for row, source in enumerate(names, start=1):
-            _show(axes[row, column], _tile(generated[source, target][None]))
+        for row, (_, source, made) in enumerate(rows, start=1):
+            _show(axes[row, column], _tile(made[source, target][None]))
             if source == target:
                 _frame(axes[row, column])
-    for row, title in enumerate(["input", *(f"from {name}" for name in names)]):
+    for row, title in enumerate(["input", *(title for title, _, _ in rows)]):
         _title_row(axes[row, 0], title)
     return figure
 

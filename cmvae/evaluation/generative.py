@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import gather_object
 from einops import rearrange
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from cmvae.clustering import FloatArray
 from cmvae.errors import UserError
@@ -41,10 +42,14 @@ from cmvae.evaluation.frechet import (
     warn_if_few,
 )
 from cmvae.evaluation.result import GroupResult
+from cmvae.model import Latents
 from cmvae.progress import progress_bar
 
 Loaded = TypeVar("Loaded")
 Reader = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+REFINED = "refined/"
+"""Before the name of a metric: of what a refiner made of the same generations."""
 
 _DISTANCE_NAMES = {"classifier": "frechet/classifier", "inception": "fid"}
 """Feature space to the name of the Fréchet distance in it."""
@@ -89,7 +94,8 @@ def evaluate_generative(context: EvaluationContext, wanted: Collection[str]) -> 
         `coherence/conditional_by_sources/S`; `frechet/classifier/KIND`, `fid/KIND` and
         `fidelity/classifier/{precision,recall,density,coverage}/KIND`, where KIND is `unconditional` (mean
         over modalities), `conditional` (over all pairs, self included) or `conditional_cross` (without self).
-        What cannot be had is left out with its reason.
+        What cannot be had is left out with its reason. With a refiner all of it again below `refined/`, but
+        for generations from several sources.
 
     Raises:
         UserError: a shard is damaged, or the model generates values that are not finite.
@@ -107,42 +113,77 @@ def evaluate_generative(context: EvaluationContext, wanted: Collection[str]) -> 
     coherent = "coherence" in wanted and "coherence" not in result.left_out
     if not comparisons and not coherent:
         return result
+    # Generations as they are, and refined.
+    tallies = {"": _Tally(names, comparisons)}
+    if context.refiner is not None:
+        tallies[REFINED] = _Tally(names, comparisons)
     read = networks.read if comparisons else networks.classify
-    unconditional = _generate_unconditional(context, read)
-    _check_finite(unconditional, "unconditionally")
-    compared: dict[str, list[float]] = {}
-    for comparison in comparisons:
-        comparison.add(unconditional, ("unconditional",), compared)
-
-    classes = {}
-    for sources in progress_bar(
-        _source_sets(names, len(names) - 1 if coherent else 1),
+    source_sets = _source_sets(names, len(names) - 1 if coherent else 1)
+    with progress_bar(
+        total=context.settings.num_generated + len(source_sets) * num_real,
         desc="generate",
+        unit=" samples",
         disable=not context.accelerator.is_main_process,
         leave=False,
-    ):
-        single = len(sources) == 1
-        targets = names if single else [name for name in names if name not in sources]
-        generated = _generate_conditional(
-            context, real, sources, targets, read if single else networks.classify
-        )
-        _check_finite(generated, f"from {', '.join(sources)}")
-        if single:
-            for comparison in comparisons:
-                comparison.add_conditional(generated, sources[0], compared)
-        if coherent:
-            classes[sources] = {target: generated[f"class/{target}"] for target in targets}
+    ) as progress:
+        generator = _Generator(context, progress)
+        readings = generator.unconditional(read)
+        for version, tally in tallies.items():
+            tally.add_unconditional(_of_version(readings, version))
+        for sources in source_sets:
+            single = len(sources) == 1
+            targets = names if single else [name for name in names if name not in sources]
+            # Several sources are for coherence only, and their number grows fast: they are not refined.
+            readings = generator.conditional(
+                real, sources, targets, read if single else networks.classify, refine=single
+            )
+            for version, tally in tallies.items():
+                if single or version != REFINED:
+                    tally.add_conditional(_of_version(readings, version), sources)
 
-    result.metrics |= {name: float(np.mean(values)) for name, values in compared.items()}
-    if coherent:
-        result.metrics |= conditional_coherence(classes, real["label"])
-        result.metrics["coherence/unconditional"] = unconditional_coherence(
-            {name: unconditional[f"class/{name}"] for name in names}
-        )
-        result.figures["coherence_matrix"] = figures.coherence_matrix(
-            coherence_matrix(result.metrics, names), names
-        )
+    for version, tally in tallies.items():
+        result.metrics |= {f"{version}{name}": value for name, value in tally.distances().items()}
+        if coherent:
+            metrics = tally.coherence(real["label"])
+            result.metrics |= {f"{version}{name}": value for name, value in metrics.items()}
+            matrix = figures.coherence_matrix(coherence_matrix(metrics, names), names)
+            result.figures[f"{version.replace('/', '_')}coherence_matrix"] = matrix
     return result
+
+
+class _Tally:
+    """What comes of one version of the generations: as they are, or refined."""
+
+    def __init__(self, modalities: Sequence[str], comparisons: Sequence[_Comparison]) -> None:
+        self._modalities, self._comparisons = modalities, comparisons
+        self._compared: dict[str, list[float]] = {}
+        self._classes: dict[Sources, dict[str, np.ndarray]] = {}
+        self._joint: dict[str, np.ndarray] = {}
+
+    def add_unconditional(self, readings: Mapping[str, np.ndarray]) -> None:
+        """Take in the readings of joint generations."""
+        _check_finite(readings, "unconditionally")
+        for comparison in self._comparisons:
+            comparison.add(readings, ("unconditional",), self._compared)
+        self._joint = _classes(readings)
+
+    def add_conditional(self, readings: Mapping[str, np.ndarray], sources: Sources) -> None:
+        """Take in the readings of what was generated from some modalities."""
+        _check_finite(readings, f"from {', '.join(sources)}")
+        if len(sources) == 1:
+            for comparison in self._comparisons:
+                comparison.add_conditional(readings, sources[0], self._compared)
+        self._classes[sources] = _classes(readings)
+
+    def distances(self) -> dict[str, float]:
+        """Every comparison's mean."""
+        return {name: float(np.mean(values)) for name, values in self._compared.items()}
+
+    def coherence(self, labels: np.ndarray) -> dict[str, float]:
+        """Every kind of coherence."""
+        metrics = conditional_coherence(self._classes, labels)
+        metrics["coherence/unconditional"] = unconditional_coherence(self._joint)
+        return metrics
 
 
 class _Comparison:
@@ -291,47 +332,92 @@ def _read_split(context: EvaluationContext, networks: Networks) -> dict[str, np.
     return context.collect(context.batches(context.settings.split), compute)
 
 
-def _generate_conditional(
-    context: EvaluationContext,
-    split: Mapping[str, np.ndarray],
-    sources: Sources,
-    targets: Sequence[str],
-    read: Reader,
-) -> dict[str, np.ndarray]:
-    """Readings of what is generated from every sample of the split, from the mixture of the sources."""
-    stream = f"conditional/{'+'.join(sources)}"
-    loc, scale = (
-        torch.from_numpy(np.stack([split[f"{part}/{source}"] for source in sources], axis=1))
-        for part in ("loc", "scale")
-    )  # (N, S, D_z)
+class _Generator:
+    """Generates on all ranks and reads what it made, as it is and refined."""
 
-    def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        rows = batch["position"].cpu()
-        component = (context.draw_uniform(f"{stream}/source", rows) * len(sources)).long()
-        shared_noise, private = _draw_latents(context, stream, rows)
-        posterior = context.model.family(
-            loc[rows, component].to(context.device), scale[rows, component].to(context.device)
-        )
-        latents = {target: private[target] for target in targets}
-        return read(context.model.decode(posterior.sample(shared_noise), latents))
+    def __init__(self, context: EvaluationContext, progress: tqdm) -> None:
+        self._context, self._progress = context, progress
 
-    return context.collect(context.positions(len(split["label"])), compute)
+    def conditional(
+        self,
+        split: Mapping[str, np.ndarray],
+        sources: Sources,
+        targets: Sequence[str],
+        read: Reader,
+        refine: bool,
+    ) -> dict[str, np.ndarray]:
+        """Readings of what is generated from every sample of the split, from the mixture of the sources."""
+        context = self._context
+        stream = f"conditional/{'+'.join(sources)}"
+        loc, scale = (
+            torch.from_numpy(np.stack([split[f"{part}/{source}"] for source in sources], axis=1))
+            for part in ("loc", "scale")
+        )  # (N, S, D_z)
+
+        def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+            rows = batch["position"].cpu()
+            component = (context.draw_uniform(f"{stream}/source", rows) * len(sources)).long()
+            shared_noise, private = _draw_latents(context, stream, rows)
+            posterior = context.model.family(
+                loc[rows, component].to(context.device), scale[rows, component].to(context.device)
+            )
+            latents = Latents(posterior.sample(shared_noise), {name: private[name] for name in targets})
+            return self._read(latents, stream, rows, read, refine)
+
+        return self._collect(len(split["label"]), compute)
+
+    def unconditional(self, read: Reader) -> dict[str, np.ndarray]:
+        """Readings of `num_generated` joint generations."""
+        context = self._context
+        prior = context.model.cluster_prior
+        cumulative = prior.log_weights.double().exp().cpu().cumsum(0)
+        cumulative /= cumulative[-1].clone()
+
+        def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+            rows = batch["position"].cpu()
+            uniform = context.draw_uniform("unconditional/cluster", rows)
+            clusters = torch.searchsorted(cumulative, uniform, right=True).to(context.device)
+            shared_noise, private = _draw_latents(context, "unconditional", rows)
+            latents = Latents(prior.sample(clusters, shared_noise), private)
+            return self._read(latents, "unconditional", rows, read, refine=True)
+
+        return self._collect(context.settings.num_generated, compute)
+
+    def _read(
+        self, latents: Latents, stream: str, positions: Tensor, read: Reader, refine: bool
+    ) -> dict[str, Tensor]:
+        context = self._context
+        images = context.model.decode(latents.shared, latents.private)
+        readings = read(images)
+        if refine and context.refiner is not None:
+            seeds = context.draw_seeds(f"{stream}/refine", positions)
+            refined = context.refiner.refine(images, latents.shared, seeds=seeds)
+            readings |= {f"{REFINED}{key}": value for key, value in read(refined).items()}
+        return readings
+
+    def _collect(
+        self, num_samples: int, compute: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
+    ) -> dict[str, np.ndarray]:
+        def count(batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
+            computed = compute(batch)
+            # All ranks have equally much to do.
+            self._progress.update(int(batch["valid"].sum()) * self._context.accelerator.num_processes)
+            return computed
+
+        return self._context.collect(self._context.positions(num_samples), count)
 
 
-def _generate_unconditional(context: EvaluationContext, read: Reader) -> dict[str, np.ndarray]:
-    """Readings of `num_generated` joint generations."""
-    prior = context.model.cluster_prior
-    cumulative = prior.log_weights.double().exp().cpu().cumsum(0)
-    cumulative /= cumulative[-1].clone()
+def _of_version(readings: Mapping[str, np.ndarray], version: str) -> dict[str, np.ndarray]:
+    """The readings of one version of the generations, their names without it."""
+    refined = {key: values for key, values in readings.items() if key.startswith(REFINED)}
+    if version == REFINED:
+        return {key.removeprefix(REFINED): values for key, values in refined.items()}
+    return {key: values for key, values in readings.items() if key not in refined}
 
-    def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        rows = batch["position"].cpu()
-        uniform = context.draw_uniform("unconditional/cluster", rows)
-        clusters = torch.searchsorted(cumulative, uniform, right=True).to(context.device)
-        shared_noise, private = _draw_latents(context, "unconditional", rows)
-        return read(context.model.decode(prior.sample(clusters, shared_noise), private))
 
-    return context.collect(context.positions(context.settings.num_generated), compute)
+def _classes(readings: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Classes (N,) by modality, as far as there are classifiers."""
+    return {key.removeprefix("class/"): x for key, x in readings.items() if key.startswith("class/")}
 
 
 def _draw_latents(
@@ -368,6 +454,10 @@ def _describe(context: EvaluationContext, networks: Networks, num_real: int) -> 
         "fidelity.neighbours": NUM_NEIGHBOURS,
         "fidelity.num_samples.unconditional": min(num_real, settings.num_generated),
     }
+    if context.refiner is not None:
+        sampler = context.refiner.config.sampler
+        described |= {f"refined.sampler.{key}": value for key, value in sampler.model_dump().items()}
+        described["refined.seed"] = settings.seed
     for name in networks.classifiers:
         described[f"classifier.accuracy.{name}"] = context.index.classifiers[name].accuracy
     return described

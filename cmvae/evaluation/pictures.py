@@ -15,6 +15,7 @@ from cmvae.model import CMVAE
 
 if TYPE_CHECKING:  # it draws with this module
     from cmvae.evaluation.clustering import EncodedSplit
+    from cmvae.refiner import Refiner
 
 
 def draw_cross_modal(model: CMVAE, inputs: Mapping[str, Tensor], generator: torch.Generator) -> Figure:
@@ -34,6 +35,29 @@ def draw_cross_modal(model: CMVAE, inputs: Mapping[str, Tensor], generator: torc
     for name, images in model.reconstruct(inputs).items():
         generated[name, name] = _to_numpy(images)
     return figures.cross_modal_grid({name: _to_numpy(images) for name, images in inputs.items()}, generated)
+
+
+def draw_refinements(
+    model: CMVAE, refiner: Refiner, inputs: Mapping[str, Tensor], generator: torch.Generator
+) -> Figure:
+    """Inputs, what the CMVAE generates from every modality, self included, and that refined.
+
+    Args:
+        model: the CMVAE.
+        refiner: of its images.
+        inputs: by modality, images (B, C, H, W) in [0, 1].
+        generator: random stream on the model's device.
+    """
+    generated, refined = {}, {}
+    for source, images in inputs.items():
+        latents = model.sample_latents(given={source: images}, generator=generator)
+        blurred = model.decode(latents.shared, latents.private)
+        sharp = refiner.refine(blurred, latents.shared, seeds=range(len(images)))
+        for target in inputs:
+            generated[source, target] = _to_numpy(blurred[target])
+            refined[source, target] = _to_numpy(sharp[target])
+    given = {name: _to_numpy(images) for name, images in inputs.items()}
+    return figures.cross_modal_grid(given, generated, refined)
 
 
 def draw_cluster_samples(model: CMVAE, num_samples: int, generator: torch.Generator) -> Figure:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from matplotlib.figure import Figure
 
-from cmvae.config import ExperimentConfig
+from cmvae.config import CMVAEExperiment, ExperimentConfig, RefinerExperiment
 from cmvae.data.schema import ShardIndex
-from cmvae.distributed import start_evaluation_accelerator
+from cmvae.distributed import AUTOCAST_DTYPES, start_evaluation_accelerator
 from cmvae.evaluation.clustering import evaluate_clustering
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.likelihood import evaluate_likelihood
-from cmvae.evaluation.pictures import draw_cross_modal
+from cmvae.evaluation.pictures import draw_cross_modal, draw_refinements
 from cmvae.evaluation.probes import evaluate_probes
 from cmvae.evaluation.report import write_report
 from cmvae.evaluation.result import GroupResult
-from cmvae.model import CMVAE, WEIGHTS_NAME
+from cmvae.exports import weights_sha256
+from cmvae.model import CMVAE
 from cmvae.tracking import resume_tracker
 
 # One pass of generations feeds all of them.
@@ -30,6 +31,9 @@ GRID_SAMPLES = 8
 
 def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> GroupResult | None:
     """Evaluate an export by the groups of `config.evaluation.metrics`; to be called on every rank.
+
+    The run of a refiner is evaluated by the generative groups, before and after refinement; all else is a
+    matter of its CMVAE's run.
 
     Args:
         config: the run's experiment.
@@ -44,44 +48,63 @@ def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> 
     """
     accelerator = start_evaluation_accelerator()
     try:
-        model = CMVAE.from_pretrained(run_dir / "export", accelerator.device)
-        context = EvaluationContext(model, config.data.shards, index, config.evaluation, accelerator)
-        index.check_modalities(model.schemas, config.data.shards)
-        result = _describe(context, run_dir / "export" / WEIGHTS_NAME)
-        for group in _evaluate_groups(context, config.objective.beta):
+        context = _load(config, index, run_dir, accelerator)
+        result = _describe(context, run_dir / "export")
+        for group in _evaluate_groups(context, config):
             result.add(group)
-        if not accelerator.is_main_process:
-            return None
-        result.figures["cross_modal"] = _draw_cross_modal(context)
-        write_report(run_dir / "evaluation", result)
-        _track(config, run_dir, result)
-        return result
+        if accelerator.is_main_process:
+            result.figures |= _draw_generations(context)
+            write_report(run_dir / "evaluation", result)
+            _track(config, run_dir, result)
+        # A rank that left while the first one still writes would take the connections down with it.
+        accelerator.wait_for_everyone()
+        return result if accelerator.is_main_process else None
     finally:
         accelerator.end_training()
 
 
-def _evaluate_groups(context: EvaluationContext, beta: float) -> Iterator[GroupResult]:
-    """The groups that were asked for, one after the other; β is the objective's, for the selection curve."""
+def _load(
+    config: ExperimentConfig, index: ShardIndex, run_dir: Path, accelerator: Accelerator
+) -> EvaluationContext:
+    """Model, refiner and data of a run."""
+    if isinstance(config, RefinerExperiment):
+        from cmvae.dcmvae import DCMVAE
+
+        dtype = AUTOCAST_DTYPES[config.train.mixed_precision]
+        both = DCMVAE.from_pretrained(
+            run_dir / "export", config.cmvae / "export", accelerator.device, dtype, config.refiner.sampler
+        )
+        model, refiner = both.cmvae, both.refiner
+    else:
+        model, refiner = CMVAE.from_pretrained(run_dir / "export", accelerator.device), None
+    index.check_modalities(model.schemas, config.data.shards)
+    return EvaluationContext(model, config.data.shards, index, config.evaluation, accelerator, refiner)
+
+
+def _evaluate_groups(context: EvaluationContext, config: ExperimentConfig) -> Iterator[GroupResult]:
+    """The groups that were asked for and make sense for the run, one after the other."""
     wanted = set(context.settings.metrics)
-    if "clustering" in wanted:
-        yield evaluate_clustering(context, beta)
     if wanted & GENERATIVE_GROUPS:
         # torchmetrics takes four seconds to import.
         from cmvae.evaluation.generative import evaluate_generative
 
         yield evaluate_generative(context, wanted & GENERATIVE_GROUPS)
+    if not isinstance(config, CMVAEExperiment):
+        return
+    if "clustering" in wanted:
+        yield evaluate_clustering(context, config.objective.beta)
     if "probe" in wanted:
         yield evaluate_probes(context)
     if "likelihood" in wanted:
         yield evaluate_likelihood(context)
 
 
-def _describe(context: EvaluationContext, weights: Path) -> GroupResult:
+def _describe(context: EvaluationContext, export: Path) -> GroupResult:
     """What all groups share: which weights on which data, with which seed."""
     settings = context.settings
     split = context.index.split(settings.split, context.shards)
     protocol: dict[str, str | int | float | bool | None] = {
-        "export_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "export_sha256": weights_sha256(export),
         "data": context.index.name,
         "split": settings.split,
         "num_samples": split.num_samples,
@@ -90,13 +113,15 @@ def _describe(context: EvaluationContext, weights: Path) -> GroupResult:
     return GroupResult(protocol=protocol)
 
 
-def _draw_cross_modal(context: EvaluationContext) -> Figure:
+def _draw_generations(context: EvaluationContext) -> dict[str, Figure]:
     """The first samples of the split, each modality generated from each."""
     batch = next(iter(context.batches(context.settings.split)))
     shown = batch["valid"].nonzero().flatten()[:GRID_SAMPLES]
     inputs = {name: batch[name][shown] for name in context.model.modality_names}
     generator = torch.Generator(context.device).manual_seed(context.settings.seed)
-    return draw_cross_modal(context.model, inputs, generator)
+    if context.refiner is not None:
+        return {"refinements": draw_refinements(context.model, context.refiner, inputs, generator)}
+    return {"cross_modal": draw_cross_modal(context.model, inputs, generator)}
 
 
 def _track(config: ExperimentConfig, run_dir: Path, result: GroupResult) -> None:

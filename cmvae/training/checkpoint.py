@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from cmvae.config import ExperimentConfig, flatten
 from cmvae.errors import UserError
 from cmvae.files import publish_folder
+from cmvae.tasks import Task
+from cmvae.training.ema import WeightAverage
 from cmvae.training.state import TrainState
 
 STATE_NAME = "state.json"
@@ -27,12 +29,18 @@ _LENGTH = re.compile(r"train\.(epochs|max_steps)")
 
 
 def save_checkpoint(
-    accelerator: Accelerator, folder: Path, state: TrainState, config: ExperimentConfig
+    accelerator: Accelerator,
+    folder: Path,
+    state: TrainState,
+    config: ExperimentConfig,
+    task: Task,
+    average: WeightAverage | None,
 ) -> Path:
     """Write `folder/step-XXXXXXXX` and remove the oldest ones; to be called on all ranks.
 
-    It holds what `Accelerator.save_state` saves (weights, optimizer, scaler, random streams of every rank)
-    and `state.json`: the counters, the world size and the settings.
+    It holds what `Accelerator.save_state` saves (weights, optimizer, scaler, random streams of every rank),
+    the average of the weights if there is one, and `state.json`: the counters, the world size, the settings
+    and the hashes of what the task belongs to.
     """
     path = folder / f"step-{state.step:08d}"
     partial = folder / f".{path.name}.partial"
@@ -46,8 +54,11 @@ def save_checkpoint(
         content = {
             "state": asdict(state),
             **_describe_launch(accelerator),
+            "belongs_to": task.belongs_to,
             "settings": flatten(config),
         }
+        if average is not None:
+            average.save(partial)
         (partial / STATE_NAME).write_text(json.dumps(content, indent=1), encoding="utf-8")
         publish_folder(partial, path)
         for old in list_checkpoints(folder)[: -config.train.keep_checkpoints]:
@@ -64,12 +75,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in named if (path / STATE_NAME).is_file())
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path, config: ExperimentConfig) -> TrainState:
-    """Restore weights, optimizer and random streams; to be called on all ranks.
+def load_checkpoint(
+    accelerator: Accelerator,
+    path: Path,
+    config: ExperimentConfig,
+    task: Task,
+    average: WeightAverage | None,
+) -> TrainState:
+    """Restore weights, their average, optimizer and random streams; to be called on all ranks.
 
     Raises:
         UserError: the checkpoint was written by another number of ranks, under another way of distributing,
-            or with settings that cannot change within a run.
+            with settings that cannot change within a run, or for another CMVAE.
     """
     content = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
     for key, value in _describe_launch(accelerator).items():
@@ -79,7 +96,15 @@ def load_checkpoint(accelerator: Accelerator, path: Path, config: ExperimentConf
                 "launched before, or start a new run with output_dir=…"
             )
     _check_settings(path, content["settings"], flatten(config))
+    if content["belongs_to"] != task.belongs_to:
+        raise UserError(
+            f"{path}: belongs to {content['belongs_to']}, but this run has {task.belongs_to}: the CMVAE is "
+            "another than the one that this training began with. Bring that back, or start a new run with "
+            "output_dir=…"
+        )
     accelerator.load_state(str(path))
+    if average is not None:
+        average.load(path)
     return TrainState(**content["state"])
 
 

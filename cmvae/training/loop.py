@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from cmvae.distributed import (
     agree,
     start_accelerator,
 )
-from cmvae.model import CMVAE, channels_last
+from cmvae.errors import UserError
+from cmvae.model import channels_last
 from cmvae.progress import progress_bar
-from cmvae.tasks import CMVAETask
+from cmvae.tasks import Task, build_task
 from cmvae.tracking import RUN_RECORD_NAME, Status, Tracker, open_tracker
 from cmvae.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from cmvae.training.ema import WeightAverage
 from cmvae.training.meter import Meter
 from cmvae.training.optimization import build_optimizer, learning_rate, set_learning_rate
 from cmvae.training.state import TrainState
@@ -46,7 +49,7 @@ PICTURE_SAMPLES = 8
 def run_training(
     config: ExperimentConfig, index: ShardIndex, resume: bool = False, overwrite: bool = False
 ) -> signal.Signals | None:
-    """Train the CMVAE of `config` and export it; to be called on every rank.
+    """Train what `config` describes and export it; to be called on every rank.
 
     Args:
         config: the experiment.
@@ -63,18 +66,18 @@ def run_training(
     accelerator = start_accelerator(config)
     # Every rank starts from the same weights, then draws noise of its own.
     set_seed(config.seed)
-    model = CMVAE(config.model, index.modalities, AUTOCAST_DTYPES[config.train.mixed_precision])
-    task = CMVAETask(model, config.objective)
+    task = build_task(config, index, accelerator.device, AUTOCAST_DTYPES[config.train.mixed_precision])
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         # DeepSpeed broadcasts and flattens weights as bytes and so needs them in the default layout.
         channels_last(task)
     module, optimizer = accelerator.prepare(task, build_optimizer(task, config.optimizer))
+    average = average_weights(accelerator, module, config.train.ema_decay)
     set_seed(config.seed + 1 + accelerator.process_index)
 
     state = TrainState()
     checkpoints = list_checkpoints(config.run_dir / "checkpoints") if resume else []
     if checkpoints:
-        state = load_checkpoint(accelerator, checkpoints[-1], config)
+        state = load_checkpoint(accelerator, checkpoints[-1], config, task, average)
         accelerator.print(f"resumed from {checkpoints[-1]} at epoch {state.epoch}, step {state.step}")
     if accelerator.is_main_process:
         if overwrite:
@@ -85,10 +88,10 @@ def run_training(
         config.run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, config.run_dir / "config.yaml")
 
-    tracker = open_tracker(config, config.run_dir, accelerator.is_main_process)
+    tracker = open_tracker(config, config.run_dir, accelerator.is_main_process, task.name)
     status: Status = "FAILED"
     try:
-        trainer = Trainer(config, accelerator, task, module, optimizer, state, tracker)
+        trainer = Trainer(config, accelerator, task, module, optimizer, average, state, tracker)
         with StopRequest.listening() as stop:
             stopped_by = trainer.fit(stop)
         if stopped_by is None:
@@ -103,6 +106,23 @@ def run_training(
     return stopped_by
 
 
+def average_weights(accelerator: Accelerator, module: nn.Module, decay: float | None) -> WeightAverage | None:
+    """The average of a prepared module's weights, if one is wanted.
+
+    Raises:
+        UserError: under ZeRO-3, where no rank has whole weights.
+    """
+    if decay is None:
+        return None
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise UserError(
+            "train.ema_decay: under ZeRO-3 no rank has whole weights to average. Launch with "
+            "configs/accelerate/zero2.yaml, or set train.ema_decay=null"
+        )
+    return WeightAverage(accelerator.unwrap_model(module), decay)
+
+
 class Trainer:
     """Everything that one run works with, on one rank."""
 
@@ -110,16 +130,17 @@ class Trainer:
         self,
         config: ExperimentConfig,
         accelerator: Accelerator,
-        task: CMVAETask,
+        task: Task,
         module: nn.Module,
         optimizer: optim.Optimizer,
+        average: WeightAverage | None,
         state: TrainState,
         tracker: Tracker,
     ) -> None:
         self.config, self.accelerator, self.tracker, self.state = config, accelerator, tracker, state
-        self.task, self.module, self.optimizer = task, module, optimizer
+        self.task, self.module, self.optimizer, self.average = task, module, optimizer, average
         rank, world_size = accelerator.process_index, accelerator.num_processes
-        modalities = task.model.modality_names
+        modalities = task.modality_names
         self.train_loader = TrainingLoader(
             config.data.shards,
             modalities=modalities,
@@ -154,12 +175,15 @@ class Trainer:
         progress = self._progress_bar()
         while self.state.step < self.total_steps and caught is None:
             caught = self._update(batches, stop)
+            if self.average is not None:
+                self.average.update(self.state.step)
             self.state.step += 1
             progress.update(self.samples_per_batch * self.accumulation)
             if _is_due(self.state.step, every.log_every):
                 progress.set_postfix(self._log_curves())
             if _is_due(self.state.step, every.validate_every) and self.state.step < self.total_steps:
-                self.validate()
+                with self._final_weights():
+                    self.validate()
             if _is_due(self.state.step, every.checkpoint_every):
                 saved_at = self._save_checkpoint()
         progress.close()
@@ -212,20 +236,25 @@ class Trainer:
 
     def export(self) -> Path:
         """Validate a last time and write `export/`; on all ranks."""
-        self.validate()
-        # Under ZeRO-3 no rank has the whole model: gathering is a matter of all ranks.
-        weights = self.accelerator.get_state_dict(self.module)
-        folder = self.config.run_dir / "export"
-        if self.accelerator.is_main_process:
-            whole_split = EvaluationLoader(
-                self.config.data.shards,
-                split="validation",
-                modalities=self.task.model.modality_names,
-                batch_size=self.config.evaluation.batch_size,
-            )
-            self.task.export(folder, weights, whole_split)
+        with self._final_weights():
+            self.validate()
+            # Under ZeRO-3 no rank has the whole model: gathering is a matter of all ranks.
+            weights = self.accelerator.get_state_dict(self.module)
+            folder = self.config.run_dir / "export"
+            if self.accelerator.is_main_process:
+                whole_split = EvaluationLoader(
+                    self.config.data.shards,
+                    split="validation",
+                    modalities=self.task.modality_names,
+                    batch_size=self.config.evaluation.batch_size,
+                )
+                self.task.export(folder, weights, whole_split)
         self.accelerator.wait_for_everyone()
         return folder
+
+    def _final_weights(self) -> AbstractContextManager[None]:
+        """The weights that would be exported now, in place of those that are trained."""
+        return self.average.applied() if self.average is not None else nullcontext()
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         """Batches of this rank without end, from where the counters stand."""
@@ -252,10 +281,11 @@ class Trainer:
         )
         curves["train/epoch"] = self.state.epoch + self.state.batch / self.train_loader.batches_per_epoch
         self.tracker.log_metrics(curves, self.state.step)
-        return {"epoch": f"{self.state.epoch}", "bound": f"{readings['bound']:.1f}"}
+        return {"epoch": f"{self.state.epoch}", self.task.headline: f"{readings[self.task.headline]:.5g}"}
 
     def _save_checkpoint(self) -> int:
-        save_checkpoint(self.accelerator, self.config.run_dir / "checkpoints", self.state, self.config)
+        folder = self.config.run_dir / "checkpoints"
+        save_checkpoint(self.accelerator, folder, self.state, self.config, self.task, self.average)
         return self.state.step
 
     def _progress_bar(self) -> tqdm:

@@ -16,7 +16,7 @@ from cmvae.data.schema import ShardIndex
 from cmvae.data.writer import write_shards
 from cmvae.errors import UserError
 from cmvae.evaluation.run import evaluate_run
-from cmvae.model import EXPORT_CONFIG_NAME, WEIGHTS_NAME
+from cmvae.exports import EXPORT_CONFIG_NAME, WEIGHTS_NAME
 
 
 class Unlabelled(Quadrants):

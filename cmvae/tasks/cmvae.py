@@ -1,4 +1,4 @@
-"""What training knows of a model: a task maps a batch to a loss and a report."""
+"""Training a CMVAE."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy.special import entr
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmvae.clustering import clustering_metrics, responsibilities, vote
 from cmvae.config import ObjectiveConfig
@@ -27,6 +27,7 @@ from cmvae.objectives import (
     log_weights,
     mixture_log_prob,
 )
+from cmvae.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,27 @@ class LatentNoise:
     """(M, M, K, B, D_w), target by source: on the diagonal for w_m ~ q(w_m|x_m), elsewhere for w̃_n ~ r_n."""
 
 
-class CMVAETask(nn.Module):
-    """The CMVAE and its objective, as one module so that data parallelism and ZeRO wrap both.
+class CMVAETask(Task):
+    """The CMVAE and its objective.
 
     Args:
         model: the model to train.
         objective: bound, K and β.
     """
 
+    name = "cmvae"
+    headline = "bound"
+
     def __init__(self, model: CMVAE, objective: ObjectiveConfig) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self.likelihoods = {name: modality.likelihood for name, modality in model.config.modalities.items()}
+
+    @property
+    def modality_names(self) -> tuple[str, ...]:
+        """The model's modalities."""
+        return self.model.modality_names
 
     def draw_noise(self, batch_size: int, device: torch.device) -> LatentNoise:
         """Noise of one step from torch's default stream."""

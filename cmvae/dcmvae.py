@@ -1,0 +1,88 @@
+"""D-CMVAE: a CMVAE and the diffusion that makes what it generates sharp."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cmvae.config import SamplerConfig
+from cmvae.errors import UserError
+from cmvae.exports import weights_sha256
+from cmvae.model import CMVAE
+from cmvae.refiner import Refiner
+
+
+class DCMVAE:
+    """A CMVAE and its refiner, on one device, in evaluation mode.
+
+    Args:
+        cmvae: what generates.
+        refiner: what refines it; it must have been trained on reconstructions of `cmvae`, which
+            `from_pretrained` checks.
+    """
+
+    def __init__(self, cmvae: CMVAE, refiner: Refiner) -> None:
+        self.cmvae = cmvae
+        self.refiner = refiner
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        refiner: str | Path,
+        cmvae: str | Path,
+        device: str | torch.device = "cpu",
+        autocast_dtype: torch.dtype | None = None,
+        sampler: SamplerConfig | None = None,
+    ) -> DCMVAE:
+        """Load the exports of both.
+
+        Args:
+            refiner: `RUN/export` of the refiner.
+            cmvae: `RUN/export` of the CMVAE that it was trained with.
+            device: where to.
+            autocast_dtype: precision of the refiner's networks; None is fp32.
+            sampler: how to refine, instead of what the refiner's own config says.
+
+        Raises:
+            UserError: an export is missing or damaged, or the refiner belongs to another CMVAE.
+        """
+        loaded = Refiner.from_pretrained(refiner, device, autocast_dtype, sampler)
+        given = weights_sha256(Path(cmvae))
+        if given != loaded.cmvae_sha256:
+            raise UserError(
+                f"{refiner}: refines the CMVAE with the weights {loaded.cmvae_sha256[:12]}…, but {cmvae} has "
+                f"{given[:12]}…. Give the CMVAE that it was trained with, or train a refiner for this one"
+            )
+        return cls(CMVAE.from_pretrained(cmvae, device), loaded)
+
+    def refine(
+        self,
+        images: Mapping[str, Tensor],
+        shared: Tensor | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Sharp images from what the CMVAE made; see `Refiner.refine`."""
+        return self.refiner.refine(images, shared, seeds=seeds)
+
+    def generate(
+        self,
+        num_samples: int | None = None,
+        *,
+        given: Mapping[str, Tensor] | None = None,
+        cluster: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """What `CMVAE.generate` makes of the same arguments, refined.
+
+        Returns:
+            By modality (B, C, H, W) in [0, 1].
+        """
+        latents = self.cmvae.sample_latents(num_samples, given=given, cluster=cluster, generator=generator)
+        images = self.cmvae.decode(latents.shared, latents.private)
+        device = latents.shared.device
+        seeds = torch.randint(2**62, (len(latents.shared),), device=device, generator=generator)
+        return self.refine(images, latents.shared, seeds=seeds.tolist())

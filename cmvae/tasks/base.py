@@ -1,0 +1,63 @@
+"""What training knows of a model: a task maps a batch to a loss and a report, and knows how to export."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+
+class Task(nn.Module, ABC):
+    """Something to train, as one module so that data parallelism and ZeRO wrap all of it."""
+
+    name: ClassVar[str]
+    """What is trained, for people."""
+    headline: ClassVar[str]
+    """The one number of the report that a progress bar has room for."""
+
+    @property
+    @abstractmethod
+    def modality_names(self) -> tuple[str, ...]:
+        """The modalities that it reads."""
+
+    @property
+    def belongs_to(self) -> dict[str, str]:
+        """Hashes of what is not trained but must be the same when a training goes on, by name."""
+        return {}
+
+    @abstractmethod
+    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, a mean over valid samples, and a report of terms, (B, ...) each.
+
+        Args:
+            batch: by modality images (B, C, H, W) in [0, 1], and `valid` (B,), false where a sample only
+                pads the batch.
+        """
+
+    @abstractmethod
+    def validation_metrics(self, records: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """What the report over a split, (N, ...) each and `label` (N,), comes to."""
+
+    @abstractmethod
+    def pictures(
+        self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator
+    ) -> dict[str, Figure]:
+        """Pictures of the first samples of a batch, by name."""
+
+    @abstractmethod
+    def export(
+        self, folder: Path, state: Mapping[str, Tensor], validation_batches: Iterable[Mapping[str, Any]]
+    ) -> None:
+        """Write an export, on one rank.
+
+        Args:
+            folder: where to.
+            state: the whole state of this task, gathered if it was spread over ranks.
+            validation_batches: the whole validation split.
+        """
