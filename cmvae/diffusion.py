@@ -194,8 +194,8 @@ class Diffusion:
             "prediction_type": "sample",
         }
         if sampler.name == "ddpm":
-            # The variance of q(x_{t−1} | x_t, x_0). The larger β_t needs nearly all T steps (Song et al., 2021,
-            # table 1), and leaves noise on the picture where there are fewer.
+            # The variance of q(x_{t−1} | x_t, x_0). The larger β_t is for nearly all T steps; with fewer it
+            # leaves noise on the picture (Song et al., 2021, table 1).
             return DDPMScheduler(**process, clip_sample=False, variance_type="fixed_small")
         # DPM-Solver++ of first order is DDIM (Lu et al., 2022). DDIMScheduler itself takes no list of time
         # steps, and goes down by T // num_steps from each, wherever the next one is: right only where that
