@@ -1,7 +1,8 @@
 """The Gaussian diffusion without its network: noising, what a network learns of it, and the way back.
 
-Images are in [−1, 1], and x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε for t = 0 … T − 1; even x at t = 0 is a little noisy.
-A single step of the way back is that of diffusers; which steps, and whose noise they add, is decided here.
+Images are in [−1, 1], and x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε for t = 0 … T − 1: even t = 0 is a little noisy.
+A single step of the way back is that of diffusers; which steps are taken, and whose noise they add, is
+decided here.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ _COSINE_OFFSET, _COSINE_CAP = 0.008, 0.999
 class Diffusion:
     """The forward process of DDPM (Ho et al., 2020) and what follows from it.
 
-    No `nn.Module` on purpose: a module's buffers are cast with it, while the tables here have to stay fp32, made
-    from fp64. So what is computed with them is fp32, whatever the precision of images or predictions.
-    Everything runs on the device of its arguments.
+    No `nn.Module` on purpose: a module's buffers are cast with it, and these tables have to stay fp32 (they
+    are made from fp64). What is computed with them is fp32, whatever the precision of images or predictions,
+    and on the device of the arguments.
     """
 
     def __init__(self, config: DiffusionConfig) -> None:
@@ -91,8 +92,8 @@ class Diffusion:
     def predicted_image(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
         """The x_0 that a prediction stands for, not clipped; `target` the other way.
 
-        For ε it divides by √ᾱ_t, which is 5e-5 at the end of the cosine schedule: the result is finite, but any
-        error of ε is one of x_0 twenty thousand times as large. Clip it.
+        For ε it divides by √ᾱ_t, which is 5e-5 at the end of the cosine schedule: the result is finite, but
+        an error of ε is one of x_0 twenty thousand times as large. Clip it.
 
         Args:
             prediction: of `target`, (B, C, H, W).
@@ -113,9 +114,10 @@ class Diffusion:
         """The time steps at which a sampler asks for x_0: `sampler.num_steps` of them, falling.
 
         They are what diffusers calls trailing, of the part of the process below `start`. The first is its
-        noisiest, the only one where pure noise is what the network knows; all strides are equal, the last one to
-        the clean image included. A schedule down to t = 0 spends its last evaluation where little is left to do,
-        and makes the second-order solver step there over a change of SNR that it cannot follow.
+        noisiest, the only one where pure noise is what the network knows; all strides are equal, the last one
+        to the clean image included. A schedule down to t = 0 (diffusers' linspace) would spend an evaluation
+        where little is left to do, and on the way there SNR changes by more than the second-order solver can
+        follow.
 
         Raises:
             ValueError: there are fewer time steps below `start` than evaluations asked for.
@@ -151,8 +153,8 @@ class Diffusion:
             sampler: which steps and how many; its guidance is the business of `predict_image`.
             generators: B of them on the CPU, which makes the noise the same for every `device`.
             device: where it all happens.
-            start_from: images (B, C, H, W) on `device`, noised as far as `sampler.start` says; a start of 1 needs
-                none, and looks at none.
+            start_from: images (B, C, H, W) on `device`, noised as far as `sampler.start` says; a start of 1
+                needs none, and looks at none.
 
         Returns:
             (B, C, H, W), fp32, as `predict_image` last left it: clipped if it clips.
@@ -175,8 +177,8 @@ class Diffusion:
                 )
             noisy = self.add_noise(start_from, noisy, torch.full(shape[:1], timesteps[0], device=device))
 
-        # Its tables and time steps stay on the CPU. A step multiplies by single numbers of theirs, which makes
-        # nobody wait for the device; looking them up by time steps on the device would.
+        # Its tables and time steps stay on the CPU: a step multiplies by single numbers of theirs, and nobody
+        # waits for the device, as one would to look them up by a time step that is there.
         scheduler = self._scheduler(sampler)
         scheduler.set_timesteps(timesteps=timesteps)
         for timestep in timesteps:
@@ -184,7 +186,7 @@ class Diffusion:
             noisy = scheduler.step(image, timestep, noisy, generator=streams, return_dict=False)[0]
         return noisy
 
-    def _scheduler(self, sampler: SamplerConfig) -> DDPMScheduler | DPMSolverMultistepScheduler:
+    def _scheduler(self, sampler: SamplerConfig) -> Any:
         """A fresh scheduler of diffusers, which takes x_0 and leaves it as it is."""
         process: dict[str, Any] = {
             "num_train_timesteps": self.num_timesteps,
@@ -192,10 +194,12 @@ class Diffusion:
             "prediction_type": "sample",
         }
         if sampler.name == "ddpm":
-            return DDPMScheduler(**process, clip_sample=False)
-        # DPM-Solver++ of first order is DDIM (Lu et al., 2022). Not DDIMScheduler: each of its steps takes away
-        # the noise of T // num_steps time steps, wherever the next one is, so that unless num_steps divides T
-        # noise is left over; and it takes no time steps from elsewhere.
+            # The variance of q(x_{t−1} | x_t, x_0). The larger β_t is for nearly all T steps; with fewer it
+            # leaves noise on the picture (Song et al., 2021, table 1).
+            return DDPMScheduler(**process, clip_sample=False, variance_type="fixed_small")
+        # DPM-Solver++ of first order is DDIM (Lu et al., 2022). DDIMScheduler itself takes no list of time
+        # steps, and goes down by T // num_steps from each, wherever the next one is: right only where that
+        # divides evenly.
         order = 1 if sampler.name == "ddim" else 2
         return DPMSolverMultistepScheduler(**process, algorithm_type="dpmsolver++", solver_order=order)
 
