@@ -21,6 +21,9 @@ class Task(nn.Module, ABC):
     headline: ClassVar[str]
     """The one number of the report that a progress bar has room for."""
 
+    channels_last: ClassVar[bool]
+    """Whether its convolutions are faster with weights in this layout."""
+
     @property
     @abstractmethod
     def modality_names(self) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ class CMVAETask(Task):
 
     name = "cmvae"
     headline = "bound"
+    channels_last = True
 
     def __init__(self, model: CMVAE, objective: ObjectiveConfig) -> None:
         super().__init__()

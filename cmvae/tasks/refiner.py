@@ -55,6 +55,7 @@ class RefinerTask(Task):
 
     name = "refiner"
     headline = "denoising_loss"
+    channels_last = False
 
     def __init__(self, refiner: Refiner, cmvae: CMVAE) -> None:
         super().__init__()

@@ -67,7 +67,7 @@ def run_training(
     # Every rank starts from the same weights, then draws noise of its own.
     set_seed(config.seed)
     task = build_task(config, index, accelerator.device, AUTOCAST_DTYPES[config.train.mixed_precision])
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+    if task.channels_last and accelerator.distributed_type != DistributedType.DEEPSPEED:
         # DeepSpeed broadcasts and flattens weights as bytes and so needs them in the default layout.
         channels_last(task)
     module, optimizer = accelerator.prepare(task, build_optimizer(task, config.optimizer))
