@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from quadrants import NUM_CLASSES, SHAPES, Quadrants, class_images
 from torch import Tensor
+from tqdm import tqdm
 
 from cmvae.config import EvaluationConfig, ModalityConfig, ModelConfig
 from cmvae.data.reader import EvaluationLoader
@@ -61,6 +62,10 @@ class Oracle(CMVAE):
             classes = self.draw.get(name, lambda c, w: c)(classes, w)
             images[name] = torch.from_numpy(class_images(classes.numpy(), SHAPES[name]))
         return images
+
+
+def quiet() -> tqdm:
+    return tqdm(disable=True)
 
 
 @pytest.fixture
@@ -125,7 +130,8 @@ def test_of_several_sources_each_has_its_share(oracle, evaluation_context):
     context = evaluation_context(oracle)
     networks, _ = generative._load_networks(context, {"coherence"})
     split = generative._read_split(context, networks)
-    read = generative._generate_conditional(context, split, ("m0", "m1"), ["m2"], networks.classify)
+    generator = generative._Generator(context, quiet())
+    read = generator.conditional(split, ("m0", "m1"), ["m2"], networks.classify, refine=False)
     shift = (read["class/m2"] - split["label"]) % 4
     assert set(shift.tolist()) == {0, 1}
     assert np.mean(shift) == pytest.approx(0.5, abs=0.15)
@@ -150,7 +156,7 @@ def test_unconditional_clusters_follow_their_weights_and_the_selection(oracle, e
     oracle.cluster_prior.active[1] = False
     context = evaluation_context(oracle, num_generated=2000)
     networks, _ = generative._load_networks(context, {"coherence"})
-    read = generative._generate_unconditional(context, networks.classify)
+    read = generative._Generator(context, quiet()).unconditional(networks.classify)
     shares = np.bincount(read["class/m0"], minlength=4) / 2000
     assert shares[1] == 0
     np.testing.assert_allclose(shares[[0, 2, 3]], [1 / 7, 2 / 7, 4 / 7], atol=0.04)
@@ -195,9 +201,9 @@ def test_conditional_means_leave_self_out_where_they_say_so(oracle, evaluation_c
     context = evaluation_context(oracle)
     networks, _ = generative._load_networks(context, {"frechet"})
     split = generative._read_split(context, networks)
-    values = {}
+    generator, values = generative._Generator(context, quiet()), {}
     for source in NAMES:
-        read = generative._generate_conditional(context, split, (source,), NAMES, networks.read)
+        read = generator.conditional(split, (source,), NAMES, networks.read, refine=False)
         for target in NAMES:
             reference = generative.FrechetDistance(split[f"classifier/{target}"])
             values[source, target] = reference.to(read[f"classifier/{target}"])
