@@ -54,13 +54,14 @@ def make_refiner(
     cmvae_sha256: str = "0" * 64,
     seed: int = 0,
     autocast_dtype: torch.dtype | None = None,
+    shared_dim: int = SHARED_DIM,
     **sections: Any,
 ) -> Refiner:
     """An untrained refiner of 8×8 images, or of `schemas`, with the settings of `make_config`."""
     if not isinstance(schemas, Mapping):
         schemas = dict.fromkeys(schemas, image_schema(3, 8, 8))
     torch.manual_seed(seed)
-    return Refiner(make_config(**sections), schemas, SHARED_DIM, cmvae_sha256, autocast_dtype).eval()
+    return Refiner(make_config(**sections), schemas, shared_dim, cmvae_sha256, autocast_dtype).eval()
 
 
 class Told(nn.Module):
