@@ -96,6 +96,18 @@ def test_seed_modality_reconstruction_and_latent_make_different_pictures(images,
     assert (refine(shared=shared[:2])["a"] - usual["a"])[1].abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("sharing", SHARING)
+def test_modalities_of_one_seed_have_noise_of_their_own(images, sharing):
+    refiner = make_refiner(sharing=sharing, sampler={"num_steps": 1})
+    calls = record_calls(refiner)
+    refiner.refine(images, seeds=[9] * 5)
+    noise = torch.cat([call["noisy"] for call in calls]).unflatten(0, (3, 5))
+    assert torch.equal(noise[:, 0], noise[:, 4])
+    first = noise[:, 0].flatten(1)
+    correlation = torch.corrcoef(first) - torch.eye(3)
+    assert correlation.abs().max() < 5 / np.sqrt(first.shape[1])
+
+
 def test_without_seeds_pictures_come_from_torchs_own_stream(images):
     refiner = make_refiner()
     made = []

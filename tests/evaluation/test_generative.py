@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from quadrants import NUM_CLASSES, SHAPES, Quadrants, class_images
-from refining import make_refiner, tell
+from refining import make_refiner, record_calls, tell
 from torch import Tensor
 from tqdm import tqdm
 
@@ -294,11 +294,14 @@ def refined(metrics: dict[str, float]) -> dict[str, float]:
 def test_before_refinement_all_is_as_without_a_refiner(untrained, evaluation_context):
     plain = evaluate_generative(evaluation_context(untrained), ALL)
     refiner = make_refiner(SHAPES_OF_QUADRANTS)
+    calls = record_calls(refiner)
     result = evaluate_generative(evaluation_context(untrained, refiner=refiner), ALL)
     before = {name: x for name, x in result.metrics.items() if not name.startswith("refined/")}
     assert before == plain.metrics
     after = refined(result.metrics)
-    # Generations from several sources are not refined.
+    # Generations from several sources are not refined: 200 joint ones in batches of 32, padded to equal size,
+    # and 90 from each of three, take four evaluations each of three networks.
+    assert len(calls) == (7 + 3 * 3) * 4 * 3
     assert plain.metrics.keys() - after.keys() == {"coherence/conditional_by_sources/2"}
     assert after.keys() <= plain.metrics.keys()
     assert any(after[name] != before[name] for name in after)
