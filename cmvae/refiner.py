@@ -89,7 +89,7 @@ class Denoiser(nn.Module):
         if self.latent is not None:
             embedding = embedding + self.latent(shared) * present[:, None]
         inputs = torch.cat([noisy, reconstruction * present[:, None, None, None]], dim=1)
-        # Group normalisation makes this network take twice as long channels-last on a CPU, and images come so.
+        # Images come channels-last, in which this network takes twice as long on a CPU.
         inputs = inputs.contiguous()
         return self.unet(inputs, timesteps, class_labels=embedding).sample
 
