@@ -41,15 +41,12 @@ from cmvae.evaluation.frechet import (
     to_bytes,
     warn_if_few,
 )
-from cmvae.evaluation.result import GroupResult
+from cmvae.evaluation.result import REFINED, GroupResult
 from cmvae.model import Latents
 from cmvae.progress import progress_bar
 
 Loaded = TypeVar("Loaded")
 Reader = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-
-REFINED = "refined/"
-"""Before the name of a metric: of what a refiner made of the same generations."""
 
 _DISTANCE_NAMES = {"classifier": "frechet/classifier", "inception": "fid"}
 """Feature space to the name of the Fréchet distance in it."""
