@@ -75,9 +75,9 @@ class ObjectiveConfig(_Settings):
 class UNetConfig(_Settings):
     """The U-Net of the diffusion. DiffuseVAE takes 128 channels, multipliers 1, 2, 2, 2 at 32 px."""
 
-    channels: PositiveInt = 128
-    """Of the first level; a multiple of 8."""
-    multipliers: tuple[PositiveInt, ...] = (1, 2, 2)
+    channels: int = Field(default=128, gt=0, multiple_of=8)
+    """Of the first level."""
+    multipliers: tuple[PositiveInt, ...] = Field(default=(1, 2, 2), min_length=1)
     """Channels of every level in multiples of the first; each level after it halves height and width."""
     blocks: PositiveInt = 2
     """Residual blocks a level."""
@@ -143,7 +143,7 @@ class RefinerConfig(_Settings):
         if self.sampler.num_steps > reach:
             raise ValueError(
                 f"sampler.num_steps is {self.sampler.num_steps}, but below sampler.start there are only "
-                f"{reach} time steps to take"
+                f"{reach} time steps to take; set it to {reach} or fewer"
             )
         if self.sampler.guidance != 1 and self.conditioning.dropout == 0:
             raise ValueError(
@@ -369,7 +369,11 @@ def check_against_shards(config: ExperimentConfig, index: ShardIndex, source: st
     Raises:
         UserError: the shards lack a modality of the config, or the CMVAE to refine is missing.
     """
-    missing = [name for name in read_modalities(config) if name not in index.modalities]
+    try:
+        modalities = read_modalities(config)
+    except UserError as error:
+        raise UserError(f"{source}: cmvae: {error}") from error
+    missing = [name for name in modalities if name not in index.modalities]
     if missing:
         key = f"model.modalities.{missing[0]}" if isinstance(config, CMVAEExperiment) else "cmvae"
         raise UserError(

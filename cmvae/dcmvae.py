@@ -50,13 +50,14 @@ class DCMVAE:
             UserError: an export is missing or damaged, or the refiner belongs to another CMVAE.
         """
         loaded = Refiner.from_pretrained(refiner, device, autocast_dtype, sampler)
+        model = CMVAE.from_pretrained(cmvae, device)
         given = weights_sha256(Path(cmvae))
         if given != loaded.cmvae_sha256:
             raise UserError(
                 f"{refiner}: refines the CMVAE with the weights {loaded.cmvae_sha256[:12]}…, but {cmvae} has "
                 f"{given[:12]}…. Give the CMVAE that it was trained with, or train a refiner for this one"
             )
-        return cls(CMVAE.from_pretrained(cmvae, device), loaded)
+        return cls(model, loaded)
 
     def refine(
         self,

@@ -19,6 +19,9 @@ from cmvae.files import whole_folder
 WEIGHTS_NAME = "model.safetensors"
 EXPORT_CONFIG_NAME = "config.yaml"
 
+# The key of an export's config that tells what it is the export of.
+_KINDS = {"model": "a CMVAE", "refiner": "a refiner"}
+
 Config = TypeVar("Config", bound=BaseModel)
 
 
@@ -43,10 +46,20 @@ def read_export_config(folder: Path, config_type: type[Config]) -> Config:
                 "give that folder"
             )
     try:
-        text = (folder / EXPORT_CONFIG_NAME).read_text(encoding="utf-8")
-        return config_type.model_validate(yaml.safe_load(text))
+        content = yaml.safe_load((folder / EXPORT_CONFIG_NAME).read_text(encoding="utf-8"))
+        _check_kind(folder, content, config_type)
+        return config_type.model_validate(content)
     except (ValidationError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: a damaged export: {error}. Export the run again") from error
+
+
+def _check_kind(folder: Path, content: object, config_type: type[BaseModel]) -> None:
+    if not isinstance(content, dict):
+        return
+    for key, kind in _KINDS.items():
+        if key in content and key not in config_type.model_fields:
+            (wanted,) = (name for own, name in _KINDS.items() if own in config_type.model_fields)
+            raise UserError(f"{folder}: the export of {kind}, where that of {wanted} is wanted")
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:

@@ -12,7 +12,8 @@ import yaml
 from commands import ROOT, run_command
 from quadrants import Quadrants
 
-from cmvae.config import CMVAEExperiment, load_config
+from cmvae.config import CMVAEExperiment, RefinerExperiment, load_config, save_config
+from cmvae.data.schema import ShardIndex
 
 
 def pytest_configure() -> None:
@@ -78,3 +79,46 @@ def experiment_file(tmp_path: Path, digits_shards: Path) -> Path:
 def experiment(experiment_file: Path) -> Callable[..., CMVAEExperiment]:
     """`experiment("train.max_steps=3")` is the experiment of `experiment_file` with overrides."""
     return lambda *overrides: load_config(experiment_file, overrides)
+
+
+@pytest.fixture
+def make_cmvae_run(experiment: Callable[..., CMVAEExperiment], tmp_path: Path) -> Callable[..., Path]:
+    """`make_cmvae_run("data.shards=…", seed=1)` is the folder of a CMVAE's run with an untrained export."""
+    import torch
+
+    from cmvae.model import CMVAE
+
+    def make(*overrides: str, seed: int = 0, folder: Path = tmp_path / "cmvae") -> Path:
+        config = experiment(*overrides, f"output_dir={folder}")
+        torch.manual_seed(seed)
+        CMVAE(config.model, ShardIndex.load(config.data.shards).modalities).save_pretrained(folder / "export")
+        save_config(config, folder / "config.yaml")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def refiner_file(tmp_path: Path, digits_shards: Path, make_cmvae_run: Callable[..., Path]) -> Path:
+    """A YAML file of a refiner's training that takes seconds, of a CMVAE that has learned nothing."""
+    settings = yaml.safe_load((ROOT / "configs/digits_refiner.yaml").read_text())
+    settings["cmvae"] = str(make_cmvae_run())
+    settings["data"] = {"shards": str(digits_shards), "num_workers": 0}
+    settings["output_dir"] = str(tmp_path / "refiner")
+    # With dropout: what draws for it out of turn shows.
+    settings["refiner"]["network"] = {"channels": 8, "multipliers": [1, 2], "blocks": 1, "dropout": 0.1}
+    settings["refiner"]["diffusion"] |= {"num_timesteps": 20}
+    settings["refiner"]["sampler"] = {"num_steps": 2}
+    settings["optimizer"] = {"learning_rate": 0.002}
+    settings["train"] = {"batch_size": 16, "max_steps": 6, "checkpoint_every": 3, "ema_decay": 0.9}
+    settings["evaluation"] = {"batch_size": 32, "map_samples": 50}
+    settings["tracking"] = {"enabled": False}
+    path = tmp_path / "refiner.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture
+def refiner_experiment(refiner_file: Path) -> Callable[..., RefinerExperiment]:
+    """`refiner_experiment("train.max_steps=3")` is the experiment of `refiner_file` with overrides."""
+    return lambda *overrides: load_config(refiner_file, overrides)

@@ -8,12 +8,22 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cmvae.config import check_against_shards, dump_yaml, flatten, load_config, save_config
+from cmvae.config import (
+    RefinerExperiment,
+    check_against_shards,
+    dump_yaml,
+    flatten,
+    load_cmvae_run,
+    load_config,
+    read_modalities,
+    save_config,
+)
 from cmvae.data.schema import ModalitySchema, ShardIndex, ShardSchema, SplitSchema
 from cmvae.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "configs/digits.yaml"
+REFINER = ROOT / "configs/digits_refiner.yaml"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
@@ -85,6 +95,54 @@ def test_a_mistake_names_file_or_override_key_and_remedy(override, expected):
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["refiner.sharng=shared"], ["refiner.sharng", "no such key", "did you mean 'sharing'"]),
+        (["refiner.network.chanels=8"], ["refiner.network.chanels", "did you mean 'channels'"]),
+        (["refiner.conditioning.sauce=any"], ["refiner.conditioning.sauce", "did you mean 'source'"]),
+        (["refiner.conditioning.source=all"], ["refiner.conditioning.source", "'any', 'self' or 'none'"]),
+        (["refiner.sampler.name=euler"], ["refiner.sampler.name", "'euler'", "dpm_solver"]),
+        (["refiner.network.channels=12"], ["refiner.network.channels", "12", "multiple of 8"]),
+        (["refiner.network.multipliers=[]"], ["refiner.network.multipliers", "at least 1 item"]),
+        (["refiner.sampler.start=0"], ["refiner.sampler.start", "greater than 0"]),
+        (["model.shared_dim=3"], ["model", "no such key", "refiner"]),
+        (["train.ema_decay=1"], ["train.ema_decay", "less than 1"]),
+        (
+            ["refiner.sampler.guidance=1.5", "refiner.conditioning.dropout=0"],
+            ["refiner: sampler.guidance", "set conditioning.dropout"],
+        ),
+        (
+            ["refiner.sampler.num_steps=600", "refiner.sampler.start=0.5"],
+            ["refiner: sampler.num_steps is 600", "sampler.start", "only 500", "set it to 500 or fewer"],
+        ),
+    ],
+)
+def test_a_mistake_about_the_refiner_names_file_key_and_remedy(overrides, expected):
+    with pytest.raises(UserError) as caught:
+        load_config(REFINER, overrides)
+    for part in [str(REFINER), *expected]:
+        assert part in str(caught.value)
+
+
+def test_as_many_steps_as_there_are_and_guidance_of_one_are_no_mistake():
+    sampler = ["refiner.sampler.num_steps=500", "refiner.sampler.start=0.5", "refiner.sampler.guidance=1"]
+    config = load_config(REFINER, [*sampler, "refiner.conditioning.dropout=0"])
+    assert config.refiner.sampler.num_steps == 500
+
+
+def test_the_section_decides_what_is_trained(tmp_path):
+    assert isinstance(load_config(REFINER), RefinerExperiment)
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        yaml.safe_dump({k: v for k, v in yaml.safe_load(REFINER.read_text()).items() if k != "cmvae"})
+    )
+    with pytest.raises(UserError, match=r"mine\.yaml: cmvae: missing"):
+        load_config(path)
+    save_config(load_config(REFINER, ["seed=3"]), path)
+    assert load_config(path) == load_config(REFINER, ["seed=3"])
+
+
 def test_a_mistake_in_a_file_names_the_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(DIGITS.read_text().replace("learning_rate", "learning_rat"))
@@ -122,17 +180,40 @@ def test_a_modality_that_the_shards_lack_is_named():
         check_against_shards(config, index_with("m0", "m1"), "digits.yaml")
 
 
+def test_a_refiner_reads_the_modalities_of_its_cmvae(tmp_path):
+    run = tmp_path / "cmvae"
+    config = load_config(REFINER, [f"cmvae={run}"])
+    with pytest.raises(UserError, match=rf"mine\.yaml: cmvae: {run}/config\.yaml: missing.*launch/train\.py"):
+        check_against_shards(config, index_with("m0", "m1", "m2"), "mine.yaml")
+    run.mkdir()
+    save_config(load_config(DIGITS), run / "config.yaml")
+    assert read_modalities(config) == ("m0", "m1", "m2")
+    check_against_shards(config, index_with("m2", "m1", "m0", "extra"), "mine.yaml")
+    with pytest.raises(UserError, match=r"mine\.yaml: cmvae: .* has no modality 'm2'"):
+        check_against_shards(config, index_with("m0", "m1"), "mine.yaml")
+    # A refiner is not refined.
+    save_config(config, run / "config.yaml")
+    with pytest.raises(UserError, match=rf"cmvae: {run}: the run of a refiner, where that of a CMVAE"):
+        check_against_shards(config, index_with("m0", "m1", "m2"), "mine.yaml")
+    with pytest.raises(UserError, match="the run of a refiner"):
+        load_cmvae_run(run)
+
+
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("path", "overrides", "expected"),
     [
-        (["train.batchsize=3"], "did you mean 'batch_size'"),
-        (["data.shards=shards/nowhere"], "no such shard folder"),
+        (DIGITS, ["train.batchsize=3"], "did you mean 'batch_size'"),
+        (DIGITS, ["data.shards=shards/nowhere"], "no such shard folder"),
+        (REFINER, ["refiner.conditioning.dropout=0"], "set conditioning.dropout"),
+        (REFINER, ["cmvae=runs/nowhere"], "digits_refiner.yaml: cmvae: runs/nowhere/config.yaml: missing"),
     ],
 )
-def test_mistakes_are_told_before_torch_is_imported(overrides, expected):
+def test_mistakes_are_told_before_torch_is_imported(path, overrides, expected, request):
+    if "cmvae=runs/nowhere" in overrides:
+        overrides = [*overrides, f"data.shards={request.getfixturevalue('digits_shards')}"]
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", ROOT / "launch/train.py", DIGITS, *overrides],
+        [sys.executable, "-X", "importtime", ROOT / "launch/train.py", path, *overrides],
         capture_output=True,
         text=True,
         check=False,

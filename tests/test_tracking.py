@@ -13,7 +13,7 @@ import yaml
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
-from cmvae.config import CMVAEExperiment, flatten
+from cmvae.config import CMVAEExperiment, RefinerExperiment, flatten
 from cmvae.tracking import MlflowTracker, NullTracker, Tracker, open_tracker, resume_tracker
 
 
@@ -165,6 +165,44 @@ def test_an_evaluation_adds_to_the_run_and_leaves_its_status(
     assert run.info.status == "KILLED"
     assert run.data.tags["world_size"] == "2"
     assert list(elsewhere.iterdir()) == []
+
+
+def make_refiner_config(cmvae: Path, **changes: object) -> RefinerExperiment:
+    return RefinerExperiment.model_validate(
+        {
+            "name": "sharp",
+            "data": {"shards": "shards/digits"},
+            "cmvae": str(cmvae),
+            "train": {"max_steps": 10},
+            **changes,
+        }
+    )
+
+
+def test_the_run_of_a_refiner_is_a_child_of_its_cmvaes(tmp_path: Path, run_dir: Path) -> None:
+    open_tracker(make_config(), run_dir, is_main=True).end("FINISHED")
+    child = tmp_path / "runs" / "sharp"
+    config = make_refiner_config(run_dir)
+    open_tracker(config, child, is_main=True, task="refiner").end("FINISHED")
+    reader = client(tmp_path)
+    run = reader.get_run(run_id(child))
+    assert run.data.tags["mlflow.parentRunId"] == run_id(run_dir) != run.info.run_id
+    assert run.data.tags["task"] == "refiner"
+    assert run.data.params == {key: str(value) for key, value in flatten(config).items()}
+    # The query by which MLflow's pages find children.
+    children = reader.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{run_id(run_dir)}'")
+    assert [found.info.run_id for found in children] == [run.info.run_id]
+    assert "mlflow.parentRunId" not in reader.get_run(run_id(run_dir)).data.tags
+
+
+def test_a_refiner_of_an_untracked_cmvae_has_no_parent(
+    tmp_path: Path, run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_tracker(make_refiner_config(tmp_path / "untracked"), run_dir, is_main=True).end("FINISHED")
+    run = client(tmp_path).get_run(run_id(run_dir))
+    assert "mlflow.parentRunId" not in run.data.tags
+    assert run.info.status == "FINISHED"
+    assert own_warnings(caplog) == []
 
 
 def test_an_evaluation_without_a_run_makes_one(tmp_path: Path, run_dir: Path) -> None:

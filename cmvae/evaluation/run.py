@@ -89,6 +89,9 @@ def _evaluate_groups(context: EvaluationContext, config: ExperimentConfig) -> It
         from cmvae.evaluation.generative import evaluate_generative
 
         yield evaluate_generative(context, wanted & GENERATIVE_GROUPS)
+    if isinstance(config, RefinerExperiment):
+        reason = f"a matter of the CMVAE alone: evaluate {config.cmvae}"
+        yield GroupResult(left_out=dict.fromkeys(sorted(wanted - GENERATIVE_GROUPS), reason))
     if not isinstance(config, CMVAEExperiment):
         return
     if "clustering" in wanted:

@@ -64,9 +64,14 @@ class WeightAverage:
         """Go on from what `save` wrote into a checkpoint.
 
         Raises:
-            UserError: the checkpoint has no average.
+            UserError: the checkpoint has no average, or one of other weights.
         """
         if not (folder / EMA_NAME).is_file():
             raise UserError(f"{folder / EMA_NAME}: missing, so the average of the weights cannot go on")
-        for name, tensor in load_file(folder / EMA_NAME).items():
+        content = load_file(folder / EMA_NAME)
+        if content.keys() != self._average.keys():
+            raise UserError(
+                f"{folder / EMA_NAME}: damaged: it is the average of other weights than there are"
+            )
+        for name, tensor in content.items():
             self._average[name].copy_(tensor)

@@ -38,7 +38,7 @@ from cmvae.training.ema import WeightAverage
 from cmvae.training.meter import Meter
 from cmvae.training.optimization import build_optimizer, learning_rate, set_learning_rate
 from cmvae.training.state import TrainState
-from cmvae.training.validation import collect_records
+from cmvae.training.validation import collect_records, evaluation_mode
 
 # Validated before training starts, so that a broken validation fails in the first minute.
 TRIAL_BATCHES = 2
@@ -231,7 +231,9 @@ class Trainer:
         batch = to_device(next(iter(self.validation_loader)), self.accelerator.device)
         # A stream of its own: validating more often must not change the training.
         generator = torch.Generator(self.accelerator.device).manual_seed(self.config.seed)
-        for name, figure in self.task.pictures(batch, PICTURE_SAMPLES, generator).items():
+        with evaluation_mode(self.module):
+            pictures = self.task.pictures(batch, PICTURE_SAMPLES, generator)
+        for name, figure in pictures.items():
             self.tracker.log_image(figure, name, self.state.step)
 
     def export(self) -> Path:

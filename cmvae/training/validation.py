@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,17 @@ from accelerate import Accelerator
 from torch import nn
 
 from cmvae.data.batch import to_device
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Let a module be in evaluation mode, without dropout, while the block lasts."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def collect_records(
@@ -35,9 +47,7 @@ def collect_records(
         By name (N, ...), the report and `label`, without padding; rank by rank, the same on every rank.
     """
     collected: dict[str, list[np.ndarray]] = {}
-    was_training = module.training
-    module.eval()
-    with torch.no_grad(), torch.random.fork_rng():
+    with evaluation_mode(module), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed + accelerator.process_index)
         for raw in itertools.islice(batches, max_batches):
             batch = to_device(raw, accelerator.device)
@@ -46,5 +56,4 @@ def collect_records(
             valid = gathered.pop("valid")
             for name, values in gathered.items():
                 collected.setdefault(name, []).append(values[valid].cpu().numpy())
-    module.train(was_training)
     return {name: np.concatenate(parts) for name, parts in collected.items()}

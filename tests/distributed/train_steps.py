@@ -19,7 +19,7 @@ from cmvae.data.reader import EvaluationLoader, TrainingLoader
 from cmvae.data.schema import ShardIndex
 from cmvae.distributed import AUTOCAST_DTYPES, StopRequest, agree, start_accelerator
 from cmvae.model import CMVAE
-from cmvae.tasks import CMVAETask, LatentNoise
+from cmvae.tasks.cmvae import CMVAETask, LatentNoise
 from cmvae.training.optimization import build_optimizer
 
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from quadrants import NUM_CLASSES, SHAPES, Quadrants, class_images
+from refining import make_refiner, tell
 from torch import Tensor
+from tqdm import tqdm
 
 from cmvae.config import EvaluationConfig, ModalityConfig, ModelConfig
 from cmvae.data.reader import EvaluationLoader
@@ -21,9 +23,11 @@ from cmvae.evaluation import generative
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.generative import evaluate_generative
 from cmvae.model import CMVAE, Posterior
+from cmvae.refiner import Refiner
 
 ALL = {"coherence", "frechet", "fidelity"}
 NAMES = ("m0", "m1", "m2")
+SHAPES_OF_QUADRANTS = Quadrants.modalities
 # z of class c is near 10·c in its first dimension.
 SPACING = 10.0
 
@@ -63,6 +67,10 @@ class Oracle(CMVAE):
         return images
 
 
+def quiet() -> tqdm:
+    return tqdm(disable=True)
+
+
 @pytest.fixture
 def oracle() -> Oracle:
     return Oracle()
@@ -72,13 +80,16 @@ def oracle() -> Oracle:
 def evaluation_context(quadrants_shards: Path) -> Callable[..., EvaluationContext]:
     """`evaluation_context(model, seed=1)` is an evaluation of `model` on the quadrants, with settings."""
 
-    def make(model: CMVAE, index: ShardIndex | None = None, **settings: object) -> EvaluationContext:
+    def make(
+        model: CMVAE, index: ShardIndex | None = None, refiner: Refiner | None = None, **settings: object
+    ) -> EvaluationContext:
         return EvaluationContext(
             model,
             quadrants_shards,
             index or ShardIndex.load(quadrants_shards),
             EvaluationConfig(**{"num_generated": 200, "batch_size": 32} | settings),
             Accelerator(cpu=True),
+            refiner,
         )
 
     return make
@@ -125,7 +136,8 @@ def test_of_several_sources_each_has_its_share(oracle, evaluation_context):
     context = evaluation_context(oracle)
     networks, _ = generative._load_networks(context, {"coherence"})
     split = generative._read_split(context, networks)
-    read = generative._generate_conditional(context, split, ("m0", "m1"), ["m2"], networks.classify)
+    generator = generative._Generator(context, quiet())
+    read = generator.conditional(split, ("m0", "m1"), ["m2"], networks.classify, refine=False)
     shift = (read["class/m2"] - split["label"]) % 4
     assert set(shift.tolist()) == {0, 1}
     assert np.mean(shift) == pytest.approx(0.5, abs=0.15)
@@ -150,7 +162,7 @@ def test_unconditional_clusters_follow_their_weights_and_the_selection(oracle, e
     oracle.cluster_prior.active[1] = False
     context = evaluation_context(oracle, num_generated=2000)
     networks, _ = generative._load_networks(context, {"coherence"})
-    read = generative._generate_unconditional(context, networks.classify)
+    read = generative._Generator(context, quiet()).unconditional(networks.classify)
     shares = np.bincount(read["class/m0"], minlength=4) / 2000
     assert shares[1] == 0
     np.testing.assert_allclose(shares[[0, 2, 3]], [1 / 7, 2 / 7, 4 / 7], atol=0.04)
@@ -195,9 +207,9 @@ def test_conditional_means_leave_self_out_where_they_say_so(oracle, evaluation_c
     context = evaluation_context(oracle)
     networks, _ = generative._load_networks(context, {"frechet"})
     split = generative._read_split(context, networks)
-    values = {}
+    generator, values = generative._Generator(context, quiet()), {}
     for source in NAMES:
-        read = generative._generate_conditional(context, split, (source,), NAMES, networks.read)
+        read = generator.conditional(split, (source,), NAMES, networks.read, refine=False)
         for target in NAMES:
             reference = generative.FrechetDistance(split[f"classifier/{target}"])
             values[source, target] = reference.to(read[f"classifier/{target}"])
@@ -273,3 +285,108 @@ def test_a_model_that_generates_nan_is_named(oracle, evaluation_context):
     }
     with pytest.raises(UserError, match="200 of the 200 images of m1 that the model generates uncond"):
         evaluate_generative(evaluation_context(oracle), {"coherence"})
+
+
+def refined(metrics: dict[str, float]) -> dict[str, float]:
+    return {name.removeprefix("refined/"): x for name, x in metrics.items() if name.startswith("refined/")}
+
+
+def test_before_refinement_all_is_as_without_a_refiner(untrained, evaluation_context):
+    plain = evaluate_generative(evaluation_context(untrained), ALL)
+    refiner = make_refiner(SHAPES_OF_QUADRANTS)
+    result = evaluate_generative(evaluation_context(untrained, refiner=refiner), ALL)
+    before = {name: x for name, x in result.metrics.items() if not name.startswith("refined/")}
+    assert before == plain.metrics
+    after = refined(result.metrics)
+    # Generations from several sources are not refined.
+    assert plain.metrics.keys() - after.keys() == {"coherence/conditional_by_sources/2"}
+    assert after.keys() <= plain.metrics.keys()
+    assert any(after[name] != before[name] for name in after)
+    assert set(result.figures) == {*plain.figures, "refined_coherence_matrix"}
+    assert result.left_out == plain.left_out
+    added = {key: result.protocol[key] for key in result.protocol.keys() - plain.protocol.keys()}
+    assert added == {
+        "refined.sampler.name": "dpm_solver",
+        "refined.sampler.num_steps": 4,
+        "refined.sampler.start": 1.0,
+        "refined.sampler.guidance": 1.0,
+        "refined.seed": 0,
+    }
+
+
+def test_a_refiner_that_repeats_its_condition_changes_no_figure(untrained, evaluation_context):
+    refiner = tell(make_refiner(SHAPES_OF_QUADRANTS, diffusion={"prediction": "sample"}))
+    metrics = evaluate_generative(evaluation_context(untrained, refiner=refiner), ALL).metrics
+    after = refined(metrics)
+    assert after == pytest.approx({name: metrics[name] for name in after}, rel=1e-3, abs=1e-5)
+    assert len(after) > 20
+
+
+def test_a_refiner_that_draws_another_class_ruins_coherence_between_images_and_labels(
+    oracle, evaluation_context
+):
+    # Every quadrant becomes the one across: wrong for any source, and alike in all modalities.
+    refiner = make_refiner(SHAPES_OF_QUADRANTS, diffusion={"prediction": "sample"})
+    tell(refiner, think=lambda images: images.flip((2, 3)))
+    context = evaluation_context(oracle, refiner=refiner)
+    result = evaluate_generative(context, {"coherence"})
+    assert result.metrics["coherence/conditional"] == 1
+    assert result.metrics["refined/coherence/conditional"] == 0
+    assert result.metrics["refined/coherence/unconditional"] == 1
+    shown = {}
+    for version in ("", "refined_"):
+        (picture,) = result.figures[f"{version}coherence_matrix"].axes[0].images
+        shown[version] = np.asarray(picture.get_array()).tolist()
+    assert shown == {"": np.ones((3, 3)).tolist(), "refined_": np.zeros((3, 3)).tolist()}
+
+
+def test_what_is_read_is_each_sample_refined_alone(untrained, evaluation_context):
+    """One by one: noise, z and w, the decoders, the refiner and the classifier."""
+    refiner = make_refiner(SHAPES_OF_QUADRANTS, conditioning={"latent": True})
+    context = evaluation_context(untrained, refiner=refiner, num_generated=40)
+    networks, _ = generative._load_networks(context, {"coherence"})
+    split = generative._read_split(context, networks)
+    generator = generative._Generator(context, quiet())
+    readings = generator.conditional(split, ("m1",), NAMES, networks.classify, refine=True)
+    (batch,) = EvaluationLoader(context.shards, split="test", modalities=["m1"], batch_size=90)
+    posterior = untrained.encode({"m1": batch["m1"] / 255})["m1"].shared
+    shown, classes = range(0, 90, 4), {name: [] for name in NAMES}
+    for i in shown:
+        position = torch.tensor([i])
+        noise = context.draw_noise("conditional/m1/latents", position, (4 + 3 * 3,))[0]
+        z = posterior.loc[i] + posterior.scale[i] * noise[:4]
+        seeds = context.draw_seeds("conditional/m1/refine", position)
+        for m, name in enumerate(NAMES):
+            w = untrained.private_scale * noise[4 + 3 * m :][:3]
+            image = untrained.decode(z[None], {name: w[None]})
+            sharp = refiner.refine(image, z[None], seeds=seeds)
+            classes[name].append(networks.classify(sharp)[f"class/{name}"].item())
+    metrics = evaluate_generative(context, {"coherence"}).metrics
+    for name in NAMES:
+        read = readings[f"refined/class/{name}"]
+        # A picture between two classes may fall to either side by rounding.
+        assert np.sum(read[shown] != classes[name]) <= 1
+        assert metrics[f"refined/coherence/matrix/m1/{name}"] == np.mean(read == split["label"])
+    assert sum(len(set(values)) > 1 for values in classes.values()) >= 2
+
+
+def test_refined_figures_depend_on_the_seed_and_not_on_the_batches(untrained, evaluation_context):
+    refiner = make_refiner(SHAPES_OF_QUADRANTS, sampler={"name": "ddpm", "num_steps": 2})
+    few, many, other = (
+        refined(
+            evaluate_generative(
+                evaluation_context(untrained, refiner=refiner, batch_size=size, seed=seed, num_generated=40),
+                {"frechet"},
+            ).metrics
+        )
+        for size, seed in ((17, 0), (90, 0), (90, 1))
+    )
+    assert few == pytest.approx(many, rel=1e-3)
+    assert any(few[name] != pytest.approx(other[name], rel=1e-2) for name in few)
+
+
+def test_a_refiner_that_draws_nan_is_named(oracle, evaluation_context):
+    refiner = make_refiner(SHAPES_OF_QUADRANTS, diffusion={"prediction": "sample"})
+    tell(refiner, think=lambda images: images * torch.nan)
+    with pytest.raises(UserError, match="200 of the 200 images of m0 that the model generates uncond"):
+        evaluate_generative(evaluation_context(oracle, refiner=refiner), {"coherence"})

@@ -8,15 +8,16 @@ import pytest
 import torch
 import yaml
 from quadrants import Quadrants
+from refining import make_refiner
 
 from cmvae import CMVAE
-from cmvae.config import load_config
+from cmvae.config import RefinerExperiment, load_config, save_config
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
 from cmvae.data.writer import write_shards
 from cmvae.errors import UserError
 from cmvae.evaluation.run import evaluate_run
-from cmvae.exports import EXPORT_CONFIG_NAME, WEIGHTS_NAME
+from cmvae.exports import EXPORT_CONFIG_NAME, WEIGHTS_NAME, weights_sha256
 
 
 class Unlabelled(Quadrants):
@@ -119,3 +120,88 @@ def test_data_of_another_shape_is_refused(tmp_path, run):
     assert batch["m0"].shape == (2, 3, 8, 16)
     with pytest.raises(UserError, match=r"modalities\.m0\.shape: \(3, 8, 16\), but the model was trained on"):
         evaluate_run(config, index, config.run_dir)
+
+
+@pytest.fixture
+def refiner_run(tmp_path, run):
+    """`refiner_run(metrics)` is the experiment of an untrained refiner with its export, and of its CMVAE."""
+
+    def make(*metrics):
+        cmvae = run()
+        save_config(cmvae, cmvae.run_dir / "config.yaml")
+        evaluation = cmvae.evaluation.model_copy(update={"metrics": metrics})
+        cmvae = cmvae.model_copy(update={"evaluation": evaluation})
+        refiner = make_refiner(
+            Quadrants.modalities,
+            weights_sha256(cmvae.run_dir / "export"),
+            shared_dim=3,
+            sampler={"num_steps": 2},
+        )
+        config = RefinerExperiment(
+            name="refiner",
+            output_dir=tmp_path / "refiner",
+            cmvae=cmvae.run_dir,
+            refiner=refiner.config,
+            **{key: getattr(cmvae, key) for key in ("data", "train", "evaluation", "tracking")},
+        )
+        refiner.save_pretrained(config.run_dir / "export")
+        return config, cmvae
+
+    return make
+
+
+def test_a_refiner_is_evaluated_before_and_after_with_its_cmvaes_own_figures(refiner_run):
+    config, cmvae = refiner_run("coherence", "frechet", "fidelity")
+    index = ShardIndex.load(config.data.shards)
+    plain = evaluate_run(cmvae, index, cmvae.run_dir)
+    evaluate_run(config, index, config.run_dir)
+    folder = config.run_dir / "evaluation"
+    metrics, protocol = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "protocol")
+    )
+    assert {name: x for name, x in metrics.items() if not name.startswith("refined/")} == plain.metrics
+    assert {"refined/coherence/conditional", "refined/frechet/classifier/unconditional"} <= metrics.keys()
+    assert sorted(path.stem for path in (folder / "figures").iterdir()) == [
+        "coherence_matrix",
+        "refined_coherence_matrix",
+        "refinements",
+    ]
+    assert protocol["export_sha256"] == weights_sha256(config.run_dir / "export")
+    assert protocol["refined.sampler.num_steps"] == 2
+
+
+def test_the_sampler_is_that_of_the_run_and_its_overrides(refiner_run):
+    config, _ = refiner_run("coherence")
+    index = ShardIndex.load(config.data.shards)
+    first = evaluate_run(config, index, config.run_dir)
+    sampler = config.refiner.sampler.model_copy(update={"num_steps": 1})
+    refiner = config.refiner.model_copy(update={"sampler": sampler})
+    second = evaluate_run(config.model_copy(update={"refiner": refiner}), index, config.run_dir)
+    assert (first.protocol["refined.sampler.num_steps"], second.protocol["refined.sampler.num_steps"]) == (
+        2,
+        1,
+    )
+    before = {name for name in first.metrics if not name.startswith("refined/")}
+    assert all(first.metrics[name] == second.metrics[name] for name in before)
+    assert first.metrics != second.metrics
+
+
+def test_a_refiner_has_no_clusters_and_says_where_they_are(refiner_run):
+    config, _ = refiner_run("clustering", "likelihood")
+    result = evaluate_run(config, ShardIndex.load(config.data.shards), config.run_dir)
+    assert result.metrics == {}
+    assert set(result.figures) == {"refinements"}
+    assert set(result.left_out) == {"clustering", "likelihood"}
+    assert str(config.cmvae) in result.left_out["clustering"]
+
+
+def test_a_refiner_of_another_cmvae_is_not_evaluated(refiner_run, run):
+    config, cmvae = refiner_run("coherence")
+    index = ShardIndex.load(config.data.shards)
+    torch.manual_seed(1)
+    CMVAE(cmvae.model, index.modalities).save_pretrained(cmvae.run_dir / "export")
+    with pytest.raises(
+        UserError, match=r"refiner/export: refines the CMVAE with the weights .*, but .*run/export"
+    ):
+        evaluate_run(config, index, config.run_dir)
+    assert not (config.run_dir / "evaluation").exists()

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT
+from refining import make_refiner
 
-from cmvae.config import ModalityConfig, ModelConfig, save_config
+from cmvae.config import ModalityConfig, ModelConfig, RefinerExperiment, save_config
 from cmvae.data.schema import ModalitySchema, ShardIndex
+from cmvae.exports import weights_sha256
 from cmvae.model import CMVAE
 
 
@@ -40,6 +42,25 @@ def make_run(experiment, digits_shards, tmp_path) -> Callable[..., Path]:
         model.save_pretrained(run / "export")
         save_config(settings.model_copy(update={"model": model_config}), run / "config.yaml")
         return run
+
+    return make
+
+
+@pytest.fixture
+def make_refiner_run(make_run, experiment, tmp_path) -> Callable[..., tuple[Path, Path]]:
+    """`make_refiner_run()` is the folder of an untrained refiner's run, and that of its CMVAE."""
+
+    def make() -> tuple[Path, Path]:
+        cmvae, run = make_run(), tmp_path / "runs" / "refiner"
+        schemas = CMVAE.from_pretrained(cmvae / "export").schemas
+        refiner = make_refiner(schemas, weights_sha256(cmvae / "export"), conditioning={"latent": True})
+        settings = {key: getattr(experiment(), key) for key in ("data", "train", "evaluation", "tracking")}
+        config = RefinerExperiment(
+            name="refiner", output_dir=run, cmvae=cmvae, refiner=refiner.config, **settings
+        )
+        refiner.save_pretrained(run / "export")
+        save_config(config, run / "config.yaml")
+        return run, cmvae
 
     return make
 

@@ -128,3 +128,17 @@ def test_what_does_not_fit_is_explained_and_nothing_is_written(
     assert code == 2
     assert re.search(expected, err)
     assert not list(tmp_path.glob("*.csv"))
+
+
+def test_a_refiner_has_no_clusters_of_its_own(make_refiner_run, digits_shards, tmp_path):
+    program = (
+        "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    run, out = make_refiner_run()[0], tmp_path / "a.csv"
+    command = [sys.executable, "-c", program, ROOT / "launch/cluster.py", run, digits_shards, "--out", out]
+    done = run_command(command, tmp_path)
+    assert done.returncode == 2
+    assert f"error: {run}: the run of a refiner, where that of a CMVAE is wanted" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not out.exists()

@@ -12,8 +12,10 @@ import torch
 from commands import ROOT, run_command
 from PIL import Image
 
+from cmvae.config import SamplerConfig
 from cmvae.data.batch import to_device
 from cmvae.data.reader import EvaluationLoader
+from cmvae.dcmvae import DCMVAE
 from cmvae.generation import safe_name
 from cmvae.model import CMVAE
 
@@ -170,6 +172,64 @@ def test_what_only_the_export_knows_is_explained_too(make_run, call, tmp_path):
     code, _, err = call("generate.py", tmp_path / "nothing")
     assert code == 2
     assert "config.yaml: missing" in err
+
+
+def assert_nearly_equal(written, expected):
+    """Equal but for rounding, which another number of threads may turn, to the next byte."""
+    assert np.abs(written.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_a_refiner_generates_with_its_cmvae_and_refines(make_refiner_run, call, tmp_path, digits_shards):
+    run, cmvae = make_refiner_run()
+    code, _, err = call("generate.py", run, "--num", 3, "--seed", 4, "refiner.sampler.num_steps=2")
+    assert code == 0, err
+    assert files(run / "generated") == {name: [f"00000{i}" for i in range(3)] for name in ("m0", "m1", "m2")}
+    both = DCMVAE.from_pretrained(run / "export", cmvae / "export", sampler=SamplerConfig(num_steps=2))
+    expected = both.generate(3, generator=torch.Generator().manual_seed(4))
+    blurred = both.cmvae.generate(3, generator=torch.Generator().manual_seed(4))
+    for name in ("m0", "m1", "m2"):
+        written = np.stack([pixels(run / "generated" / name / f"00000{i}.png") for i in range(3)])
+        assert_nearly_equal(written, as_bytes(expected[name]))
+        assert np.abs(written - as_bytes(blurred[name]).astype(int)).max() > 20
+
+    out = tmp_path / "given"
+    code, _, err = call("generate.py", run, "--given", "m1", "--to", "m0", "--num", 4, "--out", out)
+    assert code == 0, err
+    batch = next(iter(EvaluationLoader(digits_shards, split="test", modalities=["m1"], batch_size=4)))
+    given = {"m1": to_device(batch, torch.device("cpu"))["m1"]}
+    both = DCMVAE.from_pretrained(run / "export", cmvae / "export")
+    expected = both.generate(given=given, generator=torch.Generator().manual_seed(0))
+    written = np.stack([pixels(path) for path in sorted((out / "m0").iterdir())])
+    assert_nearly_equal(written, as_bytes(expected["m0"]))
+
+    code, _, err = call("generate.py", run, "--cluster", "all", "--num", 1, "--out", tmp_path / "all")
+    assert code == 0, err
+    assert files(tmp_path / "all")["m2"] == [f"cluster-00{c}_000000" for c in (1, 3, 5)]
+
+
+def test_a_refiner_without_its_cmvae_is_explained(make_refiner_run, make_run, call, tmp_path):
+    run, cmvae = make_refiner_run()
+    code, _, err = call("generate.py", run, "--given", "m9")
+    assert code == 2
+    assert "--given m9: the run has no such modality; it has m0, m1, m2" in err
+    code, _, err = call("generate.py", run, "refiner.sampler.guidance=2")
+    assert code == 2
+    assert "set conditioning.dropout" in err
+    code, _, err = call("generate.py", cmvae, f"cmvae={cmvae}")
+    assert code == 2
+    assert "cmvae: no such key" in err
+    # Another CMVAE in the same place.
+    model = CMVAE.from_pretrained(cmvae / "export")
+    torch.nn.init.zeros_(model.cluster_prior.means)
+    model.save_pretrained(cmvae / "export")
+    code, _, err = call("generate.py", run, "--num", 2)
+    assert code == 2
+    assert "refines the CMVAE with the weights" in err
+    assert not (run / "generated").exists()
+    cmvae.rename(tmp_path / "elsewhere")
+    code, _, err = call("generate.py", run, "--num", 2)
+    assert code == 2
+    assert f"{cmvae}/config.yaml: missing" in err
 
 
 def test_any_key_is_a_file_name():

@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmvae import CMVAE, tasks
+from cmvae import CMVAE
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
 from cmvae.distributed import NonFiniteError, StopRequest
 from cmvae.errors import UserError
 from cmvae.tasks import CMVAETask
+from cmvae.tasks import cmvae as cmvae_task
 from cmvae.training import loop
 from cmvae.training.checkpoint import list_checkpoints
 from cmvae.training.loop import run_training
@@ -172,7 +173,7 @@ def test_a_second_signal_has_its_usual_effect():
 
 def test_a_non_finite_term_stops_before_the_update_and_is_named(experiment, monkeypatch):
     config = experiment()
-    original = tasks.LogWeightTerms
+    original = cmvae_task.LogWeightTerms
     steps = []
 
     def broken(*, log_likelihood, **others):
@@ -182,7 +183,7 @@ def test_a_non_finite_term_stops_before_the_update_and_is_named(experiment, monk
             log_likelihood = log_likelihood | {"m1": log_likelihood["m1"] * torch.nan}
         return original(log_likelihood=log_likelihood, **others)
 
-    monkeypatch.setattr(tasks, "LogWeightTerms", broken)
+    monkeypatch.setattr(cmvae_task, "LogWeightTerms", broken)
     with pytest.raises(NonFiniteError, match=r"log_likelihood/m1, bound, loss") as caught:
         train(config)
     assert "m0" not in str(caught.value)
