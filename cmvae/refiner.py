@@ -19,6 +19,7 @@ import torch
 from diffusers import UNet2DModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from cmvae.config import RefinerConfig, SamplerConfig, UNetConfig
 from cmvae.data.schema import ModalityName, ModalitySchema
@@ -249,7 +250,7 @@ class Refiner(nn.Module):
         device: str | torch.device = "cpu",
         autocast_dtype: torch.dtype | None = None,
         sampler: SamplerConfig | None = None,
-    ) -> Refiner:
+    ) -> Self:
         """Load an export that `save_pretrained` wrote, in evaluation mode.
 
         Args:
