@@ -125,6 +125,16 @@ class SamplerConfig(_Settings):
     """Where in T it starts: 1 is pure noise, less is the reconstruction, noised so far."""
     guidance: float = Field(default=1.0, ge=0)
     """1 is the network as it is; more exaggerates what the condition changes (Ho & Salimans, 2022)."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Time steps in which guidance acts, in shares of T (Kynkäänniemi et al., 2024): what a picture shows is
+    decided in the noisy ones, and in the others guidance only takes variety away."""
+
+    @model_validator(mode="after")
+    def _interval_is_one(self) -> SamplerConfig:
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"guidance_interval {low, high} must rise within 0 to 1")
+        return self
 
 
 class RefinerConfig(_Settings):

@@ -215,9 +215,16 @@ class Refiner(nn.Module):
             there = torch.full_like(timesteps, present, dtype=torch.bool)
             return self.predict(group, noisy, timesteps, reconstruction, modality, shared, there)
 
+        # Known beforehand: asking the device for its time steps would make it wait at every one.
+        low, high = (share * self.diffusion.num_timesteps for share in sampler.guidance_interval)
+        guided = (
+            sampler.guidance != 1 and low <= timestep <= high
+            for timestep in self.diffusion.sampling_timesteps(sampler)
+        )
+
         def predict_image(noisy: Tensor, timesteps: Tensor) -> Tensor:
             prediction = predict(noisy, timesteps, conditional)
-            if sampler.guidance != 1:
+            if next(guided):
                 without = predict(noisy, timesteps, False)
                 prediction = without + sampler.guidance * (prediction - without)
             return self.diffusion.predicted_image(prediction, noisy, timesteps).clamp(-1, 1)
