@@ -125,16 +125,9 @@ class SamplerConfig(_Settings):
     """Where in T it starts: 1 is pure noise, less is the reconstruction, noised so far."""
     guidance: float = Field(default=1.0, ge=0)
     """1 is the network as it is; more exaggerates what the condition changes (Ho & Salimans, 2022)."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Time steps in which guidance acts, in shares of T (Kynkäänniemi et al., 2024): what a picture shows is
-    decided in the noisy ones, and in the others guidance only takes variety away."""
-
-    @model_validator(mode="after")
-    def _interval_is_one(self) -> SamplerConfig:
-        low, high = self.guidance_interval
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"guidance_interval {low, high} must rise within 0 to 1")
-        return self
+    guidance_from: float = Field(default=0.0, ge=0, lt=1)
+    """Guidance acts from this share of T on: what a picture shows is decided in the noisy time steps, and in the
+    others guidance only takes variety away (compare Kynkäänniemi et al., 2024)."""
 
 
 class RefinerConfig(_Settings):

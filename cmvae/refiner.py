@@ -216,9 +216,9 @@ class Refiner(nn.Module):
             return self.predict(group, noisy, timesteps, reconstruction, modality, shared, there)
 
         # Known beforehand: asking the device for its time steps would make it wait at every one.
-        low, high = (share * self.diffusion.num_timesteps for share in sampler.guidance_interval)
+        first = sampler.guidance_from * self.diffusion.num_timesteps
         guided = (
-            sampler.guidance != 1 and low <= timestep <= high
+            sampler.guidance != 1 and timestep >= first
             for timestep in self.diffusion.sampling_timesteps(sampler)
         )
 

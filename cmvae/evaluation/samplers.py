@@ -265,6 +265,9 @@ class _Names(NamedTuple):
     """On that line, whose name and colour say the rest: its number of steps, if that differs."""
 
 
+_WORDS = {"start": "start", "guidance": "guidance", "guidance_from": "from"}
+
+
 def _name(samplers: Sequence[SamplerConfig]) -> list[_Names]:
     """The names of samplers beside each other, in the same order."""
     differ = {
@@ -273,7 +276,7 @@ def _name(samplers: Sequence[SamplerConfig]) -> list[_Names]:
     named = []
     for sampler in samplers:
         steps = f"{sampler.num_steps} step{'s' if sampler.num_steps > 1 else ''}"
-        others = [f"{key} {getattr(sampler, key):g}" for key in ("start", "guidance") if key in differ]
+        others = [f"{_WORDS[key]} {getattr(sampler, key):g}" for key in _WORDS if key in differ]
         line = ", ".join([sampler.name, *others])
         point = steps if "num_steps" in differ else ", ".join(others) or line
         named.append(_Names(", ".join([sampler.name, steps, *others]), line, point))
