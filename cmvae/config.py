@@ -126,7 +126,7 @@ class SamplerConfig(_Settings):
     guidance: float = Field(default=1.0, ge=0)
     """1 is the network as it is; more exaggerates what the condition changes (Ho & Salimans, 2022)."""
     guidance_from: float = Field(default=0.0, ge=0, lt=1)
-    """Guidance acts from this share of T on: what a picture shows is decided in the noisy time steps, and in the
+    """Guidance acts from this share of T on: what a picture shows is decided in the noisy time steps; in the
     others guidance only takes variety away (compare Kynkäänniemi et al., 2024)."""
 
 
