@@ -106,6 +106,9 @@ class ConditioningConfig(_Settings):
     source: Literal["any", "self", "none"] = "any"
     """A reconstruction from a modality drawn anew at every step, always from the image's own modality, or
     nothing: a plain DDPM."""
+    shared: Literal["mean", "sample"] = "mean"
+    """z of the reconstructions in training: the location of q(z|x), or a sample of it. A sample may show a
+    class that the image is not of; a network that has seen that shows another one, too, from time to time."""
     latent: bool = False
     """z of the reconstruction as a second condition."""
     noise: float = Field(default=0.0, ge=0)
