@@ -8,6 +8,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # What a config leaves to the command line, e.g. make demo ARGS="seed=1 train.max_steps=500".
 ARGS ?=
+# The same for the refiner.
+REFINER_ARGS ?=
 
 .PHONY: demo polymnist test lint format
 
@@ -32,6 +34,8 @@ shards/digits/classifiers/m0.safetensors: shards/digits/index.json
 demo: $(VENV)/installed shards/digits/classifiers/m0.safetensors
 	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml launch/train.py configs/digits.yaml --overwrite $(ARGS)
 	$(BIN)/python launch/evaluate.py runs/digits
+	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml launch/train.py configs/digits_refiner.yaml --overwrite $(REFINER_ARGS)
+	$(BIN)/python launch/evaluate.py runs/digits_refiner
 	@echo
 	@echo "compare runs: $(BIN)/mlflow ui"
 
@@ -44,6 +48,8 @@ polymnist: $(VENV)/installed
 	test -f shards/polymnist/classifiers/m0.safetensors || $(BIN)/python tools/train_classifiers.py shards/polymnist
 	$(BIN)/accelerate launch launch/train.py configs/polymnist.yaml --resume $(ARGS)
 	$(BIN)/python launch/evaluate.py runs/polymnist
+	$(BIN)/accelerate launch launch/train.py configs/polymnist_refiner.yaml --resume $(REFINER_ARGS)
+	$(BIN)/python launch/evaluate.py runs/polymnist_refiner
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest

@@ -1,7 +1,8 @@
 """CMVAE: multimodal generative clustering.
 
 `from cmvae import CMVAE; model = CMVAE.from_pretrained("runs/NAME/export")`, then `model.encode`,
-`model.decode`, `model.assign` and `model.generate`.
+`model.decode`, `model.assign` and `model.generate`. `DCMVAE.from_pretrained` adds the refiner:
+`model.refine(model.cmvae.generate(16))`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cmvae.dcmvae import DCMVAE as DCMVAE
     from cmvae.model import CMVAE as CMVAE
 
-__all__ = ["CMVAE"]
+__all__ = ["CMVAE", "DCMVAE"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from cmvae.model import CMVAE
 
         return CMVAE
+    if name == "DCMVAE":
+        from cmvae.dcmvae import DCMVAE
+
+        return DCMVAE
     raise AttributeError(f"module 'cmvae' has no attribute {name!r}")

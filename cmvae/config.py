@@ -106,6 +106,9 @@ class ConditioningConfig(_Settings):
     source: Literal["any", "self", "none"] = "any"
     """A reconstruction from a modality drawn anew at every step, always from the image's own modality, or
     nothing: a plain DDPM."""
+    shared: Literal["mean", "sample"] = "mean"
+    """z of the reconstructions in training: the location of q(z|x), or a sample of it. A sample may show a
+    class that the image is not of; a network that has seen that shows another one, too, from time to time."""
     latent: bool = False
     """z of the reconstruction as a second condition."""
     noise: float = Field(default=0.0, ge=0)
@@ -125,6 +128,9 @@ class SamplerConfig(_Settings):
     """Where in T it starts: 1 is pure noise, less is the reconstruction, noised so far."""
     guidance: float = Field(default=1.0, ge=0)
     """1 is the network as it is; more exaggerates what the condition changes (Ho & Salimans, 2022)."""
+    guidance_from: float = Field(default=0.0, ge=0, lt=1)
+    """Guidance acts from this share of T on: what a picture shows is decided in the noisy time steps; in the
+    others guidance only takes variety away (compare Kynkäänniemi et al., 2024)."""
 
 
 class RefinerConfig(_Settings):

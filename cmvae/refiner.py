@@ -19,6 +19,7 @@ import torch
 from diffusers import UNet2DModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from cmvae.config import RefinerConfig, SamplerConfig, UNetConfig
 from cmvae.data.schema import ModalityName, ModalitySchema
@@ -89,7 +90,7 @@ class Denoiser(nn.Module):
         if self.latent is not None:
             embedding = embedding + self.latent(shared) * present[:, None]
         inputs = torch.cat([noisy, reconstruction * present[:, None, None, None]], dim=1)
-        # Group normalisation takes this network twice as long channels-last on a CPU, and images come so.
+        # Images come channels-last, in which this network takes twice as long on a CPU.
         inputs = inputs.contiguous()
         return self.unet(inputs, timesteps, class_labels=embedding).sample
 
@@ -214,9 +215,16 @@ class Refiner(nn.Module):
             there = torch.full_like(timesteps, present, dtype=torch.bool)
             return self.predict(group, noisy, timesteps, reconstruction, modality, shared, there)
 
+        # Known beforehand: asking the device for its time steps would make it wait at every one.
+        first = sampler.guidance_from * self.diffusion.num_timesteps
+        guided = (
+            sampler.guidance != 1 and timestep >= first
+            for timestep in self.diffusion.sampling_timesteps(sampler)
+        )
+
         def predict_image(noisy: Tensor, timesteps: Tensor) -> Tensor:
             prediction = predict(noisy, timesteps, conditional)
-            if sampler.guidance != 1:
+            if next(guided):
                 without = predict(noisy, timesteps, False)
                 prediction = without + sampler.guidance * (prediction - without)
             return self.diffusion.predicted_image(prediction, noisy, timesteps).clamp(-1, 1)
@@ -249,7 +257,7 @@ class Refiner(nn.Module):
         device: str | torch.device = "cpu",
         autocast_dtype: torch.dtype | None = None,
         sampler: SamplerConfig | None = None,
-    ) -> Refiner:
+    ) -> Self:
         """Load an export that `save_pretrained` wrote, in evaluation mode.
 
         Args:

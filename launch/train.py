@@ -20,7 +20,7 @@ from cmvae.errors import UserError
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Train a CMVAE.")
+    parser = argparse.ArgumentParser(description="Train a CMVAE, or the refiner of one.")
     parser.add_argument("config", help="the experiment, a YAML file in configs/")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings to change, e.g. train.batch_size=64"

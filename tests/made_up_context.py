@@ -23,9 +23,9 @@ class MadeUpContext(EvaluationContext):
 
     data: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
-    def batches(self, split: str) -> Iterator[dict[str, Any]]:
+    def batches(self, split: str, num_samples: int | None = None) -> Iterator[dict[str, Any]]:
         values = self.data[split]
-        for batch in self.positions(len(values["label"])):
+        for batch in self.positions(len(values["label"][:num_samples])):
             yield {**{name: value[batch["position"]] for name, value in values.items()}, **batch}
 
 

@@ -164,13 +164,21 @@ class EvaluationPlan:
         shard_sizes: samples in each shard of the split.
         batch_size: B, samples of one batch on one rank.
         world_size: W, number of ranks.
+        num_samples: only the first so many, if there are more.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], batch_size: int, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        shard_sizes: Sequence[int],
+        batch_size: int,
+        world_size: int = 1,
+        num_samples: int | None = None,
+    ) -> None:
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.batch_size = batch_size
         self.world_size = world_size
-        self.num_samples = int(self.shard_sizes.sum())
+        total = int(self.shard_sizes.sum())
+        self.num_samples = total if num_samples is None else min(total, num_samples)
 
     @property
     def batches_per_epoch(self) -> int:

@@ -122,6 +122,8 @@ class EvaluationLoader:
         rank: which of the ranks this is.
         world_size: number of ranks.
         num_workers: reader processes; 0 reads in this process.
+        num_samples: only the first so many samples, if the split has more. Samples were shuffled when they
+            were packed.
 
     Raises:
         UserError: the folder lacks the split, a modality or a shard. While reading: a shard is damaged.
@@ -137,9 +139,10 @@ class EvaluationLoader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        num_samples: int | None = None,
     ) -> None:
         shards = SplitReader(folder, split, modalities)
-        self._plan = EvaluationPlan(shards.sizes, batch_size, world_size)
+        self._plan = EvaluationPlan(shards.sizes, batch_size, world_size, num_samples)
         self._loader = _make_loader(_PlannedDataset(shards, self._plan, rank), num_workers)
 
     def __len__(self) -> int:

@@ -47,8 +47,14 @@ class EvaluationContext:
         """Where the model is."""
         return self.accelerator.device
 
-    def batches(self, split: str) -> Iterator[dict[str, Any]]:
-        """This rank's batches of a split on the device, images (B, C, H, W) fp32 in [0, 1]."""
+    def batches(self, split: str, num_samples: int | None = None) -> Iterator[dict[str, Any]]:
+        """This rank's batches of a split on the device, images (B, C, H, W) fp32 in [0, 1].
+
+        Args:
+            split: which split.
+            num_samples: only the first so many samples, which were shuffled when they were packed; None is
+                all.
+        """
         loader = EvaluationLoader(
             self.shards,
             split=split,
@@ -56,6 +62,7 @@ class EvaluationContext:
             batch_size=self.settings.batch_size,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
+            num_samples=num_samples,
         )
         for batch in loader:
             yield to_device(batch, self.device)

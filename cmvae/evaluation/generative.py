@@ -41,15 +41,12 @@ from cmvae.evaluation.frechet import (
     to_bytes,
     warn_if_few,
 )
-from cmvae.evaluation.result import GroupResult
+from cmvae.evaluation.result import REFINED, GroupResult
 from cmvae.model import Latents
 from cmvae.progress import progress_bar
 
 Loaded = TypeVar("Loaded")
 Reader = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-
-REFINED = "refined/"
-"""Before the name of a metric: of what a refiner made of the same generations."""
 
 _DISTANCE_NAMES = {"classifier": "frechet/classifier", "inception": "fid"}
 """Feature space to the name of the Fréchet distance in it."""
@@ -104,23 +101,112 @@ def evaluate_generative(context: EvaluationContext, wanted: Collection[str]) -> 
     result = GroupResult(left_out=left_out)
     if not networks.classifiers and networks.inception is None:
         return result
-    names = context.model.modality_names
-    real = _read_split(context, networks)
-    num_real = len(real["label"])
-    result.protocol |= _describe(context, networks, num_real)
+    reference = read_reference(context, networks, wanted)
+    result.left_out |= reference.left_out
+    result.protocol |= _describe(context, networks, reference.num_samples)
+    result.add(measure_generations(context, reference))
+    return result
 
-    comparisons = _compare_with(context, real, networks, wanted, result)
-    coherent = "coherence" in wanted and "coherence" not in result.left_out
+
+@dataclass(frozen=True)
+class Reference:
+    """The real images of a split as networks read them; generations from them are compared with them."""
+
+    networks: Networks
+    readings: Mapping[str, np.ndarray]
+    """`label` (N,), `loc/…` and `scale/…` (N, D_z) of q(z|x_m), and the readings of the images."""
+    comparisons: Sequence[_Comparison]
+    coherent: bool
+    """Whether coherence is wanted and can be had."""
+    left_out: Mapping[str, str]
+    """As of `GroupResult`."""
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return len(self.readings["label"])
+
+
+def read_reference(
+    context: EvaluationContext,
+    networks: Networks,
+    wanted: Collection[str],
+    num_samples: int | None = None,
+) -> Reference:
+    """Read a split once, for any number of measurements of what is generated from it.
+
+    Args:
+        context: model, data and settings.
+        networks: what reads images.
+        wanted: of `coherence`, `frechet` and `fidelity`.
+        num_samples: only the first so many samples of the split; None is all.
+
+    Raises:
+        UserError: a shard is damaged.
+    """
+    real = _read_split(context, networks, context.settings.split, num_samples)
+    comparisons, left_out = _compare_with(context, real, networks, wanted)
+    coherent = "coherence" in wanted and bool(networks.classifiers)
+    if coherent and len(context.model.modality_names) < 2:
+        coherent = False
+        left_out["coherence"] = "takes at least two modalities"
+    return Reference(networks, real, comparisons, coherent, left_out)
+
+
+def measure_floor(context: EvaluationContext, reference: Reference, split: str) -> dict[str, float]:
+    """The distances of other real images, by the names that distances of generations have.
+
+    So far apart are two sets of real images: of equally many generations less cannot be asked.
+
+    Args:
+        context: model, data and settings.
+        reference: what they are compared with.
+        split: where the others come from, its first samples, as many as the reference has if there are.
+
+    Raises:
+        UserError: the data has no such split, or one too small, or a shard is damaged.
+    """
+    readings = _read_split(context, reference.networks, split, reference.num_samples)
+    for comparison in reference.comparisons:
+        num_samples, num_features = readings[f"{comparison.space}/{context.model.modality_names[0]}"].shape
+        reason = refusal(num_samples, num_features)
+        if reason is not None:
+            raise UserError(f"{context.shards}: split {split}: {reason}")
+    tally = _Tally(context.model.modality_names, reference.comparisons)
+    tally.add_real(readings)
+    return tally.distances()
+
+
+def measure_generations(
+    context: EvaluationContext, reference: Reference, *, several_sources: bool = True
+) -> GroupResult:
+    """One pass of generations, as they are and, with a refiner, refined.
+
+    Args:
+        context: model, settings and perhaps a refiner.
+        reference: what is generated from and compared with.
+        several_sources: also generate from several sources, of which only coherence knows.
+
+    Returns:
+        Metrics and figures, as of `evaluate_generative`.
+
+    Raises:
+        UserError: the model generates values that are not finite.
+    """
+    result = GroupResult()
+    comparisons, coherent = reference.comparisons, reference.coherent
     if not comparisons and not coherent:
         return result
+    networks, real = reference.networks, reference.readings
+    names = context.model.modality_names
     # Generations as they are, and refined.
     tallies = {"": _Tally(names, comparisons)}
     if context.refiner is not None:
         tallies[REFINED] = _Tally(names, comparisons)
     read = networks.read if comparisons else networks.classify
-    source_sets = _source_sets(names, len(names) - 1 if coherent else 1)
+    source_sets = _source_sets(names, len(names) - 1 if coherent and several_sources else 1)
     with progress_bar(
-        total=context.settings.num_generated + len(source_sets) * num_real,
+        total=context.settings.num_generated + len(source_sets) * reference.num_samples,
         desc="generate",
         unit=" samples",
         disable=not context.accelerator.is_main_process,
@@ -166,6 +252,12 @@ class _Tally:
         for comparison in self._comparisons:
             comparison.add(readings, ("unconditional",), self._compared)
         self._joint = _classes(readings)
+
+    def add_real(self, readings: Mapping[str, np.ndarray]) -> None:
+        """Take in the readings of real images, for the distances of every kind of generations."""
+        for comparison in self._comparisons:
+            comparison.add(readings, ("unconditional",), self._compared)
+            comparison.add(readings, ("conditional", "conditional_cross"), self._compared)
 
     def add_conditional(self, readings: Mapping[str, np.ndarray], sources: Sources) -> None:
         """Take in the readings of what was generated from some modalities."""
@@ -238,9 +330,9 @@ def _compare_with(
     real: Mapping[str, np.ndarray],
     networks: Networks,
     wanted: Collection[str],
-    result: GroupResult,
-) -> list[_Comparison]:
-    """The comparisons that there are networks and samples enough for; the others go to `result.left_out`."""
+) -> tuple[list[_Comparison], dict[str, str]]:
+    """The comparisons that there are networks and samples enough for; the others with the reason."""
+    left_out: dict[str, str] = {}
     num_real = len(real["label"])
     num_samples = {
         "unconditional": min(num_real, context.settings.num_generated),
@@ -260,21 +352,21 @@ def _compare_with(
             if "frechet" in wanted:
                 reason = refusal(size, num_features)
                 if reason is not None:
-                    result.left_out[name] = reason
+                    left_out[name] = reason
                 else:
                     distances.append(kind)
                     if context.accelerator.is_main_process:
                         warn_if_few(name, size, num_features)
             if "fidelity" in wanted and space == "classifier":
                 if size <= NUM_NEIGHBOURS:
-                    result.left_out[f"fidelity/{space}/{kind}"] = (
+                    left_out[f"fidelity/{space}/{kind}"] = (
                         f"{size} samples, and each is asked for its {NUM_NEIGHBOURS}th nearest neighbour"
                     )
                 else:
                     fidelities.append(kind)
         if distances or fidelities:
             comparisons.append(_Comparison(space, real, distances, fidelities))
-    return comparisons
+    return comparisons, left_out
 
 
 def _load_networks(context: EvaluationContext, wanted: Collection[str]) -> tuple[Networks, dict[str, str]]:
@@ -287,8 +379,6 @@ def _load_networks(context: EvaluationContext, wanted: Collection[str]) -> tuple
     if reason is not None:
         taken = {"coherence": "coherence", "frechet": "frechet/classifier", "fidelity": "fidelity/classifier"}
         left_out |= {taken[group]: reason for group in sorted(wanted)}
-    elif "coherence" in wanted and len(context.model.modality_names) < 2:
-        left_out["coherence"] = "takes at least two modalities"
     inception = None
     if "frechet" in wanted:
         # Asked first: with too few images nothing needs to be fetched over a network.
@@ -318,8 +408,10 @@ def _on_all_ranks(context: EvaluationContext, load: Callable[[], Loaded]) -> tup
     return (None, reasons[0]) if reasons else (loaded, None)
 
 
-def _read_split(context: EvaluationContext, networks: Networks) -> dict[str, np.ndarray]:
-    """`label` (N,), `loc/…` and `scale/…` (N, D_z) of q(z|x_m), and the readings of the real images."""
+def _read_split(
+    context: EvaluationContext, networks: Networks, split: str | None = None, num_samples: int | None = None
+) -> dict[str, np.ndarray]:
+    """The readings of a `Reference`, of the settings' split unless another one is given."""
     names = context.model.modality_names
 
     def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -329,7 +421,7 @@ def _read_split(context: EvaluationContext, networks: Networks) -> dict[str, np.
             encoded[f"loc/{name}"], encoded[f"scale/{name}"] = posterior.shared.loc, posterior.shared.scale
         return encoded | networks.read(images)
 
-    return context.collect(context.batches(context.settings.split), compute)
+    return context.collect(context.batches(split or context.settings.split, num_samples), compute)
 
 
 class _Generator:

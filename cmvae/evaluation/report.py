@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cmvae.errors import UserError
-from cmvae.evaluation.result import GroupResult
+from cmvae.evaluation.result import REFINED, GroupResult
 from cmvae.files import whole_folder
 
 
@@ -55,9 +55,18 @@ def format_report(result: GroupResult) -> str:
 
 
 def format_table(metrics: Mapping[str, float]) -> str:
-    """The metrics as lines of text, sorted by name, the numbers below each other."""
-    width = max(map(len, metrics), default=0)
-    return "\n".join(f"{name:<{width}}  {_format_number(metrics[name])}" for name in sorted(metrics))
+    """The metrics as lines of text, sorted by name, the numbers below each other.
+
+    Where generations were refined, a metric's value after it stands beside the one before.
+    """
+    names = sorted(name for name in metrics if not name.startswith(REFINED))
+    width = max(map(len, names), default=0)
+    rows = [f"{name:<{width}}  {_format_number(metrics[name])}" for name in names]
+    if len(names) == len(metrics):
+        return "\n".join(rows)
+    after = [_format_number(metrics[REFINED + name]) if REFINED + name in metrics else "" for name in names]
+    head = f"{'':<{width}}  {'before':>10}  {'refined':>10}"
+    return "\n".join([head, *(f"{row}  {value}".rstrip() for row, value in zip(rows, after, strict=True))])
 
 
 def _format_number(value: float) -> str:

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from matplotlib.figure import Figure
 
+REFINED = "refined/"
+"""Before the name of a metric: of what a refiner made of the same generations."""
+
 
 @dataclass
 class GroupResult:

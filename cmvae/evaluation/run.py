@@ -48,7 +48,7 @@ def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> 
     """
     accelerator = start_evaluation_accelerator()
     try:
-        context = _load(config, index, run_dir, accelerator)
+        context = load_context(config, index, run_dir, accelerator)
         result = _describe(context, run_dir / "export")
         for group in _evaluate_groups(context, config):
             result.add(group)
@@ -63,10 +63,10 @@ def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> 
         accelerator.end_training()
 
 
-def _load(
+def load_context(
     config: ExperimentConfig, index: ShardIndex, run_dir: Path, accelerator: Accelerator
 ) -> EvaluationContext:
-    """Model, refiner and data of a run."""
+    """Model, refiner and data of a run; arguments and errors as of `evaluate_run`."""
     if isinstance(config, RefinerExperiment):
         from cmvae.dcmvae import DCMVAE
 

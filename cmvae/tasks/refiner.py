@@ -28,7 +28,7 @@ class RefinerNoise:
     source: Tensor
     """(B,) int64, the modality that each sample's reconstruction comes from."""
     shared: Tensor
-    """(B, D_z), for z ~ q(z|x_source)."""
+    """(B, D_z), for z ~ q(z|x_source) if it is sampled."""
     private: Tensor
     """(B, D_w), for w ~ p(w), as in generation."""
     condition: Tensor
@@ -137,7 +137,10 @@ class RefinerTask(Task):
         for name, drawn in noise.items():
             rows = torch.arange(len(drawn.source), device=locations.device)
             posterior = self.cmvae.family(locations[drawn.source, rows], scales[drawn.source, rows])
-            z = posterior.sample(drawn.shared)
+            if self.refiner.config.conditioning.shared == "sample":
+                z = posterior.sample(drawn.shared)
+            else:
+                z = posterior.loc
             w = self.cmvae.private_prior.sample(drawn.private)
             x = to_signed(self.cmvae.decode(z, {name: w})[name])
             reconstructions[name] = x + self.refiner.config.conditioning.noise * drawn.condition

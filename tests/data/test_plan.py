@@ -98,5 +98,11 @@ def test_evaluation_marks_every_sample_valid_exactly_once():
         # In the order of ranks and batches the valid samples are the natural order.
         read = np.concatenate([rank.batches[rank.valid] for rank in ranks])
         assert read.tolist() == list(range(sum(sizes)))
+        for limit in (1, sum(sizes) // 2 + 1, sum(sizes) + 1):
+            limited = EvaluationPlan(sizes, batch_size, world_size, limit)
+            parts = [limited.for_rank(0, rank) for rank in range(world_size)]
+            assert {part.batches.shape for part in parts} == {(limited.batches_per_epoch, batch_size)}
+            read = np.concatenate([part.batches[part.valid] for part in parts])
+            assert read.tolist() == list(range(min(limit, sum(sizes))))
         filled = np.concatenate([rank.batches.ravel() for rank in ranks])
         assert 0 <= filled.min() <= filled.max() < sum(sizes)

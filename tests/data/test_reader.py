@@ -227,6 +227,17 @@ def test_evaluation_reads_every_key_exactly_once(make_folder, world_size, num_wo
     assert len(set(lengths.pop())) == 1
 
 
+def test_evaluation_of_the_first_samples_opens_only_their_shards(make_folder):
+    folder = make_folder(SIZES)
+    last = folder / sorted(path.name for path in folder.glob("*.tar"))[-1]
+    last.write_bytes(b"x" * last.stat().st_size)
+    loader = EvaluationLoader(folder, split="train", modalities=["m0"], batch_size=4, num_samples=9)
+    batches = list(loader)
+    assert [batch["valid"].sum() for batch in batches] == [4, 4, 1]
+    read = [key for of_batch in keys(batches) for key in of_batch]
+    assert read[:9] == [f"k{number:05d}" for number in range(9)]
+
+
 def test_evaluation_can_be_repeated(make_folder):
     loader = EvaluationLoader(
         make_folder(SIZES), split="train", modalities=["m0"], batch_size=4, num_workers=1

@@ -42,6 +42,7 @@ def demo(tmp_path_factory):
             "-o",
             environment / "installed",
             "ARGS=train.max_steps=100 evaluation.num_generated=500 evaluation.likelihood_samples=6",
+            "REFINER_ARGS=train.max_steps=20 evaluation.num_generated=100 refiner.sampler.num_steps=2",
         ],
         copy,
     )
@@ -95,7 +96,7 @@ def test_mlflow_holds_one_run_with_settings_curves_and_pictures(demo):
 
     client = MlflowClient(f"sqlite:///{copy}/mlflow.db")
     experiment = client.get_experiment_by_name("cmvae")
-    (run,) = client.search_runs([experiment.experiment_id])
+    (run,) = client.search_runs([experiment.experiment_id], "tags.task = 'cmvae'")
     assert run.info.status == "FINISHED"
     assert run.data.params["train.max_steps"] == "100"
     for metric in ("train/bound", "train/samples_per_second", "validation/clusters/perplexity"):
@@ -108,6 +109,33 @@ def test_mlflow_holds_one_run_with_settings_curves_and_pictures(demo):
         assert run.data.metrics[f"evaluation/{name}"] == value
     artifacts = [artifact.path for artifact in client.list_artifacts(run.info.run_id)]
     assert {"config.yaml", "figures", "images", "metrics.json"} <= set(artifacts)
+
+
+def test_demo_ends_with_refined_pictures(demo):
+    copy, done = demo
+    run = copy / "runs/digits_refiner"
+    metrics = json.loads((run / "evaluation/metrics.json").read_text())
+    for key in (
+        "coherence/conditional",
+        "coherence/unconditional",
+        "frechet/classifier/conditional_cross",
+        "fidelity/classifier/recall/unconditional",
+    ):
+        assert isinstance(metrics[key], float)
+        assert isinstance(metrics[f"refined/{key}"], float)
+    with Image.open(run / "evaluation/figures/refinements.png") as picture:
+        assert min(picture.size) > 100
+    assert "before     refined" in done.stdout
+    assert "runs/digits_refiner/evaluation/figures" in done.stdout
+
+
+def test_mlflow_links_the_refiner_with_its_cmvae(demo):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{demo[0]}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("cmvae").experiment_id])
+    by_task = {run.data.tags["task"]: run for run in runs}
+    assert by_task["refiner"].data.tags["mlflow.parentRunId"] == by_task["cmvae"].info.run_id
 
 
 def test_bare_mlflow_looks_at_the_database_of_the_working_folder(demo):
@@ -123,6 +151,11 @@ model = CMVAE.from_pretrained("runs/digits/export")
 images = model.generate(5)
 assert {name: tuple(x.shape) for name, x in images.items()} == {f"m{i}": (5, 3, 16, 16) for i in range(3)}
 print(sorted(set(model.assign(images).cluster.tolist())))
+
+from cmvae import DCMVAE
+model = DCMVAE.from_pretrained("runs/digits_refiner/export", cmvae="runs/digits/export")
+sharp = model.refine(model.cmvae.generate(5))
+assert {name: tuple(x.shape) for name, x in sharp.items()} == {f"m{i}": (5, 3, 16, 16) for i in range(3)}
 """
     done = run_command([sys.executable, "-c", program], demo[0])
     assert done.returncode == 0, done.stderr
