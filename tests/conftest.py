@@ -21,7 +21,7 @@ def pytest_configure() -> None:
     # A shell starts background jobs with Ctrl-C ignored, and every process below them inherits that: here it
     # must have its usual effect, for the tests that send it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Networks this small gain nothing from a second thread, and where something else runs on its core they wait
+    # Networks this small gain nothing from a second thread, and where another job runs on its core they wait
     # for it at every operation: forty times as long. Read when torch is imported, by nothing before it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
