@@ -16,14 +16,15 @@ from quadrants import Quadrants
 from cmvae.config import CMVAEExperiment, RefinerExperiment, load_config, save_config
 from cmvae.data.schema import ShardIndex
 
+# Networks this small gain nothing from a second thread, and where something else runs on its core they wait
+# for it at every operation: forty times as long. Set before torch is imported, which reads it then.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_configure() -> None:
     # A shell starts background jobs with Ctrl-C ignored, and every process below them inherits that: here it
     # must have its usual effect, for the tests that send it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Networks this small gain nothing from a second thread, and where another job runs on its core they wait
-    # for it at every operation: forty times as long. Read when torch is imported, by nothing before it.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -143,6 +143,39 @@ def test_the_network_is_called_once_a_step_and_twice_with_guidance(images, shari
         torch.testing.assert_close(calls[0]["reconstruction"], given)
 
 
+@pytest.mark.parametrize(
+    ("start", "guidance_from", "guided"),
+    [
+        # Of 20 time steps the sampler takes 19, 14, 9 and 4, or from the middle 9, 7, 4 and 1; guidance acts
+        # from guidance_from · 20 on, itself included.
+        (1.0, 0.0, [True, True, True, True]),
+        (1.0, 0.45, [True, True, True, False]),
+        (1.0, 0.46, [True, True, False, False]),
+        (1.0, 0.99, [False, False, False, False]),
+        (0.5, 0.35, [True, True, False, False]),
+    ],
+)
+def test_guidance_acts_in_the_noisy_time_steps(images, start, guidance_from, guided):
+    sampler = {"num_steps": 4, "start": start, "guidance": 2.0, "guidance_from": guidance_from}
+    refiner = make_refiner(["a", "b"], sampler=sampler, conditioning={"dropout": 0.1})
+    calls = record_calls(refiner)
+    refiner.refine(images, seeds=range(5))
+    expected = [present for two in guided for present in ([True, False] if two else [True])]
+    for group in (calls[: len(expected)], calls[len(expected) :]):
+        assert [bool(call["present"].all()) for call in group] == expected
+        timesteps = [call["timesteps"][0].item() for call in group if call["present"].all()]
+        assert [step >= guidance_from * 20 for step in timesteps] == guided
+
+
+def test_guidance_from_on_makes_no_difference_where_it_begins_at_the_start(images):
+    pictures = []
+    for sampler in ({"guidance": 3.0, "guidance_from": 0.99}, {"guidance": 1.0}, {"guidance": 3.0}):
+        refiner = make_refiner(sampler=sampler, conditioning={"dropout": 0.1})
+        pictures.append(refiner.refine(images, seeds=range(5))["a"])
+    assert torch.equal(pictures[0], pictures[1])
+    assert not torch.equal(pictures[0], pictures[2])
+
+
 def test_a_plain_ddpm_never_sees_the_reconstruction(images):
     refiner = make_refiner(conditioning={"source": "none"})
     calls = record_calls(refiner)

@@ -313,6 +313,7 @@ def test_before_refinement_all_is_as_without_a_refiner(untrained, evaluation_con
         "refined.sampler.num_steps": 4,
         "refined.sampler.start": 1.0,
         "refined.sampler.guidance": 1.0,
+        "refined.sampler.guidance_from": 0.0,
         "refined.seed": 0,
     }
 

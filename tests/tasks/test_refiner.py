@@ -136,10 +136,11 @@ def test_the_loss_is_the_error_at_the_noised_image_over_valid_samples(sharing):
     assert loss.item() != pytest.approx(total.mean().item(), rel=1e-3), "padding does not count"
 
 
+@pytest.mark.parametrize("shared", ["mean", "sample"])
 @pytest.mark.parametrize("sharing", ["per_modality", "shared"])
-def test_the_condition_is_a_reconstruction_from_the_source_that_was_drawn(sharing):
-    """Sample by sample: z ~ q(z|x_source), w ~ p(w), decoded, in [−1, 1], and noise on it."""
-    task = make_task(sharing=sharing, conditioning={"latent": True, "noise": 0.25})
+def test_the_condition_is_a_reconstruction_from_the_source_that_was_drawn(sharing, shared):
+    """Sample by sample: z of q(z|x_source), w ~ p(w), decoded, in [−1, 1], and noise on it."""
+    task = make_task(sharing=sharing, conditioning={"latent": True, "noise": 0.25, "shared": shared})
     calls = record_calls(task.refiner)
     _, _, drawn = run(task, batch := make_batch())
     conditions = torch.cat([call["reconstruction"] for call in calls]).chunk(3)
@@ -149,7 +150,7 @@ def test_the_condition_is_a_reconstruction_from_the_source_that_was_drawn(sharin
         noise = drawn[name]
         for i, source in enumerate(noise.source.tolist()):
             posterior = cmvae.encode({NAMES[source]: batch[NAMES[source]][i : i + 1]})[NAMES[source]].shared
-            z = posterior.loc + posterior.scale * noise.shared[i]
+            z = posterior.loc + (posterior.scale * noise.shared[i] if shared == "sample" else 0)
             w = cmvae.private_scale * noise.private[i]
             image = cmvae.decode(z, {name: w[None]})[name][0].clamp(0, 1)
             torch.testing.assert_close(latent[i], z[0], rtol=1e-4, atol=1e-5)

@@ -68,7 +68,13 @@ def test_a_table_and_figures_below_the_run(call, folder):
     assert record["protocol"]["num_samples"] == 40
     assert [m["title"] for m in record["measurements"]] == titles
     last = record["measurements"][-1]
-    assert last["sampler"] == {"name": "ddim", "num_steps": 3, "start": 1.0, "guidance": 1.0}
+    assert last["sampler"] == {
+        "name": "ddim",
+        "num_steps": 3,
+        "start": 1.0,
+        "guidance": 1.0,
+        "guidance_from": 0.0,
+    }
     metrics = last["metrics"]
     assert cells["ddim, 3 steps"][:5] == [
         f"{metrics[key]:.4f}"
