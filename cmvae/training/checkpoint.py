@@ -20,9 +20,11 @@ from cmvae.training.state import TrainState
 STATE_NAME = "state.json"
 _CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
 
-# What a run may change when it goes on: what it reports, and how long it trains.
+# What a run may change when it goes on: what it reports, and how long it trains. A CMVAE may move: whether it is
+# the same is told by its hash.
 _CHANGEABLE = re.compile(
-    r"name|output_dir|tracking\..*|evaluation\..*|data\.(shards|num_workers|cache_megabytes)"
+    r"name|output_dir|cmvae|refiner\.sampler\..*|tracking\..*|evaluation\..*"
+    r"|data\.(shards|num_workers|cache_megabytes)"
     r"|train\.(log_every|validate_every|checkpoint_every|keep_checkpoints)"
 )
 _LENGTH = re.compile(r"train\.(epochs|max_steps)")
