@@ -20,8 +20,8 @@ from cmvae.training.state import TrainState
 STATE_NAME = "state.json"
 _CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
 
-# What a run may change when it goes on: what it reports, and how long it trains. A CMVAE may move: whether it is
-# the same is told by its hash.
+# What a run may change when it goes on: what it reports, and how long it trains. A CMVAE may move: whether it
+# is the same is told by its hash.
 _CHANGEABLE = re.compile(
     r"name|output_dir|cmvae|refiner\.sampler\..*|tracking\..*|evaluation\..*"
     r"|data\.(shards|num_workers|cache_megabytes)"
