@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cmvae.config import SamplerConfig
+from cmvae.config import RefinerExperiment, SamplerConfig
+from cmvae.distributed import AUTOCAST_DTYPES
 from cmvae.errors import UserError
 from cmvae.exports import weights_sha256
 from cmvae.model import CMVAE
@@ -58,6 +59,26 @@ class DCMVAE:
                 f"{given[:12]}…. Give the CMVAE that it was trained with, or train a refiner for this one"
             )
         return cls(model, loaded)
+
+    @classmethod
+    def from_run(cls, config: RefinerExperiment, run_dir: Path, device: str | torch.device) -> DCMVAE:
+        """Load what the run of a refiner left, in its precision and with the sampler of `config`.
+
+        Args:
+            config: the run's experiment, perhaps with another sampler.
+            run_dir: folder of the run.
+            device: where to.
+
+        Raises:
+            UserError: as `from_pretrained`.
+        """
+        return cls.from_pretrained(
+            run_dir / "export",
+            config.cmvae / "export",
+            device,
+            AUTOCAST_DTYPES[config.train.mixed_precision],
+            config.refiner.sampler,
+        )
 
     def refine(
         self,

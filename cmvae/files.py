@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cmvae.errors import UserError
+
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
@@ -33,6 +35,24 @@ def whole_folder(path: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     yield partial
     publish_folder(partial, path)
+
+
+def holds_earlier(folder: Path, record_name: str, contents: str) -> bool:
+    """Whether a folder to be replaced whole holds an earlier one of its kind; false if it is empty.
+
+    Args:
+        folder: what the user named as `--out`.
+        record_name: the file that only a folder of this kind has.
+        contents: what such a folder holds, for the message.
+
+    Raises:
+        UserError: it holds something else, which replacing would delete.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not (folder / record_name).is_file():
+        raise UserError(f"--out {folder}: holds other things than {contents}. Give another folder")
+    return True
 
 
 def publish_folder(partial: Path, path: Path) -> None:

@@ -18,10 +18,9 @@ from cmvae.config import ExperimentConfig, RefinerExperiment
 from cmvae.data.batch import to_device
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
-from cmvae.distributed import AUTOCAST_DTYPES
 from cmvae.errors import UserError
 from cmvae.evaluation.figures import sample_rows
-from cmvae.files import whole_folder
+from cmvae.files import holds_earlier, whole_folder
 from cmvae.model import CMVAE
 from cmvae.progress import progress_bar
 
@@ -110,10 +109,7 @@ def _load(config: ExperimentConfig, run_dir: Path, device: torch.device) -> tupl
         # diffusers takes seconds to import.
         from cmvae.dcmvae import DCMVAE
 
-        dtype = AUTOCAST_DTYPES[config.train.mixed_precision]
-        both = DCMVAE.from_pretrained(
-            run_dir / "export", config.cmvae / "export", device, dtype, config.refiner.sampler
-        )
+        both = DCMVAE.from_run(config, run_dir, device)
         return both.cmvae, both.generate
     model = CMVAE.from_pretrained(run_dir / "export", device)
     return model, model.generate
@@ -193,11 +189,7 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
     Raises:
         UserError: there is something.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not (folder / RECORD_NAME).is_file():
-        raise UserError(f"--out {folder}: holds other things than generations. Give another folder")
-    if not overwrite:
+    if holds_earlier(folder, RECORD_NAME, "generations") and not overwrite:
         raise UserError(
             f"--out {folder}: holds earlier generations. Add --overwrite to replace them, or give another "
             "folder"

@@ -8,13 +8,11 @@ because a cross-modal or unconditional generation has no more than one.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
 import cmvae._torchvision  # noqa: F401 isort:skip
-import numpy as np
 import torch
 from diffusers import UNet2DModel
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,6 +24,7 @@ from cmvae.data.schema import ModalityName, ModalitySchema
 from cmvae.diffusion import Diffusion
 from cmvae.errors import UserError
 from cmvae.exports import load_weights, read_export_config, save_export
+from cmvae.seeds import derive_seed
 
 # The time embedding of diffusers' U-Net has so many times the channels of its first level.
 _EMBEDDING_FACTOR = 4
@@ -229,7 +228,9 @@ class Refiner(nn.Module):
                 prediction = without + sampler.guidance * (prediction - without)
             return self.diffusion.predicted_image(prediction, noisy, timesteps).clamp(-1, 1)
 
-        generators = [noise_generator(seed, name) for name in names for seed in seeds]
+        generators = [
+            torch.Generator().manual_seed(derive_seed(seed, name)) for name in names for seed in seeds
+        ]
         samples = self.diffusion.sample(
             predict_image,
             reconstruction.shape,
@@ -280,12 +281,6 @@ class Refiner(nn.Module):
 def to_signed(images: Tensor) -> Tensor:
     """Images of [0, 1] in [−1, 1], where the diffusion works; what a decoder puts outside is clipped."""
     return images.clamp(0, 1) * 2 - 1
-
-
-def noise_generator(seed: int, stream: str) -> torch.Generator:
-    """A random stream on the CPU that is a function of (seed, stream)."""
-    state = np.random.SeedSequence((seed, zlib.crc32(stream.encode()))).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]) >> 1)
 
 
 def _build_unet(config: UNetConfig, channels: int, size: Sequence[int]) -> nn.Module:

@@ -21,7 +21,7 @@ from cmvae.arguments import positive_integer
 from cmvae.config import RefinerExperiment, SamplerConfig, check_against_shards, load_run_config
 from cmvae.data.schema import ShardIndex
 from cmvae.errors import UserError
-from cmvae.files import whole_folder
+from cmvae.files import holds_earlier, whole_folder
 
 if TYPE_CHECKING:  # slow to import
     from matplotlib.figure import Figure
@@ -103,20 +103,6 @@ def read_samplers(run: Path, texts: Sequence[str]) -> list[SamplerConfig]:
         if isinstance(config, RefinerExperiment):
             samplers[config.refiner.sampler] = None
     return list(samplers)
-
-
-def check_output_folder(folder: Path) -> None:
-    """Refuse to bury anything but an earlier comparison: a whole folder takes the place of this one.
-
-    Raises:
-        UserError: there is something else.
-    """
-    if folder.exists() and not (folder / RECORD_NAME).is_file() and not _is_empty(folder):
-        raise UserError(f"--out {folder}: holds other things than a comparison. Give another folder")
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
 
 
 def format_head(titles: Sequence[str]) -> str:
@@ -214,7 +200,7 @@ def main() -> int:
         index = ShardIndex.load(config.data.shards)
         check_against_shards(config, index, str(arguments.run / "config.yaml"))
         index.split(config.evaluation.split, config.data.shards)
-        check_output_folder(out)
+        holds_earlier(out, RECORD_NAME, "a comparison")
 
         from cmvae.evaluation.samplers import (
             FLOOR,

@@ -7,7 +7,6 @@ function of (seed, stream, position) alone.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from cmvae.data.plan import EvaluationPlan
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
 from cmvae.model import CMVAE
+from cmvae.seeds import derive_seed
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from cmvae.refiner import Refiner
@@ -138,11 +138,7 @@ class EvaluationContext:
             stream: what it is for, so that two uses are independent.
             positions: (B,) int64.
         """
-        entropy = (self.settings.seed, zlib.crc32(stream.encode()))
-        return [
-            int(np.random.SeedSequence((*entropy, position)).generate_state(1, np.uint64)[0]) >> 1
-            for position in positions.tolist()
-        ]
+        return [derive_seed(self.settings.seed, stream, position) for position in positions.tolist()]
 
     def _generators(self, stream: str, positions: Tensor) -> Iterator[torch.Generator]:
         for seed in self.draw_seeds(stream, positions):

@@ -172,7 +172,7 @@ def measure_floor(context: EvaluationContext, reference: Reference, split: str) 
         reason = refusal(num_samples, num_features)
         if reason is not None:
             raise UserError(f"{context.shards}: split {split}: {reason}")
-    tally = _Tally(context.model.modality_names, reference.comparisons)
+    tally = _Tally(reference.comparisons)
     tally.add_real(readings)
     return tally.distances()
 
@@ -200,9 +200,9 @@ def measure_generations(
     networks, real = reference.networks, reference.readings
     names = context.model.modality_names
     # Generations as they are, and refined.
-    tallies = {"": _Tally(names, comparisons)}
+    tallies = {"": _Tally(comparisons)}
     if context.refiner is not None:
-        tallies[REFINED] = _Tally(names, comparisons)
+        tallies[REFINED] = _Tally(comparisons)
     read = networks.read if comparisons else networks.classify
     source_sets = _source_sets(names, len(names) - 1 if coherent and several_sources else 1)
     with progress_bar(
@@ -240,8 +240,8 @@ def measure_generations(
 class _Tally:
     """What comes of one version of the generations: as they are, or refined."""
 
-    def __init__(self, modalities: Sequence[str], comparisons: Sequence[_Comparison]) -> None:
-        self._modalities, self._comparisons = modalities, comparisons
+    def __init__(self, comparisons: Sequence[_Comparison]) -> None:
+        self._comparisons = comparisons
         self._compared: dict[str, list[float]] = {}
         self._classes: dict[Sources, dict[str, np.ndarray]] = {}
         self._joint: dict[str, np.ndarray] = {}

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from cmvae.config import CMVAEExperiment, ExperimentConfig, RefinerExperiment
 from cmvae.data.schema import ShardIndex
-from cmvae.distributed import AUTOCAST_DTYPES, start_evaluation_accelerator
+from cmvae.distributed import start_evaluation_accelerator
 from cmvae.evaluation.clustering import evaluate_clustering
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.likelihood import evaluate_likelihood
@@ -70,10 +70,7 @@ def load_context(
     if isinstance(config, RefinerExperiment):
         from cmvae.dcmvae import DCMVAE
 
-        dtype = AUTOCAST_DTYPES[config.train.mixed_precision]
-        both = DCMVAE.from_pretrained(
-            run_dir / "export", config.cmvae / "export", accelerator.device, dtype, config.refiner.sampler
-        )
+        both = DCMVAE.from_run(config, run_dir, accelerator.device)
         model, refiner = both.cmvae, both.refiner
     else:
         model, refiner = CMVAE.from_pretrained(run_dir / "export", accelerator.device), None
