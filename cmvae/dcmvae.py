@@ -12,7 +12,7 @@ from cmvae.config import RefinerExperiment, SamplerConfig
 from cmvae.distributed import AUTOCAST_DTYPES
 from cmvae.errors import UserError
 from cmvae.exports import weights_sha256
-from cmvae.model import CMVAE
+from cmvae.model import CMVAE, stack_shared_locations
 from cmvae.refiner import Refiner
 
 
@@ -87,7 +87,14 @@ class DCMVAE:
         *,
         seeds: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        """Sharp images from what the CMVAE made; see `Refiner.refine`."""
+        """Sharp images from what the CMVAE made; see `Refiner.refine`.
+
+        Without `shared`, a refiner that is conditioned on z takes what the CMVAE reads back from the images:
+        the mean of their joint posterior (1/M) Σ_m q(z|x_m).
+        """
+        if shared is None and self.refiner.config.conditioning.latent:
+            with torch.no_grad():
+                shared = stack_shared_locations(self.cmvae.encode(images)).mean(1)
         return self.refiner.refine(images, shared, seeds=seeds)
 
     def generate(

@@ -45,6 +45,17 @@ def test_what_is_generated_is_what_the_cmvae_generates_refined(ways):
         assert len(set(seeds)) == len(seeds)
 
 
+def test_without_z_the_cmvae_reads_it_back_from_the_images(given):
+    cmvae, refiner = make_cmvae(), make_refiner(conditioning={"latent": True})
+    read_back = sum(cmvae.encode({name: x})[name].shared.loc for name, x in given.items()) / len(given)
+    expected = refiner.refine(given, read_back, seeds=[1, 2, 3, 4])
+    made = DCMVAE(cmvae, refiner).refine(given, seeds=[1, 2, 3, 4])
+    elsewhere = refiner.refine(given, read_back + 1, seeds=[1, 2, 3, 4])
+    for name in given:
+        torch.testing.assert_close(made[name], expected[name])
+        assert not torch.allclose(elsewhere[name], expected[name])
+
+
 def test_of_a_refiner_that_repeats_its_condition_the_generations_are_the_cmvaes_own(ways):
     cmvae = make_cmvae()
     refiner = make_refiner(diffusion={"prediction": "sample"})
