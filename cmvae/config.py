@@ -6,6 +6,7 @@ Imports neither torch nor anything that does, so that a mistake is reported in t
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from cmvae.errors import UserError
 from cmvae.files import write_whole
 
 Family = Literal["normal", "laplace"]
+
+# Parts of pydantic's locations that are no keys of the YAML: of a mapping's key, and of branches of a union.
+_NO_KEY = re.compile(r"\[key\]|literal\[.*\]|constrained-\w+")
 
 
 class _Settings(BaseModel):
@@ -70,6 +74,18 @@ class ObjectiveConfig(_Settings):
     """K: samples of the latents for each source modality."""
     beta: float = Field(default=1.0, gt=0)
     """Weight of the prior and posterior terms in every log-weight."""
+    cross_sources: Literal["all"] | PositiveInt = "all"
+    """Other modalities that each is decoded from in a training step: all, or so many, drawn anew every step
+    and weighted to keep the bound's expectation. Takes time linear in the number of modalities."""
+
+    @model_validator(mode="after")
+    def _terms_add_up(self) -> ObjectiveConfig:
+        if self.cross_sources != "all" and self.num_samples > 1:
+            raise ValueError(
+                f"cross_sources is {self.cross_sources} with num_samples {self.num_samples}: leaving terms "
+                "out is unbiased with one sample only. Set cross_sources to all, or num_samples to 1"
+            )
+        return self
 
 
 class UNetConfig(_Settings):
@@ -271,6 +287,16 @@ class CMVAEExperiment(ExperimentConfig):
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
 
+    @model_validator(mode="after")
+    def _there_are_so_many_sources(self) -> CMVAEExperiment:
+        cross_sources, others = self.objective.cross_sources, len(self.model.modalities) - 1
+        if cross_sources != "all" and cross_sources > others:
+            raise ValueError(
+                f"objective.cross_sources is {cross_sources}, but every modality has {others} others; "
+                "set it to all or to fewer"
+            )
+        return self
+
 
 class RefinerExperiment(ExperimentConfig):
     """Training the diffusion that refines a CMVAE: a YAML file with the section `refiner`."""
@@ -429,7 +455,7 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
 
 def _explain(problem: Any, experiment: type[ExperimentConfig]) -> str:
     """One pydantic problem as: key, what is wrong, what to do."""
-    location = [str(part) for part in problem["loc"] if part != "[key]"]
+    location = [str(part) for part in problem["loc"] if not _NO_KEY.fullmatch(str(part))]
     key = ".".join(location) or "the experiment"
     if problem["type"] == "extra_forbidden":
         known = _known_keys(experiment, location[:-1])

@@ -3,6 +3,8 @@
 The re-computation loops over sources, samples and clusters, in float64, with torch.distributions.
 """
 
+import dataclasses
+import itertools
 import math
 
 import pytest
@@ -248,3 +250,20 @@ def test_the_likelihood_of_data_sums_its_pixels_and_leaves_its_weight_out(family
     expected = distribution(location, 0.2).log_prob(x).sum((-3, -2, -1))
     likelihood = LikelihoodConfig(family=family, scale=0.2, weight=9.0)
     torch.testing.assert_close(data_log_prob(likelihood, x, location), expected)
+
+
+@pytest.mark.parametrize(("num_modalities", "cross_sources"), [(2, 1), (3, 1), (5, 1), (5, 3)])
+def test_drawn_cross_sources_keep_bound_and_gradient_in_expectation(num_modalities, cross_sources):
+    """Over all draws that there are, the mean of the subsampled loss is the loss with every source."""
+    task, batch, noise = make_task(num_modalities, "laplace", "iwae", 1)
+    expected = task(batch)[0]
+    draws = list(itertools.combinations(range(1, num_modalities), cross_sources))
+    losses = []
+    for shifts in draws:
+        task.draw_noise = lambda *_, shifts=shifts: dataclasses.replace(noise, cross_shifts=shifts)
+        losses.append(task(batch)[0])
+    if len(draws) > 1:
+        assert max(losses) - min(losses) > 1e-3 * expected.abs(), "the draws do differ"
+    mean = sum(losses) / len(losses)
+    torch.testing.assert_close(mean, expected, rtol=1e-10, atol=0)
+    assert_equal_gradients(gradients(mean, task), gradients(expected, task))

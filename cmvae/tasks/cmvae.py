@@ -38,6 +38,9 @@ class LatentNoise:
     """(M, K, B, D_z), for z ~ q(z|x_m)."""
     private: Tensor
     """(M, M, K, B, D_w), target by source: on the diagonal for w_m ~ q(w_m|x_m), elsewhere for w̃_n ~ r_n."""
+    cross_shifts: tuple[int, ...]
+    """Every target n is decoded from itself and from the sources (n + shift) mod M, so that with one shift
+    each source is used once."""
 
 
 class CMVAETask(Task):
@@ -71,7 +74,14 @@ class CMVAETask(Task):
         return LatentNoise(
             shared=draw((*shape, config.shared_dim), device),
             private=draw((num_modalities, *shape, config.private_dim), device),
+            cross_shifts=self._draw_cross_shifts(),
         )
+
+    def _draw_cross_shifts(self) -> tuple[int, ...]:
+        num_modalities, cross_sources = len(self.model.modality_names), self.objective.cross_sources
+        if cross_sources == "all" or not self.training:
+            return tuple(range(1, num_modalities))
+        return tuple((1 + torch.randperm(num_modalities - 1)[:cross_sources]).tolist())
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Negative bound of a batch, and what it is made of.
@@ -111,11 +121,10 @@ class CMVAETask(Task):
         shared_posteriors = [source.shared.detach() if cut else source.shared for source in sources]
         private_posteriors = [source.private.detach() if cut else source.private for source in sources]
 
-        reconstructions = self.model.decode(shared, self._private_of_targets(private, noise))
         terms = LogWeightTerms(
             log_likelihood={
-                name: data_log_prob(self.likelihoods[name], inputs[name], location)
-                for name, location in reconstructions.items()
+                name: self._log_likelihood(n, inputs[name], shared, private, noise)
+                for n, name in enumerate(self.model.modality_names)
             },
             log_prior_shared=cluster_log_prob(*self.model.cluster_prior(shared)),
             log_prior_private=self.model.private_prior.log_prob(private),
@@ -129,17 +138,27 @@ class CMVAETask(Task):
         bound = dreg(log_w, [shared, private]) if cut else iwae(log_w)
         return bound, {**_per_sample(terms), "bound": bound.detach()}
 
-    def _private_of_targets(self, private: Tensor, noise: LatentNoise) -> dict[str, Tensor]:
-        """For each target n, w of every source (M, K, B, D_w): its own w_n, for other sources w̃_n ~ r_n."""
-        targets = {}
-        for n, name in enumerate(self.model.modality_names):
-            if len(self.model.modality_names) == 1:
-                targets[name] = private
-                continue
-            substitutes = self.model.auxiliary_prior(name).sample(noise.private[n])
-            own = torch.arange(len(private), device=private.device).eq(n).view(-1, 1, 1, 1)
-            targets[name] = torch.where(own, private, substitutes)
-        return targets
+    def _log_likelihood(
+        self, target: int, x: Tensor, shared: Tensor, private: Tensor, noise: LatentNoise
+    ) -> Tensor:
+        """Of one target x_n, log p(x_n | z, w_n) from every source, (M, K, B), decoded in one call.
+
+        Of cross sources that were drawn from all, each counts for as many more; where nothing was decoded
+        stands zero. Sums over the sources keep their expectation.
+        """
+        name, num_modalities = self.model.modality_names[target], len(private)
+        cross = [(target + shift) % num_modalities for shift in noise.cross_shifts]
+        targets_private = private[target : target + 1]
+        if cross:
+            substitutes = self.model.auxiliary_prior(name).sample(noise.private[target, cross])
+            targets_private = torch.cat([targets_private, substitutes])
+        sources = [target, *cross]
+        location = self.model.decode(shared[sources], {name: targets_private})[name]
+        decoded = data_log_prob(self.likelihoods[name], x, location)
+        each = [1.0] + [(num_modalities - 1) / len(cross)] * len(cross)
+        counted = decoded * decoded.new_tensor(each).view(-1, 1, 1)
+        into = torch.tensor(sources, device=decoded.device)
+        return decoded.new_zeros((num_modalities, *decoded.shape[1:])).index_copy(0, into, counted)
 
     def _cluster_report(self, posteriors: Mapping[str, Posterior]) -> dict[str, Tensor]:
         shared_loc = stack_shared_locations(posteriors)

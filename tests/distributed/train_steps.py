@@ -39,7 +39,7 @@ def main() -> None:
 
     def draw_my_part(batch_size: int, device: torch.device) -> LatentNoise:
         whole = draw_noise(batch_size * world_size, device)
-        return LatentNoise(whole.shared[..., mine, :], whole.private[..., mine, :])
+        return LatentNoise(whole.shared[..., mine, :], whole.private[..., mine, :], whole.cross_shifts)
 
     task.draw_noise = draw_my_part
     module, optimizer = accelerator.prepare(task, build_optimizer(task, config.optimizer))

@@ -13,7 +13,7 @@ SCHEMA = ModalitySchema(kind="image", shape=(3, 8, 8), dtype="uint8")
 NAMES = ("a", "b", "c")
 
 
-def make_task(autocast_dtype=None, num_samples=2):
+def make_task(autocast_dtype=None, num_samples=2, cross_sources="all"):
     torch.manual_seed(0)
     config = ModelConfig(
         shared_dim=5,
@@ -22,7 +22,7 @@ def make_task(autocast_dtype=None, num_samples=2):
         modalities={name: ModalityConfig(width=4) for name in NAMES},
     )
     model = CMVAE(config, dict.fromkeys(NAMES, SCHEMA), autocast_dtype)
-    return CMVAETask(model, ObjectiveConfig(num_samples=num_samples, beta=1.5))
+    return CMVAETask(model, ObjectiveConfig(num_samples=num_samples, beta=1.5, cross_sources=cross_sources))
 
 
 @pytest.fixture
@@ -48,6 +48,20 @@ def test_each_decoder_and_encoder_runs_once_a_step(batch):
     # A decoder decodes every target at once: three sources, two samples, nine members of the batch.
     expected = [("encoders", name, 9) for name in NAMES] + [("decoders", name, 3 * 2 * 9) for name in NAMES]
     assert sorted(calls) == sorted(expected)
+
+
+def test_of_drawn_cross_sources_each_is_used_once_a_step_and_none_is_preferred(batch):
+    task = make_task(num_samples=1, cross_sources=1)
+    sizes = []
+    for network in task.model.decoders.values():
+        network.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    task(batch)
+    assert sizes == [2 * 9] * 3, "from itself and from one other, nine members of the batch"
+    torch.manual_seed(3)
+    shifts = [task.draw_noise(1, torch.device("cpu")).cross_shifts for _ in range(200)]
+    assert set(shifts) == {(1,), (2,)}
+    assert 70 <= shifts.count((1,)) <= 130
+    assert task.eval().draw_noise(1, torch.device("cpu")).cross_shifts == (1, 2), "validation sees all"
 
 
 def test_densities_are_fp32_whatever_the_precision_around(batch):
