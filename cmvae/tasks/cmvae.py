@@ -155,7 +155,7 @@ class CMVAETask(Task):
         sources = [target, *cross]
         location = self.model.decode(shared[sources], {name: targets_private})[name]
         decoded = data_log_prob(self.likelihoods[name], x, location)
-        each = [1.0] + [(num_modalities - 1) / len(cross)] * len(cross)
+        each = [1.0] + [(num_modalities - 1) / len(cross) for _ in cross]
         counted = decoded * decoded.new_tensor(each).view(-1, 1, 1)
         into = torch.tensor(sources, device=decoded.device)
         return decoded.new_zeros((num_modalities, *decoded.shape[1:])).index_copy(0, into, counted)
