@@ -60,7 +60,7 @@ def assign_to_file(
         for split in splits:
             loader = EvaluationLoader(shards, split=split, modalities=modalities, batch_size=batch_size)
             for batch in loader:
-                for row in assign_batch(model, to_device(batch, device), modalities):
+                for row in assign_batch(model, to_device(batch, model.schemas, device), modalities):
                     table.writerow({"split": split, **row})
                     sizes[row["cluster"]] += 1
                     progress.update()

@@ -68,7 +68,7 @@ def responsibilities(log_density: FloatArray, log_weights: FloatArray, active: B
     return posterior
 
 
-def vote(responsibilities: FloatArray) -> IntArray:
+def vote(responsibilities: FloatArray, present: BoolArray | None = None) -> IntArray:
     """One cluster a sample: the mode of what its modalities choose.
 
     Where several clusters have the most votes, the most confident among the modalities that voted for one
@@ -77,29 +77,36 @@ def vote(responsibilities: FloatArray) -> IntArray:
 
     Args:
         responsibilities: (N, M, C).
+        present: (N, M) bool, which modalities a sample has and may vote; None if all.
 
     Returns:
         (N,) cluster ids.
     """
     choices = responsibilities.argmax(axis=2)
     certainty = responsibilities.max(axis=2)
-    num_votes = (choices[:, :, None] == choices[:, None, :]).sum(axis=2)
+    voters = np.ones(choices.shape, dtype=bool) if present is None else present
+    num_votes = ((choices[:, :, None] == choices[:, None, :]) & voters[:, None, :]).sum(axis=2)
+    num_votes = np.where(voters, num_votes, -1)
     in_mode = num_votes == num_votes.max(axis=1, keepdims=True)
     deciding = np.where(in_mode, certainty, -1.0).argmax(axis=1)
     return np.take_along_axis(choices, deciding[:, None], axis=1)[:, 0]
 
 
-def confidence(responsibilities: FloatArray, assignments: IntArray) -> FloatArray:
+def confidence(
+    responsibilities: FloatArray, assignments: IntArray, present: BoolArray | None = None
+) -> FloatArray:
     """How much the modalities agree with the vote: their mean responsibility of the sample's cluster.
 
     Args:
         responsibilities: (N, M, C).
         assignments: (N,) cluster ids, from `vote`.
+        present: as of `vote`; at least one of each sample.
 
     Returns:
         (N,) in [0, 1].
     """
-    return np.take_along_axis(responsibilities, assignments[:, None, None], axis=2)[:, :, 0].mean(axis=1)
+    agreement = np.take_along_axis(responsibilities, assignments[:, None, None], axis=2)[:, :, 0]
+    return np.average(agreement, axis=1, weights=present)
 
 
 def select_clusters(

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from cmvae.data.schema import ModalityName, ShardIndex
 from cmvae.errors import UserError
 from cmvae.files import write_whole
+from cmvae.kinds import KINDS
+from cmvae.kinds.kind import LikelihoodName
 
 Family = Literal["normal", "laplace"]
 
@@ -32,9 +34,10 @@ class _Settings(BaseModel):
 class LikelihoodConfig(_Settings):
     """How a decoder's output is compared with the data: log p(x_n | z, w_n) and its weight s_n."""
 
-    family: Family = "laplace"
+    family: LikelihoodName | None = None
+    """None is what fits the kind of the modality: Laplace for images, Normal for vectors, and so on."""
     scale: float = Field(default=0.75, gt=0)
-    """Scale of the density: Laplace's b or the Normal's standard deviation, in units of data in [0, 1]."""
+    """Laplace's b or the Normal's standard deviation; images are in [0, 1], vectors standardised."""
     weight: float = Field(default=1.0, gt=0)
     """s_n: what the modality's log-likelihood is multiplied by in every log-weight."""
 
@@ -42,10 +45,10 @@ class LikelihoodConfig(_Settings):
 class ModalityConfig(_Settings):
     """Networks and likelihood of one modality."""
 
-    network: str = "resnet"
-    """Encoder and decoder family, a name from `cmvae.networks.NETWORKS`."""
+    network: str | None = None
+    """Encoder and decoder family, a name from `cmvae.networks.NETWORKS`; None is what fits the kind."""
     width: PositiveInt = 64
-    """Filters of the first stage; the published PolyMNIST networks have 64."""
+    """Filters of the first stage, or hidden units; the published PolyMNIST networks have 64."""
     likelihood: LikelihoodConfig = LikelihoodConfig()
 
 
@@ -399,7 +402,8 @@ def check_against_shards(config: ExperimentConfig, index: ShardIndex, source: st
         source: the config's file, for the message.
 
     Raises:
-        UserError: the shards lack a modality of the config, or the CMVAE to refine is missing.
+        UserError: the shards lack a modality of the config or have one that its likelihood does not fit, or
+            the CMVAE to refine is missing.
     """
     try:
         modalities = read_modalities(config)
@@ -413,6 +417,14 @@ def check_against_shards(config: ExperimentConfig, index: ShardIndex, source: st
             f"{', '.join(index.modalities)}. Rename or remove it, or set data.shards to a data set that has "
             "it"
         )
+    if isinstance(config, CMVAEExperiment):
+        for name, modality in config.model.modalities.items():
+            kind, family = KINDS[index.modalities[name].kind], modality.likelihood.family
+            if family is not None and family not in kind.likelihoods:
+                raise UserError(
+                    f"{source}: model.modalities.{name}.likelihood.family: {family} does not fit a modality "
+                    f"of kind {kind.name}; take {' or '.join(kind.likelihoods)}"
+                )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def generate_given(
     num_samples = min(request.num_samples, index.split(request.split, shards).num_samples)
     loader = EvaluationLoader(shards, split=request.split, modalities=given, batch_size=batch_size)
     for raw, places in zip(loader, _batches(num_samples, batch_size), strict=False):
-        batch = to_device(raw, model.private_scale.device)
+        batch = to_device(raw, model.schemas, model.private_scale.device)
         inputs = {name: batch[name][: len(places)] for name in given}
         # Without its tail, the last batch has neither padding nor more than was asked for.
         names = [f"{place:06d}_{safe_name(key)}" for place, key in zip(places, batch["key"], strict=False)]

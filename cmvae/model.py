@@ -20,6 +20,8 @@ from cmvae.config import ModelConfig
 from cmvae.data.schema import ModalityName, ModalitySchema
 from cmvae.distributions import FAMILIES, LocationScale
 from cmvae.exports import load_weights, read_export_config, save_export
+from cmvae.kinds import KINDS
+from cmvae.likelihoods import likelihood_of
 from cmvae.networks import network_family
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -149,10 +151,14 @@ class CMVAE(nn.Module):
         self.decoders = nn.ModuleDict()
         for name, modality in config.modalities.items():
             schema = self.schemas[name]
-            networks = network_family(modality.network, schema, name)
+            networks = network_family(modality.network or KINDS[schema.kind].network, schema, name)
             sizes = (schema, modality.width, config.shared_dim, config.private_dim)
             self.encoders[name] = networks.encoder(*sizes)
             self.decoders[name] = networks.decoder(*sizes)
+        self.likelihoods = {
+            name: likelihood_of(modality.likelihood, self.schemas[name])
+            for name, modality in config.modalities.items()
+        }
         self.cluster_prior = ClusterPrior(
             self.family, config.num_clusters, config.shared_dim, config.cluster_mean_range
         )
@@ -185,7 +191,7 @@ class CMVAE(nn.Module):
         """Posteriors of the modalities in `inputs`.
 
         Args:
-            inputs: by modality, images (B, C, H, W) in [0, 1].
+            inputs: by modality, data (B, *shape), see `cmvae.kinds`; images are in [0, 1].
         """
         posteriors = {}
         for name, x in inputs.items():
@@ -199,14 +205,27 @@ class CMVAE(nn.Module):
         return posteriors
 
     def decode(self, shared: Tensor, private: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Locations of p(x_m | z, w_m) for every modality in `private`, each decoder called once.
+        """The mean of p(x_m | z, w_m), or the most probable value, for every modality in `private`.
 
         Args:
             shared: z, (..., D_z).
             private: w_m by modality, (..., D_w) with the same leading axes as z.
 
         Returns:
-            By modality (..., C, H, W), fp32.
+            By modality data (..., *shape), images (..., C, H, W) in fp32.
+        """
+        decoded = self.decode_parameters(shared, private)
+        return {name: self.likelihoods[name].to_data(parameters) for name, parameters in decoded.items()}
+
+    def decode_parameters(self, shared: Tensor, private: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of p(x_m | z, w_m) for every modality in `private`, each decoder called once.
+
+        Args:
+            shared: z, (..., D_z).
+            private: w_m by modality, (..., D_w) with the same leading axes as z.
+
+        Returns:
+            By modality (..., *parameter shape), fp32: locations or logits, see `cmvae.likelihoods`.
         """
         lead = shared.shape[:-1]
         decoded = {}
@@ -218,26 +237,28 @@ class CMVAE(nn.Module):
         return decoded
 
     @torch.no_grad()
-    def assign(self, inputs: Mapping[str, Tensor]) -> Assignment:
+    def assign(self, inputs: Mapping[str, Tensor], mask: Tensor | None = None) -> Assignment:
         """Clusters of a batch from the modalities given, by the vote of `cmvae.clustering.vote`.
 
         Args:
-            inputs: by modality, images (B, C, H, W) in [0, 1].
+            inputs: by modality, data (B, *shape); images are in [0, 1].
+            mask: (B, M) bool, false where a sample lacks one of `inputs`; None if none lacks any.
         """
         shared = stack_shared_locations(self.encode(inputs))
         log_weights, log_density = (tensor.cpu().numpy() for tensor in self.cluster_prior(shared))
         active = self.cluster_prior.active.cpu().numpy()
         probabilities = responsibilities(log_density, np.where(active, log_weights, 0), active)
-        clusters = vote(probabilities)
+        present = None if mask is None else mask.cpu().numpy()
+        clusters = vote(probabilities, present)
         return Assignment(
             torch.from_numpy(clusters),
-            torch.from_numpy(confidence(probabilities, clusters)),
+            torch.from_numpy(confidence(probabilities, clusters, present)),
             torch.from_numpy(probabilities),
         )
 
     @torch.no_grad()
     def reconstruct(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Each modality from its own posterior locations, (B, C, H, W)."""
+        """Each modality from its own posterior locations, data (B, *shape)."""
         return {
             name: self.decode(posterior.shared.loc, {name: posterior.private.loc})[name]
             for name, posterior in self.encode(inputs).items()
@@ -259,12 +280,12 @@ class CMVAE(nn.Module):
 
         Args:
             num_samples: how many; only without `given`.
-            given: by modality, images (B, C, H, W) in [0, 1] to condition on.
+            given: by modality, data (B, *shape) to condition on; images are in [0, 1].
             cluster: index of a cluster; only without `given`.
             generator: random stream, on the model's device; None uses torch's default.
 
         Returns:
-            By modality (num_samples or B, C, H, W), the decoders' locations.
+            By modality data (num_samples or B, *shape) as `decode` gives it.
 
         Raises:
             ValueError: neither or both of `num_samples` and `given`, or `cluster` with `given`.

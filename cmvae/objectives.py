@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmvae.config import LikelihoodConfig
-from cmvae.distributions import FAMILIES, LocationScale
+from cmvae.distributions import LocationScale
+from cmvae.likelihoods import Likelihood
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,22 @@ class LogWeightTerms:
     """log q(w_m|x_m)."""
 
 
-def mixture_log_prob(components: Sequence[LocationScale], value: Tensor) -> Tensor:
-    """Log (1/J) Σ_j q_j(value): the joint posterior of the modalities (paper, section 3).
+def mixture_log_prob(components: Sequence[LocationScale], value: Tensor, present: Tensor) -> Tensor:
+    """Log (1/J) Σ_j q_j(value): the joint posterior of the modalities that are there (paper, section 3).
 
     Args:
-        components: J posteriors with parameters (B, D).
+        components: M posteriors with parameters (B, D).
         value: (..., B, D).
+        present: (M, B) bool, which of them are there; at least one for each member of the batch.
 
     Returns:
         (..., B)
     """
+    # (M, ..., B)
     log_densities = torch.stack([component.log_prob(value) for component in components])
-    return log_densities.logsumexp(0) - math.log(len(components))
+    absent = ~present.view(len(components), *[1] * (log_densities.ndim - 2), -1)
+    counted = log_densities.masked_fill(absent, -torch.inf)
+    return counted.logsumexp(0) - present.sum(0).to(log_densities.dtype).log()
 
 
 def cluster_log_prob(log_weights: Tensor, log_density: Tensor) -> Tensor:
@@ -61,19 +65,21 @@ def cluster_log_prob(log_weights: Tensor, log_density: Tensor) -> Tensor:
     return (log_weights + log_density).logsumexp(-1)
 
 
-def data_log_prob(likelihood: LikelihoodConfig, x: Tensor, location: Tensor) -> Tensor:
+def data_log_prob(likelihood: Likelihood, scale: float, x: Tensor, parameters: Tensor) -> Tensor:
     """Log p(x_n | z, w_n) of one modality, not multiplied by its weight s_n.
 
     Args:
-        likelihood: family and scale of the density.
+        likelihood: family of the density.
+        scale: of the density, where the family has one.
         x: (B, ...).
-        location: what the decoder makes of z and w_n, (..., B, ...) with the event axes of `x`.
+        parameters: what the decoder makes of z and w_n, (..., B, ...).
 
     Returns:
-        The leading axes of `location`, B included.
+        The leading axes of `parameters`, B included.
     """
-    density = FAMILIES[likelihood.family](location, location.new_tensor(likelihood.scale))
-    return density.log_prob(x, event_dims=x.ndim - 1)
+    density = likelihood.log_prob(x, parameters, scale)
+    event_dims = x.ndim - 1
+    return density.flatten(-event_dims).sum(-1) if event_dims else density
 
 
 def log_weights(terms: LogWeightTerms, likelihood_weights: Mapping[str, float], beta: float) -> Tensor:
@@ -96,20 +102,26 @@ def log_weights(terms: LogWeightTerms, likelihood_weights: Mapping[str, float], 
     return likelihood + beta * regularisation
 
 
-def iwae(log_weights: Tensor) -> Tensor:
+def iwae(log_weights: Tensor, present: Tensor) -> Tensor:
     """The looser importance-weighted bound: mean over m of log (1/K) Σ_k exp lw[m, k]; K = 1 is the ELBO.
 
     Args:
         log_weights: (M, K, B).
+        present: (M, B) bool, the sources that are there; at least one for each member of the batch.
 
     Returns:
         (B,), to be maximised.
     """
     num_samples = log_weights.shape[1]
-    return (log_weights.logsumexp(1) - math.log(num_samples)).mean(0)
+    return mean_over_sources(log_weights.logsumexp(1) - math.log(num_samples), present)
 
 
-def dreg(log_weights: Tensor, latents: Sequence[Tensor]) -> Tensor:
+def mean_over_sources(values: Tensor, present: Tensor) -> Tensor:
+    """The mean of `values` (M, B) over those sources that are `present` (M, B), (B,)."""
+    return (values * present).sum(0) / present.sum(0)
+
+
+def dreg(log_weights: Tensor, latents: Sequence[Tensor], present: Tensor) -> Tensor:
     """The value of `iwae` with the doubly reparametrised gradient (Tucker et al., ICLR 2019).
 
     The caller has cut the posteriors' parameters out of every log q in `log_weights`; what is left of their
@@ -122,6 +134,7 @@ def dreg(log_weights: Tensor, latents: Sequence[Tensor]) -> Tensor:
     Args:
         log_weights: (M, K, B), with posterior parameters detached in its denominators.
         latents: reparametrised samples (M, K, B, D) of the posteriors.
+        present: as of `iwae`.
 
     Returns:
         (B,), to be maximised. Calling it installs gradient hooks on `latents`.
@@ -130,6 +143,6 @@ def dreg(log_weights: Tensor, latents: Sequence[Tensor]) -> Tensor:
     for latent in latents:
         if latent.requires_grad:
             latent.register_hook(lambda gradient: gradient * normalised.unsqueeze(-1))
-    surrogate = (normalised * log_weights).sum(1).mean(0)
+    surrogate = mean_over_sources((normalised * log_weights).sum(1), present)
     # The surrogate has the right gradient but not the bound's value: swap the value in.
-    return surrogate + (iwae(log_weights) - surrogate).detach()
+    return surrogate + (iwae(log_weights, present) - surrogate).detach()

@@ -39,7 +39,8 @@ def make_context(
     filled = {}
     for split, values in data.items():
         num_samples = len(next(iter(values.values())))
-        filled[split] = {"label": torch.full((num_samples,), -1), **values}
+        mask = torch.ones(num_samples, len(model.modality_names), dtype=torch.bool)
+        filled[split] = {"label": torch.full((num_samples,), -1), "mask": mask, **values}
     splits = {}
     for split, values in filled.items():
         size = len(values["label"])

@@ -12,6 +12,7 @@ import torch
 
 from cmvae.config import LikelihoodConfig, ModalityConfig, ModelConfig, ObjectiveConfig
 from cmvae.data.schema import ModalitySchema
+from cmvae.likelihoods import LIKELIHOODS
 from cmvae.model import CMVAE
 from cmvae.objectives import cluster_log_prob, data_log_prob, dreg, iwae
 from cmvae.tasks import CMVAETask
@@ -41,6 +42,7 @@ def make_task(num_modalities, family, objective, num_samples):
     task = CMVAETask(model, ObjectiveConfig(name=objective, num_samples=num_samples, beta=BETA))
     batch = {name: torch.rand(B, 1, 4, 4, dtype=torch.float64) for name in modalities}
     batch["valid"] = torch.ones(B, dtype=torch.bool)
+    batch["mask"] = torch.ones(B, num_modalities, dtype=torch.bool)
     noise = task.draw_noise(B, torch.device("cpu"))
     task.draw_noise = lambda *_: noise
     return task, batch, noise
@@ -213,7 +215,8 @@ def one_modality_gradient(bound, seed, num_copies=4000, num_samples=3):
     prior = torch.stack([normal(-1.0, 0.5).log_prob(z), normal(2.0, 0.5).log_prob(z)]).logsumexp(0)
     lw = normal(z, 0.8).log_prob(torch.tensor(1.9)) + prior - math.log(2)
     lw = lw.squeeze(-1) - normal(cut(loc), cut(raw).exp()).log_prob(z.squeeze(-1))
-    value = dreg(lw, [z]) if bound == "dreg" else iwae(lw)
+    present = torch.ones(1, num_copies, dtype=torch.bool)
+    value = dreg(lw, [z], present) if bound == "dreg" else iwae(lw, present)
     grads = torch.stack(torch.autograd.grad(value.sum(), [loc, raw]))
     return grads.mean(1), grads.std(1) / math.sqrt(num_copies)
 
@@ -231,8 +234,9 @@ def test_dreg_agrees_with_iwae_in_expectation_for_one_modality():
 
 def test_iwae_of_one_sample_is_the_elbo_and_grows_with_samples():
     lw = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(iwae(lw[:, :1]), lw[:, 0].mean(0))
-    assert (iwae(lw) >= lw.mean((0, 1))).all()
+    present = torch.ones(3, 5, dtype=torch.bool)
+    torch.testing.assert_close(iwae(lw[:, :1], present), lw[:, 0].mean(0))
+    assert (iwae(lw, present) >= lw.mean((0, 1))).all()
 
 
 def test_padding_changes_neither_loss_nor_gradient():
@@ -244,12 +248,11 @@ def test_padding_changes_neither_loss_nor_gradient():
 
 
 @pytest.mark.parametrize("family", ["normal", "laplace"])
-def test_the_likelihood_of_data_sums_its_pixels_and_leaves_its_weight_out(family):
+def test_the_likelihood_of_data_sums_its_pixels(family):
     x, location = torch.rand(4, 3, 2, 5), torch.rand(6, 4, 3, 2, 5)
     distribution = {"normal": torch.distributions.Normal, "laplace": torch.distributions.Laplace}[family]
     expected = distribution(location, 0.2).log_prob(x).sum((-3, -2, -1))
-    likelihood = LikelihoodConfig(family=family, scale=0.2, weight=9.0)
-    torch.testing.assert_close(data_log_prob(likelihood, x, location), expected)
+    torch.testing.assert_close(data_log_prob(LIKELIHOODS[family], 0.2, x, location), expected)
 
 
 @pytest.mark.parametrize(("num_modalities", "cross_sources"), [(2, 1), (3, 1), (5, 1), (5, 3)])

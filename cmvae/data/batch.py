@@ -8,24 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmvae.data.schema import RESERVED_NAMES
+from cmvae.data.schema import ModalitySchema
+from cmvae.kinds import KINDS
 
 
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move a batch and turn its images into fp32 in [0, 1], channels-last.
+def to_device(
+    batch: Mapping[str, Any], schemas: Mapping[str, ModalitySchema], device: torch.device
+) -> dict[str, Any]:
+    """Move a batch and turn its modalities from what is stored into data, see `cmvae.kinds`.
 
-    Images travel as bytes, a quarter of their size as floats; `key` stays what it is.
+    Args:
+        batch: from a reader.
+        schemas: of the modalities in it, as the model knows them: data that was packed elsewhere is
+            standardised as that which the model was trained on.
+        device: where to; what is no tensor, such as `key`, stays what it is.
     """
-    return {
-        name: _move(value, device) if name in RESERVED_NAMES else _image(value, device)
+    moved = {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }
-
-
-def _image(pixels: Tensor, device: torch.device) -> Tensor:
-    moved = pixels.to(device, non_blocking=True)
-    return moved.to(torch.float32, memory_format=torch.channels_last).div_(255)
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    for name, schema in schemas.items():
+        if name in moved:
+            moved[name] = KINDS[schema.kind].to_data(moved[name], schema)
+    return moved

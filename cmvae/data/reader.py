@@ -6,7 +6,6 @@ leaves out or a resume skips is never decoded.
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import signal
@@ -18,16 +17,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from cmvae.data.plan import EvaluationPlan, Plan, RankPlan, TrainingPlan
 from cmvae.data.schema import ModalitySchema, ShardIndex, ShardSchema
 from cmvae.errors import UserError
+from cmvae.kinds import KINDS
 
 Batch = dict[str, Any]
-"""Modality to uint8 tensor (B, C, H, W); `label`: (B,) int64, −1 where there is none; `key`: list of B str;
+"""Modality to tensor (B, *shape) as it is stored, images uint8, zeros where a sample lacks it; `mask`: (B, M)
+bool, whether a sample has each modality; `label`: (B,) int64, −1 where there is none; `key`: list of B str;
 `position`: (B,) int64, place of each sample in the split; `valid`: (B,) bool, False where a sample only fills
 up the batch."""
 
@@ -38,16 +38,14 @@ RawSample = dict[str, Any]
 class DecodedSample(NamedTuple):
     """One sample, ready to be put into a batch."""
 
-    images: dict[str, np.ndarray]
-    """Modality to (C, H, W) uint8."""
+    values: dict[str, np.ndarray]
+    """Modality to what is stored, without those that the sample lacks."""
     label: int
     key: str
 
 
 PREFETCHED_BATCHES = 8
 """Batches that a reader process is ahead, to bridge the time in which it loads a window."""
-
-_IMAGE_MODES = {1: "L", 3: "RGB"}
 
 
 class TrainingLoader:
@@ -177,7 +175,9 @@ class SplitReader:
                 )
         self.modalities = {name: self.index.modalities[name] for name in modalities}
         self.sizes = [shard.num_samples for shard in self.shards]
-        self.num_bytes = sum(self.sizes) * sum(math.prod(schema.shape) for schema in self.modalities.values())
+        self.num_bytes = sum(self.sizes) * sum(
+            math.prod(schema.shape) * np.dtype(schema.dtype).itemsize for schema in self.modalities.values()
+        )
         """Bytes of the whole split, decoded."""
         for shard in self.shards:
             self._check_size(shard)
@@ -190,9 +190,11 @@ class SplitReader:
                 of samples.
         """
         path = self.folder / shard.name
-        wanted = {f"{name}.png" for name in self.modalities}
+        suffixes = {name: member_suffix(name, schema) for name, schema in self.modalities.items()}
+        required = {suffix for name, suffix in suffixes.items() if not self.modalities[name].optional}
         if self.index.class_names is not None:
-            wanted.add("cls")
+            required.add("cls")
+        wanted = required | set(suffixes.values())
         count = 0
         try:
             with path.open("rb") as stream:
@@ -200,7 +202,7 @@ class SplitReader:
                 for sample in group_by_keys(members, lcase=False, suffixes=wanted):
                     if count == shard.num_samples:
                         raise _damaged(path, f"holds more samples than the {count} that its index says")
-                    for suffix in wanted - sample.keys():
+                    for suffix in required - sample.keys():
                         raise _damaged(path, f"sample {sample['__key__']} has no member .{suffix}")
                     count += 1
                     yield sample
@@ -217,19 +219,16 @@ class SplitReader:
         Raises:
             UserError: a member is damaged or not what the index says.
         """
-        images = {name: self.decode_image(sample, name) for name in self.modalities}
-        return DecodedSample(images, self.label(sample), sample["__key__"])
-
-    def decode_image(self, sample: RawSample, modality: str) -> np.ndarray:
-        """One modality of a sample, (channels, height, width) uint8.
-
-        Raises:
-            UserError: the member is no PNG of the shape that the index says.
-        """
-        try:
-            return decode_png(sample[f"{modality}.png"], self.modalities[modality])
-        except ValueError as error:
-            raise _damaged(sample["__url__"], f"{sample['__key__']}.{modality}.png: {error}") from error
+        values = {}
+        for name, schema in self.modalities.items():
+            suffix = member_suffix(name, schema)
+            if suffix not in sample:
+                continue
+            try:
+                values[name] = KINDS[schema.kind].decode(sample[suffix], schema)
+            except ValueError as error:
+                raise _damaged(sample["__url__"], f"{sample['__key__']}.{suffix}: {error}") from error
+        return DecodedSample(values, self.label(sample), sample["__key__"])
 
     def label(self, sample: RawSample) -> int:
         """The class of a sample, −1 where the data has no labels.
@@ -249,10 +248,13 @@ class SplitReader:
 
     def collate(self, samples: Sequence[DecodedSample], valid: np.ndarray) -> Batch:
         """One batch of decoded samples."""
-        batch: Batch = {
-            name: torch.from_numpy(np.stack([sample.images[name] for sample in samples]))
-            for name in self.modalities
-        }
+        batch: Batch = {}
+        for name, schema in self.modalities.items():
+            missing = np.zeros(schema.shape, schema.dtype)
+            batch[name] = torch.from_numpy(np.stack([sample.values.get(name, missing) for sample in samples]))
+        batch["mask"] = torch.tensor(
+            [[name in sample.values for name in self.modalities] for sample in samples]
+        )
         batch["label"] = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
         batch["key"] = [sample.key for sample in samples]
         batch["valid"] = torch.from_numpy(valid.copy())
@@ -271,7 +273,7 @@ class SplitReader:
 
     def _check_members(self, members: Iterable[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
         """Let only members pass that the index speaks of: anything else, say a pickle, is an error."""
-        known = {f"{name}.png" for name in self.index.modalities} | {"cls"}
+        known = {member_suffix(name, schema) for name, schema in self.index.modalities.items()} | {"cls"}
         for member in members:
             key, _, suffix = member["fname"].partition(".")
             if suffix not in known or not key or "/" in key:
@@ -283,22 +285,9 @@ class SplitReader:
             yield {**member, "__url__": str(path)}
 
 
-def decode_png(content: bytes, schema: ModalitySchema) -> np.ndarray:
-    """A PNG as (channels, height, width) uint8.
-
-    Raises:
-        ValueError: it cannot be decoded, or is no image of `schema.shape`.
-    """
-    channels, height, width = schema.shape
-    try:
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            if image.size == (width, height) and image.mode == _IMAGE_MODES[channels]:
-                pixels = np.asarray(image)
-                return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-            found = f"a {image.mode} image of {image.size[1]}×{image.size[0]}"
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise ValueError(f"cannot be decoded as PNG ({error})") from error
-    raise ValueError(f"{found}, its index says {_IMAGE_MODES[channels]} of {height}×{width}")
+def member_suffix(modality: str, schema: ModalitySchema) -> str:
+    """What follows the key in the name of a modality's member of a tar, such as `m0.png`."""
+    return f"{modality}.{KINDS[schema.kind].suffix}"
 
 
 class _PlannedDataset(IterableDataset):

@@ -7,6 +7,7 @@ in the first second.
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -14,6 +15,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cmvae.errors import UserError
+from cmvae.kinds import KINDS
 
 INDEX_NAME = "index.json"
 CLASSIFIERS_FOLDER = "classifiers"
@@ -61,15 +63,34 @@ class _Schema(BaseModel):
 class ModalitySchema(_Schema):
     """One modality as it lies in the shards; in a tar an image of modality `m0` is `KEY.m0.png`."""
 
-    kind: Literal["image"]
+    kind: str
+    """A name from `cmvae.kinds.KINDS`."""
     shape: tuple[int, ...]
     """Shape of one sample; an image is (channels, height, width)."""
-    dtype: Literal["uint8"]
+    dtype: str
+    optional: bool = False
+    """Whether a sample may lack it."""
+    categories: tuple[str, ...] | None = None
+    """Of categorical data and text: the names, or the vocabulary, that stored numbers are places in."""
+    columns: tuple[str, ...] | None = None
+    """Names of the dimensions of a vector, if they have some."""
+    mean: tuple[float, ...] | None = None
+    """Of each dimension of a vector over the train split; None where nothing is standardised."""
+    std: tuple[float, ...] | None = None
+    """As `mean`: standard deviations."""
 
     @model_validator(mode="after")
-    def _is_an_image(self) -> ModalitySchema:
-        if len(self.shape) != 3 or self.shape[0] not in (1, 3) or min(self.shape) < 1:
-            raise ValueError(f"shape {self.shape} is no (1 or 3 channels, height, width)")
+    def _fits_its_kind(self) -> ModalitySchema:
+        kind = KINDS.get(self.kind)
+        if kind is None:
+            raise ValueError(f"kind {self.kind!r} is none of {', '.join(KINDS)}")
+        if self.dtype != kind.dtype:
+            raise ValueError(
+                f"dtype {self.dtype!r}: a modality of kind {self.kind} is stored as {kind.dtype}"
+            )
+        if self.categories is not None and len(set(self.categories)) != len(self.categories):
+            raise ValueError("categories: a name is there twice")
+        kind.check(self)
         return self
 
 
@@ -172,7 +193,7 @@ class ShardIndex(_Schema):
             folder: names the data set in the error message.
 
         Raises:
-            UserError: a modality is missing or has another kind, shape or dtype.
+            UserError: a modality is missing or has another kind, shape, dtype or other names.
         """
         path = Path(folder) / INDEX_NAME
         for name, expected in trained_on.items():
@@ -182,10 +203,15 @@ class ShardIndex(_Schema):
                     f"{path}: modalities: no {name!r}, only {', '.join(self.modalities)}. Pack a data set "
                     "that has it, or leave it out"
                 )
-            for key in ("kind", "shape", "dtype"):
+            for key in ("kind", "shape", "dtype", "categories", "columns"):
                 before, now = getattr(expected, key), getattr(found, key)
                 if before != now:
                     raise UserError(
-                        f"{path}: modalities.{name}.{key}: {now}, but the model was trained on {before}. "
-                        "Pack the data in that form, or train a model on this data"
+                        f"{path}: modalities.{name}.{key}: {_shorten(now)}, but the model was trained on "
+                        f"{_shorten(before)}. Pack the data in that form, or train a model on this data"
                     )
+
+
+def _shorten(value: object) -> str:
+    """A value for a message: a vocabulary has thousands of words."""
+    return textwrap.shorten(str(value), 80, placeholder=" …")

@@ -43,6 +43,8 @@ class EncodedSplit:
     """(N, M, C) log p(z|c), in nats."""
     shared_loc: np.ndarray
     """(N, M, D_z)."""
+    present: np.ndarray
+    """(N, M) bool, the modalities that a sample has; what else is said of the others means nothing."""
     label: np.ndarray
     """(N,), −1 where there is none."""
 
@@ -58,7 +60,7 @@ def encode_split(model: CMVAE, batches: Iterable[Mapping[str, Any]]) -> EncodedS
     device = model.private_scale.device
     parts: dict[str, list[np.ndarray]] = {}
     for raw in batches:
-        batch = to_device(raw, device)
+        batch = to_device(raw, model.schemas, device)
         for name, values in _encode_batch(model, batch).items():
             parts.setdefault(name, []).append(values[batch["valid"]].cpu().numpy())
     return EncodedSplit(**{name: np.concatenate(values) for name, values in parts.items()})
@@ -68,7 +70,12 @@ def _encode_batch(model: CMVAE, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The fields of `EncodedSplit` of a batch on the device, padding included."""
     shared_loc = stack_shared_locations(model.encode({name: batch[name] for name in model.modality_names}))
     _, log_density = model.cluster_prior(shared_loc)
-    return {"log_density": log_density, "shared_loc": shared_loc, "label": batch["label"]}
+    return {
+        "log_density": log_density,
+        "shared_loc": shared_loc,
+        "present": batch["mask"],
+        "label": batch["label"],
+    }
 
 
 def select_model_clusters(model: CMVAE, validation: EncodedSplit, beta: float) -> Selection:
@@ -79,9 +86,9 @@ def select_model_clusters(model: CMVAE, validation: EncodedSplit, beta: float) -
         validation: the encoded validation split.
         beta: β of the objective.
     """
-    return select_clusters(
-        validation.log_density, all_log_weights(model), beta, shared_dim=model.config.shared_dim
-    )
+    # To the selection samples and modalities are alike: what is there stands in one row.
+    log_density = validation.log_density[validation.present][:, None]
+    return select_clusters(log_density, all_log_weights(model), beta, shared_dim=model.config.shared_dim)
 
 
 def all_log_weights(model: CMVAE) -> np.ndarray:
@@ -161,7 +168,7 @@ def evaluate_clusters(
         `clustering/num_clusters` (selected), and where there are labels `clustering/{acc,nmi,ari,purity}` and
         the same under `clustering_all/` with every cluster, before selection; and the voted clusters (N,).
     """
-    assignments = vote(responsibilities(split.log_density, log_weights, active))
+    assignments = vote(responsibilities(split.log_density, log_weights, active), split.present)
     metrics = {"clustering/num_clusters": float(active.sum())}
     if (split.label >= 0).any():
         for group, clusters in (("clustering", active), ("clustering_all", np.ones_like(active))):
@@ -173,7 +180,9 @@ def evaluate_clusters(
 def _agreement(split: EncodedSplit, log_weights: np.ndarray, active: np.ndarray) -> dict[str, float]:
     """`clustering_metrics` of the voted clusters of the labelled samples."""
     labelled = split.label >= 0
-    assignments = vote(responsibilities(split.log_density[labelled], log_weights, active))
+    assignments = vote(
+        responsibilities(split.log_density[labelled], log_weights, active), split.present[labelled]
+    )
     return clustering_metrics(assignments, split.label[labelled])
 
 
@@ -184,8 +193,14 @@ def _encode_on_all_ranks(context: EvaluationContext, split: str) -> EncodedSplit
 
 
 def _from_modalities(split: EncodedSplit, places: Sequence[int]) -> EncodedSplit:
-    """The same samples, encoded by some of the modalities."""
-    return EncodedSplit(split.log_density[:, places], split.shared_loc[:, places], split.label)
+    """The samples that have at least one of some modalities, encoded by those."""
+    there = split.present[:, places].any(axis=1)
+    return EncodedSplit(
+        split.log_density[there][:, places],
+        split.shared_loc[there][:, places],
+        split.present[there][:, places],
+        split.label[there],
+    )
 
 
 def _draw(

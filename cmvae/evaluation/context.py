@@ -65,7 +65,7 @@ class EvaluationContext:
             num_samples=num_samples,
         )
         for batch in loader:
-            yield to_device(batch, self.device)
+            yield to_device(batch, self.model.schemas, self.device)
 
     def positions(self, num_samples: int) -> Iterator[dict[str, Tensor]]:
         """This rank's batches of `position` and `valid` when there is nothing to read: generations.

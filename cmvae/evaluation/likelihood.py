@@ -58,8 +58,9 @@ def evaluate_likelihood(context: EvaluationContext) -> GroupResult:
 
         def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
             log_weights = _log_weights_of_batch(context, batch, chunks, progress)
+            num_proposed = np.isfinite(log_weights).sum(axis=0)
             return {
-                "log_likelihood": torch.from_numpy(logsumexp(log_weights, axis=0) - math.log(num_samples)),
+                "log_likelihood": torch.from_numpy(logsumexp(log_weights, axis=0) - np.log(num_proposed)),
                 "effective_samples": torch.from_numpy(_effective_samples(log_weights)),
             }
 
@@ -106,15 +107,17 @@ def importance_log_weights(
     model: CMVAE,
     inputs: Mapping[str, Tensor],
     posteriors: Mapping[str, Posterior],
+    present: Tensor,
     shared_noise: Tensor,
     private_noise: Tensor,
 ) -> Tensor:
-    """Log-weights lw[s] of a chunk, (M·k, B).
+    """Log-weights lw[s] of a chunk, (M·k, B), of what is there; −∞ where z comes from what is not.
 
     Args:
         model: priors, decoders and likelihoods.
         inputs: by modality (B, ...).
         posteriors: of `inputs`, parameters (B, D).
+        present: (M, B) bool, the modalities that a sample has; at least one.
         shared_noise: (M, k, B, D_z): k samples of z from each modality's posterior.
         private_noise: (M, M·k, B, D_w): for every sample of z, a w_m of every modality.
     """
@@ -127,15 +130,20 @@ def importance_log_weights(
     # differences, so the terms are put together in double precision (on the CPU, which always has it).
     terms = [
         cluster_log_prob(*model.cluster_prior(shared)),
-        -mixture_log_prob([source.shared for source in sources], shared),
+        -mixture_log_prob([source.shared for source in sources], shared, present),
     ]
-    for name, location in model.decode(shared, private).items():
-        terms += [
-            data_log_prob(model.config.modalities[name].likelihood, inputs[name], location),
+    parameters = model.decode_parameters(shared, private)
+    for name, there in zip(parameters, present, strict=True):
+        scale = model.config.modalities[name].likelihood.scale
+        of_modality = [
+            data_log_prob(model.likelihoods[name], scale, inputs[name], parameters[name]),
             model.private_prior.log_prob(private[name]),
             -posteriors[name].private.log_prob(private[name]),
         ]
-    return torch.stack([term.cpu().double() for term in terms]).sum(0)
+        terms += [torch.where(there, term, 0) for term in of_modality]
+    log_weights = torch.stack([term.cpu().double() for term in terms]).sum(0)
+    proposed = present.repeat_interleave(shared_noise.shape[1], dim=0).cpu()
+    return log_weights.masked_fill(~proposed, -torch.inf)
 
 
 def _log_weights_of_batch(
@@ -156,6 +164,7 @@ def _log_weights_of_batch(
                 model,
                 chosen_inputs,
                 chosen_posteriors,
+                batch["mask"][rows].T,
                 *_draw_noise(context, f"likelihood/{chunk}", batch["position"][rows], size),
             )
             for chunk, size in enumerate(chunks)

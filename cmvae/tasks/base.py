@@ -12,6 +12,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from cmvae.data.schema import ModalitySchema
+
 
 class Task(nn.Module, ABC):
     """Something to train, as one module so that data parallelism and ZeRO wrap all of it."""
@@ -26,8 +28,13 @@ class Task(nn.Module, ABC):
 
     @property
     @abstractmethod
+    def schemas(self) -> Mapping[str, ModalitySchema]:
+        """The modalities that it reads, in the order of every M axis."""
+
+    @property
     def modality_names(self) -> tuple[str, ...]:
-        """The modalities that it reads."""
+        """Their names."""
+        return tuple(self.schemas)
 
     @property
     def belongs_to(self) -> dict[str, str]:
@@ -39,8 +46,8 @@ class Task(nn.Module, ABC):
         """The loss of a batch, a mean over valid samples, and a report of terms, (B, ...) each.
 
         Args:
-            batch: by modality images (B, C, H, W) in [0, 1], and `valid` (B,), false where a sample only
-                pads the batch.
+            batch: by modality data (B, *shape), see `cmvae.kinds`; `mask` (B, M), false where a sample
+                lacks a modality; and `valid` (B,), false where a sample only pads the batch.
         """
 
     @abstractmethod

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cmvae.clustering import clustering_metrics, responsibilities, vote
 from cmvae.config import ObjectiveConfig
+from cmvae.data.schema import ModalitySchema
 from cmvae.evaluation.clustering import encode_split, select_model_clusters
 from cmvae.evaluation.pictures import draw_cross_modal
 from cmvae.model import CMVAE, Posterior, stack_shared_locations
@@ -25,6 +26,7 @@ from cmvae.objectives import (
     dreg,
     iwae,
     log_weights,
+    mean_over_sources,
     mixture_log_prob,
 )
 from cmvae.tasks.base import Task
@@ -59,12 +61,11 @@ class CMVAETask(Task):
         super().__init__()
         self.model = model
         self.objective = objective
-        self.likelihoods = {name: modality.likelihood for name, modality in model.config.modalities.items()}
 
     @property
-    def modality_names(self) -> tuple[str, ...]:
+    def schemas(self) -> Mapping[str, ModalitySchema]:
         """The model's modalities."""
-        return self.model.modality_names
+        return self.model.schemas
 
     def draw_noise(self, batch_size: int, device: torch.device) -> LatentNoise:
         """Noise of one step from torch's default stream."""
@@ -87,29 +88,37 @@ class CMVAETask(Task):
         """Negative bound of a batch, and what it is made of.
 
         Args:
-            batch: by modality images (B, C, H, W) in [0, 1], and `valid` (B,), false where a sample only
-                pads the batch.
+            batch: by modality data (B, *shape), `mask` (B, M), false where a sample lacks a modality, and
+                `valid` (B,), false where a sample only pads the batch. What a sample lacks is neither source
+                nor target; its place in the batch goes through the networks all the same, so that all ranks
+                call every module.
 
         Returns:
             The loss, a mean over valid samples in nats, and a report: by name (B,) per sample the terms of
             the bound (means over sources and samples; likelihoods before their weights), then the bound. In
-            evaluation mode also `log_weights` (B, C) and `log_density` (B, M, C) of the clusters and
-            `shared_loc` (B, M, D_z), at the locations of the posteriors.
+            evaluation mode also `log_weights` (B, C), `log_density` (B, M, C) of the clusters and
+            `shared_loc` (B, M, D_z), at the locations of the posteriors, and `present` (B, M).
         """
         inputs = {name: batch[name] for name in self.model.modality_names}
-        valid = batch["valid"]
+        # A sample may have modalities, but none of this model's: it counts for nothing, and must stay finite.
+        valid = batch["valid"] & batch["mask"].any(1)
+        present = (batch["mask"] | ~batch["mask"].any(1, keepdim=True)).T  # (M, B)
         # Whatever precision a launcher switched on around this call is for networks, never for densities.
         with torch.autocast(valid.device.type, enabled=False):
             posteriors = self.model.encode(inputs)
             noise = self.draw_noise(len(valid), valid.device)
-            bound, report = self._bound(inputs, posteriors, noise)
+            bound, report = self._bound(inputs, posteriors, present, noise)
             if not self.training:
-                report |= self._cluster_report(posteriors)
+                report |= {**self._cluster_report(posteriors), "present": batch["mask"]}
             loss = -(bound * valid).sum() / valid.sum().clamp(min=1)
         return loss, report
 
     def _bound(
-        self, inputs: Mapping[str, Tensor], posteriors: Mapping[str, Posterior], noise: LatentNoise
+        self,
+        inputs: Mapping[str, Tensor],
+        posteriors: Mapping[str, Posterior],
+        present: Tensor,
+        noise: LatentNoise,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         sources = list(posteriors.values())
         shared = torch.stack([source.shared.sample(noise.shared[m]) for m, source in enumerate(sources)])
@@ -123,20 +132,23 @@ class CMVAETask(Task):
 
         terms = LogWeightTerms(
             log_likelihood={
-                name: self._log_likelihood(n, inputs[name], shared, private, noise)
+                name: torch.where(
+                    present[n], self._log_likelihood(n, inputs[name], shared, private, noise), 0
+                )
                 for n, name in enumerate(self.model.modality_names)
             },
             log_prior_shared=cluster_log_prob(*self.model.cluster_prior(shared)),
             log_prior_private=self.model.private_prior.log_prob(private),
-            log_posterior_shared=mixture_log_prob(shared_posteriors, shared),
+            log_posterior_shared=mixture_log_prob(shared_posteriors, shared, present),
             log_posterior_private=torch.stack(
                 [posterior.log_prob(private[m]) for m, posterior in enumerate(private_posteriors)]
             ),
         )
-        weights = {name: likelihood.weight for name, likelihood in self.likelihoods.items()}
+        modalities = self.model.config.modalities
+        weights = {name: modality.likelihood.weight for name, modality in modalities.items()}
         log_w = log_weights(terms, weights, self.objective.beta)
-        bound = dreg(log_w, [shared, private]) if cut else iwae(log_w)
-        return bound, {**_per_sample(terms), "bound": bound.detach()}
+        bound = dreg(log_w, [shared, private], present) if cut else iwae(log_w, present)
+        return bound, {**_per_sample(terms, present), "bound": bound.detach()}
 
     def _log_likelihood(
         self, target: int, x: Tensor, shared: Tensor, private: Tensor, noise: LatentNoise
@@ -153,8 +165,9 @@ class CMVAETask(Task):
             substitutes = self.model.auxiliary_prior(name).sample(noise.private[target, cross])
             targets_private = torch.cat([targets_private, substitutes])
         sources = [target, *cross]
-        location = self.model.decode(shared[sources], {name: targets_private})[name]
-        decoded = data_log_prob(self.likelihoods[name], x, location)
+        parameters = self.model.decode_parameters(shared[sources], {name: targets_private})[name]
+        scale = self.model.config.modalities[name].likelihood.scale
+        decoded = data_log_prob(self.model.likelihoods[name], scale, x, parameters)
         each = [1.0] + [(num_modalities - 1) / len(cross) for _ in cross]
         counted = decoded * decoded.new_tensor(each).view(-1, 1, 1)
         into = torch.tensor(sources, device=decoded.device)
@@ -178,7 +191,9 @@ class CMVAETask(Task):
         metrics = {name: float(values.mean()) for name, values in records.items() if name in self.term_names}
         log_cluster_weights = records["log_weights"][0]
         active = np.ones_like(log_cluster_weights, dtype=bool)
-        assignments = vote(responsibilities(records["log_density"], log_cluster_weights, active))
+        assignments = vote(
+            responsibilities(records["log_density"], log_cluster_weights, active), records["present"]
+        )
         occupancy = np.bincount(assignments, minlength=len(active)) / len(assignments)
         # Perplexity counts clusters as if all were equally full: it falls before a cluster is quite empty.
         metrics["clusters/occupied"] = float((occupancy > 0).sum())
@@ -224,8 +239,8 @@ class CMVAETask(Task):
         return {"cross_modal": draw_cross_modal(self.model, inputs, generator)}
 
 
-def _per_sample(terms: LogWeightTerms) -> dict[str, Tensor]:
-    """Every term as (B,), averaged over sources and samples."""
+def _per_sample(terms: LogWeightTerms, present: Tensor) -> dict[str, Tensor]:
+    """Every term as (B,), averaged over samples and the sources that are `present` (M, B)."""
     named = {f"log_likelihood/{name}": term for name, term in terms.log_likelihood.items()}
     named |= {
         "log_prior/z": terms.log_prior_shared,
@@ -233,4 +248,4 @@ def _per_sample(terms: LogWeightTerms) -> dict[str, Tensor]:
         "log_posterior/z": terms.log_posterior_shared,
         "log_posterior/w": terms.log_posterior_private,
     }
-    return {name: term.detach().mean((0, 1)) for name, term in named.items()}
+    return {name: mean_over_sources(term.detach().mean(1), present) for name, term in named.items()}

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cmvae.config import RefinerExperiment
-from cmvae.data.schema import ShardIndex
+from cmvae.data.schema import ModalitySchema, ShardIndex
 from cmvae.evaluation.pictures import draw_refinements
 from cmvae.exports import weights_sha256
 from cmvae.model import CMVAE
@@ -69,23 +69,27 @@ class RefinerTask(Task):
         return self._frozen[0]
 
     @property
-    def modality_names(self) -> tuple[str, ...]:
+    def schemas(self) -> Mapping[str, ModalitySchema]:
         """The CMVAE's modalities: all are sources, and the images among them targets."""
-        return self.cmvae.modality_names
+        return self.cmvae.schemas
 
     @property
     def belongs_to(self) -> dict[str, str]:
         """The CMVAE's weights."""
         return {"cmvae_sha256": self.refiner.cmvae_sha256}
 
-    def draw_noise(self, images: Mapping[str, Tensor]) -> dict[str, RefinerNoise]:
-        """Noise of one step from torch's default stream, by target modality."""
+    def draw_noise(self, images: Mapping[str, Tensor], mask: Tensor) -> dict[str, RefinerNoise]:
+        """Noise of one step from torch's default stream, by target modality.
+
+        Args:
+            images: the targets, (B, C, H, W).
+            mask: (B, M) bool, the modalities that a sample has: its sources; at least one.
+        """
         conditioning, drawn = self.refiner.config.conditioning, {}
-        num_sources = len(self.modality_names)
         for name, x in images.items():
             batch_size, device = len(x), x.device
             if conditioning.source == "any":
-                source = torch.randint(num_sources, (batch_size,), device=device)
+                source = mask.float().multinomial(1).squeeze(1)
             else:
                 source = torch.full((batch_size,), self.modality_names.index(name), device=device)
             drawn[name] = RefinerNoise(
@@ -105,22 +109,30 @@ class RefinerTask(Task):
         """The weighted squared error of the prediction.
 
         Args:
-            batch: by modality images (B, C, H, W) in [0, 1], and `valid` (B,), false where a sample only
-                pads the batch.
+            batch: as of `CMVAETask.forward`; images are in [0, 1].
 
         Returns:
-            The loss, a mean over pixels, modalities and valid samples, and a report: `denoising_loss` and
-            `denoising_loss/MODALITY`, (B,) each.
+            The loss, a mean over pixels and over the images of valid samples, and a report: `denoising_loss`
+            (mean over the images that a sample has) and `denoising_loss/MODALITY`, (B,) each, zero of an
+            image that a sample lacks.
         """
         inputs = {name: batch[name] for name in self.modality_names}
-        valid = batch["valid"]
+        mask, valid = batch["mask"], batch["valid"]
+        # Without any modality there is no source; without an image nothing to denoise.
+        sources = mask | ~mask.any(1, keepdim=True)
+        places = [self.modality_names.index(name) for name in self.refiner.modality_names]
+        targets = mask[:, places].T  # (images, B)
+        valid = valid & targets.any(0)
         # Whatever precision a launcher switched on around this call is for networks alone.
         with torch.autocast(valid.device.type, enabled=False):
             images = {name: inputs[name] for name in self.refiner.modality_names}
-            noise = self.draw_noise(images)
+            noise = self.draw_noise(images, sources)
             reconstructions, shared = self._reconstruct(inputs, noise)
             losses = self._denoise(images, reconstructions, shared, noise)
-            total = torch.stack(list(losses.values())).mean(0)
+            losses = {
+                name: torch.where(there, losses[name], 0) for name, there in zip(images, targets, strict=True)
+            }
+            total = torch.stack(list(losses.values())).sum(0) / targets.sum(0).clamp(min=1)
             loss = (total * valid).sum() / valid.sum().clamp(min=1)
         report = {self.headline: total} | {f"{self.headline}/{name}": x for name, x in losses.items()}
         return loss, {name: values.detach() for name, values in report.items()}

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
@@ -167,9 +168,7 @@ class Trainer:
 
     def fit(self, stop: StopRequest) -> signal.Signals | None:
         """Train to the last step, or to a signal; a checkpoint is there in either case."""
-        collect_records(
-            self.accelerator, self.module, self.validation_loader, self.config.seed, TRIAL_BATCHES
-        )
+        self._collect_records(TRIAL_BATCHES)
         every, caught, saved_at = self.config.train, None, self.state.step
         batches = self._batches()
         progress = self._progress_bar()
@@ -200,7 +199,7 @@ class Trainer:
             asked = time.perf_counter()
             raw = next(batches)
             waited = time.perf_counter() - asked
-            batch = to_device(raw, self.accelerator.device)
+            batch = to_device(raw, self.task.schemas, self.accelerator.device)
             with self.accelerator.accumulate(self.module):
                 loss, report = self.module(batch)
                 caught = agree(self.accelerator, loss, report, stop) or caught
@@ -223,18 +222,29 @@ class Trainer:
 
     def validate(self) -> None:
         """Log metrics and pictures of the validation split; on all ranks."""
-        records = collect_records(self.accelerator, self.module, self.validation_loader, self.config.seed)
+        records = self._collect_records()
         metrics = self.task.validation_metrics(records)
         self.tracker.log_metrics(
             {f"validation/{name}": value for name, value in metrics.items()}, self.state.step
         )
-        batch = to_device(next(iter(self.validation_loader)), self.accelerator.device)
+        batch = to_device(next(iter(self.validation_loader)), self.task.schemas, self.accelerator.device)
         # A stream of its own: validating more often must not change the training.
         generator = torch.Generator(self.accelerator.device).manual_seed(self.config.seed)
         with evaluation_mode(self.module):
             pictures = self.task.pictures(batch, PICTURE_SAMPLES, generator)
         for name, figure in pictures.items():
             self.tracker.log_image(figure, name, self.state.step)
+
+    def _collect_records(self, max_batches: int | None = None) -> dict[str, np.ndarray]:
+        """The report over the validation split, or the first of its batches."""
+        return collect_records(
+            self.accelerator,
+            self.module,
+            self.task.schemas,
+            self.validation_loader,
+            self.config.seed,
+            max_batches,
+        )
 
     def export(self) -> Path:
         """Validate a last time and write `export/`; on all ranks."""

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from cmvae.data.batch import to_device
+from cmvae.data.schema import ModalitySchema
 
 
 @contextmanager
@@ -29,6 +30,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 def collect_records(
     accelerator: Accelerator,
     module: nn.Module,
+    schemas: Mapping[str, ModalitySchema],
     batches: Iterable[Mapping[str, Any]],
     seed: int,
     max_batches: int | None = None,
@@ -38,6 +40,7 @@ def collect_records(
     Args:
         accelerator: the ranks.
         module: the prepared task.
+        schemas: of the modalities that it reads.
         batches: equally many equally large batches on every rank, padding marked in `valid`.
         seed: of the noise, so that two validations differ by the model alone and training's own random
             stream goes on undisturbed.
@@ -50,7 +53,7 @@ def collect_records(
     with evaluation_mode(module), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed + accelerator.process_index)
         for raw in itertools.islice(batches, max_batches):
-            batch = to_device(raw, accelerator.device)
+            batch = to_device(raw, schemas, accelerator.device)
             _, report = module(batch)
             gathered = accelerator.gather({**report, "label": batch["label"], "valid": batch["valid"]})
             valid = gathered.pop("valid")

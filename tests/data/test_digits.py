@@ -65,7 +65,7 @@ def test_pictures_are_the_digits_that_they_say(source, originals):
     for split in SPLITS:
         for index in range(0, source.split_sizes[split], 37):
             sample = source.sample(split, index)
-            for modality, image in enumerate(sample.images.values()):
+            for modality, image in enumerate(sample.values.values()):
                 assert image.shape == (3, 16, 16)
                 assert image.dtype == np.uint8
                 underlying = source.partners[split][modality, index]
@@ -77,7 +77,7 @@ def test_pictures_are_the_digits_that_they_say(source, originals):
 def test_modalities_have_hues_of_their_own(source):
     hues: dict[str, set[float]] = {"m0": set(), "m1": set(), "m2": set()}
     for index in range(200):
-        for name, image in source.sample("train", index).images.items():
+        for name, image in source.sample("train", index).values.items():
             background = image[:, image.max(0) <= 128]
             # One colour and slight noise.
             assert background.std(1).max() < 8
@@ -97,9 +97,9 @@ def test_a_sample_depends_on_seed_split_and_index_alone(source):
         expected = source.sample("train", index)
         found = again.sample("train", index)
         assert found.label == expected.label
-        for name, image in expected.images.items():
-            np.testing.assert_array_equal(found.images[name], image)
+        for name, image in expected.values.items():
+            np.testing.assert_array_equal(found.values[name], image)
         assert any(
-            (other.sample("train", index).images[name] != image).any()
-            for name, image in expected.images.items()
+            (other.sample("train", index).values[name] != image).any()
+            for name, image in expected.values.items()
         )

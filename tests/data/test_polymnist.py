@@ -62,7 +62,7 @@ def test_pictures_are_crops_inverted_under_a_digit_of_the_class(npz, backgrounds
         masks = arrays[f"x_{part}"] > 128
         for index in range(size):
             sample = source.sample(split, index)
-            for modality, image in enumerate(sample.images.values()):
+            for modality, image in enumerate(sample.values.values()):
                 assert image.shape == (3, 28, 28)
                 mask = image[2] == 255 - 10 * modality
                 assert (image[2][~mask] == 10 * modality).all()
@@ -189,9 +189,9 @@ def check_released(source: ReleasedPolyMNISTSource) -> None:
         assert sample.label == index % 10
         for modality in range(2):
             expected = released_image("train", modality, index).transpose(2, 0, 1)
-            np.testing.assert_array_equal(sample.images[f"m{modality}"], expected)
+            np.testing.assert_array_equal(sample.values[f"m{modality}"], expected)
     held_out = {
-        source.sample(split, index).images["m1"].tobytes()
+        source.sample(split, index).values["m1"].tobytes()
         for split in ("validation", "test")
         for index in range(3)
     }

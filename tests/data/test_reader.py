@@ -15,6 +15,7 @@ import torch
 from handmade_shards import SHAPES, picture, png, write_index, write_tar
 from PIL import Image
 
+from cmvae import kinds
 from cmvae.data import reader
 from cmvae.data.plan import TrainingPlan
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
@@ -48,18 +49,20 @@ def test_batches_hold_what_their_keys_say(make_folder):
     assert len(batches) == loader.batches_per_epoch == sum(SIZES) // 3
     for batch in batches:
         check_content(batch)
-        assert list(batch) == ["m0", "m1", "label", "key", "valid", "position"]
+        assert list(batch) == ["m0", "m1", "mask", "label", "key", "valid", "position"]
         assert batch["m0"].shape == (3, 3, 4, 5)
         assert batch["m1"].shape == (3, 1, 3, 2)
         assert batch["m0"].dtype == batch["m1"].dtype == torch.uint8
         assert batch["label"].dtype == torch.int64
         assert batch["valid"].dtype == torch.bool
         assert batch["valid"].all()
+        assert batch["mask"].shape == (3, 2)
+        assert batch["mask"].all()
 
 
 def test_only_the_modalities_that_are_asked_for_are_read(make_folder):
     batch = next(training(make_folder(SIZES), modalities=["m1"]).epoch_batches(0))
-    assert list(batch) == ["m1", "label", "key", "valid", "position"]
+    assert list(batch) == ["m1", "mask", "label", "key", "valid", "position"]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -100,11 +103,11 @@ def decoded(monkeypatch):
     """Grows by one with every image that the reader decodes in this process."""
     decoded = []
 
-    def counting(content, schema, decode=reader.decode_png):
+    def counting(self, content, schema, decode=kinds.Image.decode):
         decoded.append(schema)
-        return decode(content, schema)
+        return decode(self, content, schema)
 
-    monkeypatch.setattr(reader, "decode_png", counting)
+    monkeypatch.setattr(kinds.Image, "decode", counting)
     return decoded
 
 

@@ -54,7 +54,9 @@ def main() -> None:
     losses = []
     with StopRequest.listening() as stop:
         for raw, _ in zip(loader.epoch_batches(0), range(steps), strict=False):
-            batch = to_device({name: value[mine] for name, value in raw.items()}, accelerator.device)
+            batch = to_device(
+                {name: value[mine] for name, value in raw.items()}, task.schemas, accelerator.device
+            )
             with accelerator.accumulate(module):
                 loss, report = module(batch)
                 agree(accelerator, loss, report, stop)

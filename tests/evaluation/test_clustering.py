@@ -40,6 +40,7 @@ def raw_batch(seed, valid):
         "b": images.flip(-1),
         "label": torch.arange(len(valid)),
         "key": [f"{seed}-{i}" for i in range(len(valid))],
+        "mask": torch.ones(len(valid), 2, dtype=torch.bool),
         "valid": torch.tensor(valid),
     }
 
@@ -65,7 +66,9 @@ def split_of(clusters, labels):
     density = np.full((len(clusters), 2, 4), -30.0)
     for i, cluster in enumerate(clusters):
         density[i, :, cluster] = 0
-    return EncodedSplit(density, np.zeros((len(clusters), 2, 3)), np.array(labels))
+    return EncodedSplit(
+        density, np.zeros((len(clusters), 2, 3)), np.ones((len(clusters), 2), dtype=bool), np.array(labels)
+    )
 
 
 def test_metrics_count_selected_clusters_and_compare_with_all():
@@ -148,7 +151,9 @@ def test_the_group_agrees_with_one_pass_over_the_split(model):
     encoded = encode_split(model, [{**batch, "label": label}])
     expected, _ = evaluate_clusters(encoded, all_log_weights(model), np.ones(4, dtype=bool))
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
-    alone = EncodedSplit(encoded.log_density[:, 1:], encoded.shared_loc[:, 1:], encoded.label)
+    alone = EncodedSplit(
+        encoded.log_density[:, 1:], encoded.shared_loc[:, 1:], encoded.present[:, 1:], encoded.label
+    )
     expected, _ = evaluate_clusters(alone, all_log_weights(model), np.ones(4, dtype=bool))
     for name in AGREEMENT:
         assert metrics[f"clustering/from/b/{name}"] == pytest.approx(expected[f"clustering/{name}"])

@@ -74,7 +74,8 @@ def test_log_weights_term_by_term():
     generator = torch.Generator().manual_seed(2)
     shared_noise = torch.randn(2, 3, 5, 2, generator=generator)
     private_noise = torch.randn(2, 6, 5, 2, generator=generator)
-    found = importance_log_weights(model, inputs, posteriors, shared_noise, private_noise)
+    present = torch.ones(2, 5, dtype=torch.bool)
+    found = importance_log_weights(model, inputs, posteriors, present, shared_noise, private_noise)
 
     q_z = [Normal(q.shared.loc, q.shared.scale) for q in posteriors.values()]
     z = torch.cat([q.loc + q.scale * noise for q, noise in zip(q_z, shared_noise, strict=True)])

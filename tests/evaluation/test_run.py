@@ -111,7 +111,7 @@ def test_data_of_another_shape_is_refused(tmp_path, run):
 
         def sample(self, split, index):
             sample = super().sample(split, index)
-            return replace(sample, images={name: x.repeat(2, axis=2) for name, x in sample.images.items()})
+            return replace(sample, values={name: x.repeat(2, axis=2) for name, x in sample.values.items()})
 
     write_shards(Wider(), tmp_path / "wider")
     config = run(tmp_path / "wider")

@@ -15,6 +15,7 @@ from PIL import Image
 from cmvae.config import SamplerConfig
 from cmvae.data.batch import to_device
 from cmvae.data.reader import EvaluationLoader
+from cmvae.data.schema import ShardIndex
 from cmvae.dcmvae import DCMVAE
 from cmvae.generation import safe_name
 from cmvae.model import CMVAE
@@ -74,7 +75,7 @@ def test_given_modalities_make_the_others(make_run, call, tmp_path, digits_shard
     )
     assert code == 0, err
     loader = EvaluationLoader(digits_shards, split="validation", modalities=["m0", "m2"], batch_size=7)
-    batch = to_device(next(iter(loader)), torch.device("cpu"))
+    batch = to_device(next(iter(loader)), ShardIndex.load(digits_shards).modalities, torch.device("cpu"))
     names = [f"{i:06d}_{key}" for i, key in enumerate(batch["key"])]
     assert files(out) == {"m1": sorted(names)}
     expected = CMVAE.from_pretrained(run / "export").generate(
@@ -196,7 +197,7 @@ def test_a_refiner_generates_with_its_cmvae_and_refines(make_refiner_run, call, 
     code, _, err = call("generate.py", run, "--given", "m1", "--to", "m0", "--num", 4, "--out", out)
     assert code == 0, err
     batch = next(iter(EvaluationLoader(digits_shards, split="test", modalities=["m1"], batch_size=4)))
-    given = {"m1": to_device(batch, torch.device("cpu"))["m1"]}
+    given = {"m1": to_device(batch, ShardIndex.load(digits_shards).modalities, torch.device("cpu"))["m1"]}
     both = DCMVAE.from_pretrained(run / "export", cmvae / "export")
     expected = both.generate(given=given, generator=torch.Generator().manual_seed(0))
     written = np.stack([pixels(path) for path in sorted((out / "m0").iterdir())])

@@ -31,6 +31,7 @@ def batch():
     return {
         **{name: torch.rand(9, 3, 8, 8) for name in NAMES},
         "valid": torch.ones(9, dtype=torch.bool),
+        "mask": torch.ones(9, 3, dtype=torch.bool),
         "label": torch.arange(9) % 3,
         "key": [str(i) for i in range(9)],
     }
@@ -121,6 +122,7 @@ def records_of(clusters, labels):
         "log_weights": np.full((len(clusters), 6), -np.log(6)),
         "log_density": density,
         "shared_loc": np.zeros((len(clusters), 3, 5)),
+        "present": np.ones((len(clusters), 3), dtype=bool),
         "label": np.array(labels),
     }
 

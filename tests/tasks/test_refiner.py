@@ -33,6 +33,7 @@ def make_batch(size=9, names=NAMES):
     return {
         **{name: torch.rand(size, 3, 8, 8) for name in names},
         "valid": torch.ones(size, dtype=torch.bool),
+        "mask": torch.ones(size, len(NAMES), dtype=torch.bool),
         "label": torch.arange(size) % 3,
         "key": [str(i) for i in range(size)],
     }
@@ -43,8 +44,8 @@ def run(task, batch, seed=2):
     drawn = {}
     draw = task.draw_noise
 
-    def draw_and_keep(images):
-        drawn.update(draw(images))
+    def draw_and_keep(images, mask):
+        drawn.update(draw(images, mask))
         return drawn
 
     torch.manual_seed(seed)
@@ -167,7 +168,9 @@ def test_the_condition_is_a_reconstruction_from_the_source_that_was_drawn(sharin
 
 def test_sources_are_uniform_over_all_modalities_and_drawn_for_each_target():
     size = 3000
-    noise = make_task().draw_noise({name: torch.zeros(size, 3, 1, 1) for name in NAMES})
+    noise = make_task().draw_noise(
+        {name: torch.zeros(size, 3, 1, 1) for name in NAMES}, torch.ones(size, 3, dtype=torch.bool)
+    )
     # Five standard deviations of a count.
     bound = 5 * math.sqrt(size * (1 / 3) * (2 / 3))
     for name in NAMES:
@@ -181,7 +184,9 @@ def test_sources_are_uniform_over_all_modalities_and_drawn_for_each_target():
 @pytest.mark.parametrize("source", ["self", "none"])
 def test_the_source_is_the_own_modality_where_it_is_to_be(source):
     task = make_task(conditioning={"source": source, "dropout": 0.1})
-    noise = task.draw_noise({name: torch.zeros(200, 3, 1, 1) for name in NAMES})
+    noise = task.draw_noise(
+        {name: torch.zeros(200, 3, 1, 1) for name in NAMES}, torch.ones(200, 3, dtype=torch.bool)
+    )
     for m, name in enumerate(NAMES):
         assert set(noise[name].source.tolist()) == {m}
     assert any(noise[name].present.any() for name in NAMES) == (source == "self")
@@ -190,7 +195,9 @@ def test_the_source_is_the_own_modality_where_it_is_to_be(source):
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.6])
 def test_the_condition_is_left_out_for_the_share_that_was_asked_for(dropout):
     size = 5000
-    noise = make_task(conditioning={"dropout": dropout}).draw_noise({"b": torch.zeros(size, 3, 1, 1)})
+    noise = make_task(conditioning={"dropout": dropout}).draw_noise(
+        {"b": torch.zeros(size, 3, 1, 1)}, torch.ones(size, 3, dtype=torch.bool)
+    )
     share = 1 - noise["b"].present.float().mean().item()
     assert share == pytest.approx(dropout, abs=5 * math.sqrt(dropout * (1 - dropout) / size))
 
@@ -297,8 +304,8 @@ def test_dropout_of_the_network_is_for_training_alone():
         found = []
         for seed in (5, 6):
             torch.manual_seed(4)
-            noise = task.draw_noise({name: batch[name] for name in NAMES})
-            task.draw_noise = lambda images, noise=noise: noise
+            noise = task.draw_noise({name: batch[name] for name in NAMES}, batch["mask"])
+            task.draw_noise = lambda images, mask, noise=noise: noise
             torch.manual_seed(seed)
             found.append(task(batch)[0].item())
             del task.draw_noise
@@ -348,6 +355,7 @@ def test_modalities_of_unlike_shapes_are_refined_each_by_its_own_network():
     schemas = {"a": image_schema(3, 8, 8), "b": image_schema(1, 8, 12)}
     task = make_task(make_cmvae(schemas), schemas=schemas)
     batch = {"a": torch.rand(5, 3, 8, 8), "b": torch.rand(5, 1, 8, 12), "valid": torch.ones(5).bool()}
+    batch["mask"] = torch.ones(5, 2, dtype=torch.bool)
     loss, report, _ = run(task, batch)
     torch.testing.assert_close(
         report["denoising_loss/a"] + report["denoising_loss/b"], 2 * report["denoising_loss"]

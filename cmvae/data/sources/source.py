@@ -19,8 +19,8 @@ SPLIT_NUMBERS: dict[SplitName, int] = {"train": 0, "validation": 1, "test": 2}
 class Sample:
     """One sample as it goes into a shard."""
 
-    images: Mapping[str, np.ndarray]
-    """Modality to (channels, height, width) uint8."""
+    values: Mapping[str, np.ndarray]
+    """Modality to what is stored of it, see `cmvae.kinds`; without those optional ones that it lacks."""
     label: int | None
     """Number of the class, null where the data has no labels."""
 

@@ -1,0 +1,116 @@
+"""What a kind of modality is: how a value lies in a shard, reaches a model, and is shown to people.
+
+No module of this package imports torch, so that what is wrong with an index is reported in the first second.
+A new kind is one file here and one line in `cmvae.kinds.KINDS`; docs/extending.md shows one.
+"""
+
+from __future__ import annotations
+
+import io
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+    from cmvae.data.schema import ModalitySchema
+
+LikelihoodName = Literal["normal", "laplace", "bernoulli", "categorical"]
+MetricName = Literal["generative"]
+"""`generative`: classifiers and Inception read it, for coherence and distances."""
+
+
+class Kind(ABC):
+    """One kind of modality.
+
+    A value has three forms: stored, a numpy array as it lies in a shard; data, a tensor that encoders take
+    and likelihoods compare with; and something for people to look at.
+    """
+
+    name: ClassVar[str]
+    dtype: ClassVar[str]
+    """Of the stored array."""
+    suffix: ClassVar[str]
+    """Ending of its member in a tar, `KEY.MODALITY.suffix`."""
+    likelihoods: ClassVar[tuple[LikelihoodName, ...]]
+    """Families of p(x | z, w) that fit it; the first is the default."""
+    network: ClassVar[str]
+    """Default encoder and decoder, a name from `cmvae.networks.NETWORKS`."""
+    metrics: ClassVar[frozenset[MetricName]] = frozenset()
+    """Groups of metrics that can be computed of it, besides those that need the latents only."""
+
+    @abstractmethod
+    def check(self, schema: ModalitySchema) -> None:
+        """Refuse a schema that is none of this kind.
+
+        Raises:
+            ValueError: with what is wrong.
+        """
+
+    @abstractmethod
+    def encode(self, stored: np.ndarray) -> bytes:
+        """The member of a tar."""
+
+    @abstractmethod
+    def decode(self, content: bytes, schema: ModalitySchema) -> np.ndarray:
+        """What `encode` was given.
+
+        Raises:
+            ValueError: the content is damaged or not of this schema.
+        """
+
+    @abstractmethod
+    def to_data(self, stored: Tensor, schema: ModalitySchema) -> Tensor:
+        """A stored batch (B, *shape), on the device of the model, as data (B, *shape)."""
+
+    @abstractmethod
+    def to_stored(self, data: np.ndarray, schema: ModalitySchema) -> np.ndarray:
+        """Data (B, *shape), such as what a model generates, as it would be stored."""
+
+    @abstractmethod
+    def draw(self, ax: Axes, stored: np.ndarray, schema: ModalitySchema) -> None:
+        """Draw one value into an axis without ticks."""
+
+    @abstractmethod
+    def to_text(self, stored: np.ndarray, schema: ModalitySchema) -> str:
+        """One value in one line, for tables."""
+
+    def parameter_shape(self, schema: ModalitySchema) -> tuple[int, ...]:
+        """Shape of what a decoder makes of one sample: the parameters of the likelihood."""
+        return schema.shape
+
+
+class ArrayKind(Kind):
+    """A kind that lies in a shard as a NumPy file; pickles are refused on reading."""
+
+    suffix = "npy"
+
+    def encode(self, stored: np.ndarray) -> bytes:
+        """As `Kind.encode`."""
+        buffer = io.BytesIO()
+        np.save(buffer, np.ascontiguousarray(stored, dtype=self.dtype), allow_pickle=False)
+        return buffer.getvalue()
+
+    def decode(self, content: bytes, schema: ModalitySchema) -> np.ndarray:
+        """As `Kind.decode`."""
+        try:
+            stored = np.load(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise ValueError(f"cannot be read as a NumPy array ({error})") from error
+        if not isinstance(stored, np.ndarray) or stored.shape != schema.shape or stored.dtype != self.dtype:
+            found = f"{getattr(stored, 'dtype', 'an archive')} of shape {getattr(stored, 'shape', '?')}"
+            raise ValueError(f"{found}, its index says {self.dtype} of shape {schema.shape}")
+        self.check_values(stored, schema)
+        return stored
+
+    def check_values(self, stored: np.ndarray, schema: ModalitySchema) -> None:
+        """Refuse values that this kind cannot have.
+
+        Raises:
+            ValueError: with what is wrong.
+        """
+        if schema.categories is not None and (stored.min() < 0 or stored.max() >= len(schema.categories)):
+            raise ValueError(f"{stored.min()}..{stored.max()}, its index has {len(schema.categories)} names")

@@ -1,0 +1,63 @@
+"""Text: tokens of a vocabulary, at most so many, stored as their numbers."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cmvae.kinds.kind import ArrayKind
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+    from cmvae.data.schema import ModalitySchema
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+SPECIAL_TOKENS = (PAD, EOS, UNKNOWN)
+"""Begin every vocabulary, in this order: their places are the numbers 0, 1 and 2."""
+
+_DRAWN_WIDTH = 24
+
+
+class Text(ArrayKind):
+    """(length,) int64, places in `categories`, the vocabulary; `<eos>` ends it, `<pad>` fills it up."""
+
+    name = "text"
+    dtype = "int64"
+    likelihoods = ("categorical",)
+    network = "caption"
+
+    def check(self, schema: ModalitySchema) -> None:
+        """As `Kind.check`."""
+        if len(schema.shape) != 1 or schema.shape[0] < 1:
+            raise ValueError(f"shape {schema.shape} is no (length,)")
+        if schema.categories is None or schema.categories[: len(SPECIAL_TOKENS)] != SPECIAL_TOKENS:
+            raise ValueError(f"categories: a vocabulary begins with {', '.join(SPECIAL_TOKENS)}")
+
+    def to_data(self, stored: Tensor, schema: ModalitySchema) -> Tensor:
+        """As `Kind.to_data`: the tokens' numbers, (B, length) int64."""
+        return stored
+
+    def to_stored(self, data: np.ndarray, schema: ModalitySchema) -> np.ndarray:
+        """As `Kind.to_stored`."""
+        return data.astype(np.int64)
+
+    def draw(self, ax: Axes, stored: np.ndarray, schema: ModalitySchema) -> None:
+        """As `Kind.draw`."""
+        words = textwrap.fill(self.to_text(stored, schema), _DRAWN_WIDTH)
+        ax.text(0.5, 0.5, words, ha="center", va="center", fontsize=5, transform=ax.transAxes)
+
+    def to_text(self, stored: np.ndarray, schema: ModalitySchema) -> str:
+        """As `Kind.to_text`: the words up to the first `<eos>`."""
+        vocabulary = schema.categories or ()
+        words = [vocabulary[number] for number in stored.tolist()]
+        if EOS in words:
+            words = words[: words.index(EOS)]
+        return " ".join(word for word in words if word != PAD)
+
+    def parameter_shape(self, schema: ModalitySchema) -> tuple[int, ...]:
+        """As `Kind.parameter_shape`: logits of every word at every position."""
+        return (*schema.shape, len(schema.categories or ()))

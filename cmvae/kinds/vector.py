@@ -1,0 +1,60 @@
+"""Vectors of real numbers, each dimension standardised by the train split's mean and deviation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cmvae.kinds.kind import ArrayKind
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+    from cmvae.data.schema import ModalitySchema
+
+
+class Vector(ArrayKind):
+    """(dimensions,) float32 in the units of the data; as data fp32 with mean 0 and deviation 1 on train."""
+
+    name = "vector"
+    dtype = "float32"
+    likelihoods = ("normal", "laplace")
+    network = "mlp"
+
+    def check(self, schema: ModalitySchema) -> None:
+        """As `Kind.check`."""
+        if len(schema.shape) != 1 or schema.shape[0] < 1:
+            raise ValueError(f"shape {schema.shape} is no (dimensions,)")
+        if schema.mean is None or schema.std is None:
+            raise ValueError("mean and std: a vector is standardised, so that it needs both")
+        for key, values in (("mean", schema.mean), ("std", schema.std), ("columns", schema.columns)):
+            if values is not None and len(values) != schema.shape[0]:
+                raise ValueError(f"{key}: must have one entry for each of the {schema.shape[0]} dimensions")
+        if not np.isfinite([*schema.mean, *schema.std]).all() or min(schema.std) <= 0:
+            raise ValueError("mean and std: must be finite numbers, std above 0")
+
+    def check_values(self, stored: np.ndarray, schema: ModalitySchema) -> None:
+        """As `ArrayKind.check_values`: numbers must be finite."""
+        if not np.isfinite(stored).all():
+            raise ValueError("holds values that are not finite")
+
+    def to_data(self, stored: Tensor, schema: ModalitySchema) -> Tensor:
+        """As `Kind.to_data`."""
+        return (stored - stored.new_tensor(schema.mean)) / stored.new_tensor(schema.std)
+
+    def to_stored(self, data: np.ndarray, schema: ModalitySchema) -> np.ndarray:
+        """As `Kind.to_stored`."""
+        return (data * np.array(schema.std) + np.array(schema.mean)).astype(np.float32)
+
+    def draw(self, ax: Axes, stored: np.ndarray, schema: ModalitySchema) -> None:
+        """As `Kind.draw`: bars in standard deviations from the mean of the train split."""
+        standardised = (stored - np.array(schema.mean)) / np.array(schema.std)
+        ax.bar(np.arange(len(stored)), standardised, color="#22333b")
+        ax.set_ylim(-3, 3)
+
+    def to_text(self, stored: np.ndarray, schema: ModalitySchema) -> str:
+        """As `Kind.to_text`."""
+        columns = schema.columns or range(len(stored))
+        return ", ".join(f"{column}: {value:.4g}" for column, value in zip(columns, stored, strict=True))
