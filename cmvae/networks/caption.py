@@ -9,7 +9,8 @@ vectors, which is the same function, and the decoder gives logits where the rele
 Batch norm: in training, statistics are those of one call on one rank, so a rank's batch should not be tiny.
 A decoder is called once a step for all sources and samples, M · K · B rows, and normalises over all of them;
 the released code decodes one source at a time. With several ranks each keeps running statistics of its own
-part of the data, and those of rank 0 go into the export.
+part of the data, and those of rank 0 go into the export. Samples without a text are encoded with that of
+others in their batch, see `cmvae.tasks.cmvae.fill_missing`, so that statistics are of real texts.
 """
 
 from __future__ import annotations
