@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
+from commands import ROOT
 
-from cmvae.config import ModalityConfig, ModelConfig, ObjectiveConfig
+from cmvae.config import ModalityConfig, ModelConfig, ObjectiveConfig, load_config
 from cmvae.data.schema import ModalitySchema
 from cmvae.errors import UserError
 from cmvae.kinds import KINDS
@@ -163,6 +164,30 @@ def test_cubicc_images_have_the_released_number_of_parameters():
     decoder = NETWORKS["resnet"].decoder(image(64, 64), 64, d_z, d_w)
     layers = block(64, 64) + sum(block(after, before) for before, after in ways) + conv(64, 3)
     assert count(decoder) == linear(d_z + d_w, 256 * 2 * 2) + layers
+
+
+@pytest.mark.parametrize("name", ["cubicc", "cub_mini"])
+def test_the_configs_of_the_birds_have_the_published_settings(name):
+    config = load_config(ROOT / f"configs/{name}.yaml")
+    assert config.objective == ObjectiveConfig(name="dreg", num_samples=10, beta=1.0)
+    model, image, caption = config.model, *config.model.modalities.values()
+    assert (model.family, model.shared_dim, model.private_dim, model.num_clusters) == ("normal", 64, 32, 35)
+    assert model.cluster_mean_range == 0.5
+    assert (image.likelihood.family, image.likelihood.scale) == ("laplace", 0.01)
+    assert image.likelihood.weight == pytest.approx(32 / (3 * 64 * 64))
+    assert (caption.likelihood.family, caption.likelihood.weight) == ("categorical", 5.0)
+    assert (config.optimizer.learning_rate, config.optimizer.amsgrad, config.train.batch_size) == (
+        1e-3,
+        True,
+        32,
+    )
+
+
+def test_cubicc_in_all():
+    config = load_config(ROOT / "configs/cubicc.yaml").model
+    model = CMVAE(config, {"image": image(64, 64), "caption": text(32, 1590)})
+    networks = 8_618_048 + 4_309_699 + 2_764_416 + 3_358_167
+    assert count(model) == networks + 35 * 64 + 35 + 2 * 32
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
