@@ -118,10 +118,11 @@ def _draw_generations(context: EvaluationContext) -> dict[str, Figure]:
     batch = next(iter(context.batches(context.settings.split)))
     shown = batch["valid"].nonzero().flatten()[:GRID_SAMPLES]
     inputs = {name: batch[name][shown] for name in context.model.modality_names}
+    mask = batch["mask"][shown]
     generator = torch.Generator(context.device).manual_seed(context.settings.seed)
     if context.refiner is not None:
-        return {"refinements": draw_refinements(context.model, context.refiner, inputs, generator)}
-    return {"cross_modal": draw_cross_modal(context.model, inputs, generator)}
+        return {"refinements": draw_refinements(context.model, context.refiner, inputs, mask, generator)}
+    return {"cross_modal": draw_cross_modal(context.model, inputs, mask, generator)}
 
 
 def _track(config: ExperimentConfig, run_dir: Path, result: GroupResult) -> None:

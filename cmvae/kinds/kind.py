@@ -74,6 +74,10 @@ class Kind(ABC):
     def draw(self, ax: Axes, stored: np.ndarray, schema: ModalitySchema) -> None:
         """Draw one value into an axis without ticks."""
 
+    def drawn_size(self, schema: ModalitySchema) -> tuple[float, float]:
+        """Width and height, in inches, that `draw` needs to be legible."""
+        return 0.6, 0.4
+
     @abstractmethod
     def to_text(self, stored: np.ndarray, schema: ModalitySchema) -> str:
         """One value in one line, for tables."""

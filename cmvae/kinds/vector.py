@@ -53,6 +53,7 @@ class Vector(ArrayKind):
         standardised = (stored - np.array(schema.mean)) / np.array(schema.std)
         ax.bar(np.arange(len(stored)), standardised, color="#22333b")
         ax.set_ylim(-3, 3)
+        ax.axhline(0, color="#8d99ae", linewidth=0.4)
 
     def to_text(self, stored: np.ndarray, schema: ModalitySchema) -> str:
         """As `Kind.to_text`."""
