@@ -21,6 +21,7 @@ from sklearn.manifold import TSNE
 from cmvae.clustering import BoolArray, FloatArray, IntArray, Selection
 from cmvae.data.schema import ModalitySchema
 from cmvae.kinds import KINDS
+from cmvae.kinds.image import Image
 
 _DPI = 120
 # Between drawn values and the edge of their cell, in cells.
@@ -74,7 +75,7 @@ def cross_modal_grid(
     num_samples = len(next(iter(inputs.values())))
     everything = np.ones(num_samples, dtype=bool)
     there = {name: everything if present is None else present[name] for name in names}
-    rows = [("input", None, inputs)]
+    rows: list[tuple[str, str | None, Mapping[str, NDArray]]] = [("input", None, inputs)]
     for source in names:
         rows.append((f"from {source}", source, {name: generated[source, name] for name in names}))
         if refined is not None:
@@ -92,13 +93,13 @@ def cross_modal_grid(
     axes = figure.subplots(len(rows), len(names), squeeze=False, width_ratios=widths)
     for column, (target, width) in enumerate(zip(names, widths, strict=True)):
         axes[0, column].set_title(f"→ {target}", fontsize=10, color=_INK, fontweight="bold")
-        for row, (_, source, made) in enumerate(rows):
+        for row, (_, made_from, made) in enumerate(rows):
             ax = axes[row, column]
             _clear(ax)
             if target in made:
-                shown = there[target if source is None else source]
+                shown = there[made_from or target]
                 _show_values(ax, made[target][None], schemas[target], shown[None], (width, height))
-                if source == target:
+                if made_from == target:
                     _frame(ax)
     for row, (title, _, _) in enumerate(rows):
         _title_row(axes[row, 0], title)
@@ -481,7 +482,7 @@ def _cell_sizes(schemas: Sequence[ModalitySchema]) -> tuple[list[float], float]:
     height = max(height for _, height in sizes)
     # A picture grows with its row; text and bars would only be pulled apart.
     widths = [
-        width * height / own if schema.kind == "image" else width
+        width * height / own if isinstance(KINDS[schema.kind], Image) else width
         for schema, (width, own) in zip(schemas, sizes, strict=True)
     ]
     return widths, height
@@ -495,7 +496,7 @@ def _show_values(
     Images are one picture, which is quick; of other kinds each value has an axis of its own, `cell` wide and
     high.
     """
-    if schema.kind == "image":
+    if isinstance(KINDS[schema.kind], Image):
         ax.imshow(_tile(values, shown), interpolation="nearest")
         return
     (num_rows, num_columns), (width, height) = shown.shape, cell

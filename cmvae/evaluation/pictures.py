@@ -10,9 +10,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cmvae.data.schema import ModalitySchema
+from cmvae.data.batch import as_stored
 from cmvae.evaluation import figures
-from cmvae.kinds import KINDS
 from cmvae.model import CMVAE
 
 if TYPE_CHECKING:  # it draws with this module
@@ -95,11 +94,6 @@ def draw_latent_map(split: EncodedSplit, assignments: np.ndarray, num_samples: i
     points = figures.project_2d(split.shared_loc[shown][np.arange(len(first)), first], seed)
     labels = split.label[shown] if (split.label >= 0).any() else None
     return figures.latent_map(points, assignments[shown], labels)
-
-
-def as_stored(data: Tensor, schema: ModalitySchema) -> np.ndarray:
-    """What a model takes or makes of one modality, data (B, *shape), as it would lie in a shard."""
-    return KINDS[schema.kind].to_stored(data.detach().cpu().numpy(), schema)
 
 
 def _by_modality(model: CMVAE, mask: Tensor) -> dict[str, np.ndarray]:

@@ -82,9 +82,22 @@ class Kind(ABC):
     def to_text(self, stored: np.ndarray, schema: ModalitySchema) -> str:
         """One value in one line, for tables."""
 
+    def table_columns(self, schema: ModalitySchema) -> tuple[str, ...]:
+        """Headings of a table of values."""
+        return (self.name,)
+
+    def table_cells(self, stored: np.ndarray, schema: ModalitySchema) -> tuple[str, ...]:
+        """One value in such a table, as many cells as there are columns."""
+        return (self.to_text(stored, schema),)
+
     def parameter_shape(self, schema: ModalitySchema) -> tuple[int, ...]:
         """Shape of what a decoder makes of one sample: the parameters of the likelihood."""
         return schema.shape
+
+
+def column_names(schema: ModalitySchema) -> tuple[str, ...]:
+    """Names of the dimensions of a vector; their places where they have none."""
+    return schema.columns or tuple(str(place) for place in range(schema.shape[0]))
 
 
 class ArrayKind(Kind):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cmvae.kinds.kind import ArrayKind
+from cmvae.kinds.kind import ArrayKind, column_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,5 +57,13 @@ class Vector(ArrayKind):
 
     def to_text(self, stored: np.ndarray, schema: ModalitySchema) -> str:
         """As `Kind.to_text`."""
-        columns = schema.columns or range(len(stored))
-        return ", ".join(f"{column}: {value:.4g}" for column, value in zip(columns, stored, strict=True))
+        named = zip(column_names(schema), stored, strict=True)
+        return ", ".join(f"{column}: {value:.4g}" for column, value in named)
+
+    def table_columns(self, schema: ModalitySchema) -> tuple[str, ...]:
+        """As `Kind.table_columns`: one a dimension."""
+        return column_names(schema)
+
+    def table_cells(self, stored: np.ndarray, schema: ModalitySchema) -> tuple[str, ...]:
+        """As `Kind.table_cells`."""
+        return tuple(str(value) for value in stored)
