@@ -210,18 +210,19 @@ def confusion_matrix(counts: IntArray, class_names: Sequence[str], cluster_ids: 
     return figure
 
 
-def coherence_matrix(coherence: FloatArray, modalities: Sequence[str]) -> Figure:
+def coherence_matrix(coherence: FloatArray, sources: Sequence[str], targets: Sequence[str]) -> Figure:
     """Conditional coherence of every source (rows) and target (columns), as a heat map.
 
     Args:
-        coherence: (M sources, M targets), shares.
-        modalities: names of rows and columns.
+        coherence: (sources, targets), shares.
+        sources: names of the rows.
+        targets: names of the columns.
     """
-    size = len(modalities)
-    figure = Figure(figsize=(1.4 + 0.62 * size, 1.3 + 0.62 * size), dpi=_DPI, layout="constrained")
+    num_rows, num_columns = coherence.shape
+    figure = Figure(figsize=(1.4 + 0.62 * num_columns, 1.3 + 0.62 * num_rows), dpi=_DPI, layout="constrained")
     ax = figure.add_subplot()
     ax.imshow(coherence, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(size, size):
+    for row, column in np.ndindex(num_rows, num_columns):
         ax.text(
             column,
             row,
@@ -231,8 +232,8 @@ def coherence_matrix(coherence: FloatArray, modalities: Sequence[str]) -> Figure
             fontsize=9,
             color="white" if coherence[row, column] > 0.5 else _INK,
         )
-    ax.set_xticks(range(size), modalities)
-    ax.set_yticks(range(size), modalities)
+    ax.set_xticks(range(num_columns), targets)
+    ax.set_yticks(range(num_rows), sources)
     ax.tick_params(length=0, labelsize=9, labelcolor=_INK)
     ax.spines[:].set_visible(False)
     ax.set_title("read as the source's class", fontsize=10, color=_INK)

@@ -16,6 +16,7 @@ from cmvae.evaluation.clustering import evaluate_clustering
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.likelihood import evaluate_likelihood
 from cmvae.evaluation.pictures import draw_cross_modal, draw_refinements
+from cmvae.evaluation.prediction import evaluate_prediction
 from cmvae.evaluation.probes import evaluate_probes
 from cmvae.evaluation.report import write_report
 from cmvae.evaluation.result import GroupResult
@@ -93,6 +94,13 @@ def _evaluate_groups(context: EvaluationContext, config: ExperimentConfig) -> It
         return
     if "clustering" in wanted:
         yield evaluate_clustering(context, config.objective.beta)
+    if "text" in wanted:
+        # Imports torchmetrics, too.
+        from cmvae.evaluation.text import evaluate_text
+
+        yield evaluate_text(context)
+    if "prediction" in wanted:
+        yield evaluate_prediction(context)
     if "probe" in wanted:
         yield evaluate_probes(context)
     if "likelihood" in wanted:

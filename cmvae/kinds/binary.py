@@ -22,6 +22,7 @@ class Binary(ArrayKind):
     dtype = "uint8"
     likelihoods = ("bernoulli",)
     network = "mlp"
+    metrics = frozenset({"prediction"})
 
     def check(self, schema: ModalitySchema) -> None:
         """As `Kind.check`."""

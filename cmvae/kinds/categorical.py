@@ -22,6 +22,7 @@ class Categorical(ArrayKind):
     dtype = "int64"
     likelihoods = ("categorical",)
     network = "mlp"
+    metrics = frozenset({"prediction"})
 
     def check(self, schema: ModalitySchema) -> None:
         """As `Kind.check`."""

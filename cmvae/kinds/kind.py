@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from cmvae.data.schema import ModalitySchema
 
 LikelihoodName = Literal["normal", "laplace", "bernoulli", "categorical"]
-MetricName = Literal["generative"]
-"""`generative`: classifiers and Inception read it, for coherence and distances."""
+MetricName = Literal["generative", "text", "prediction"]
+"""`generative`: image classifiers and Inception read it, for coherence and distances. `text`: it is read as
+words. `prediction`: what is generated can be compared with what is there, value by value."""
 
 
 class Kind(ABC):

@@ -32,6 +32,7 @@ class Text(ArrayKind):
     dtype = "int64"
     likelihoods = ("categorical",)
     network = "caption"
+    metrics = frozenset({"text"})
 
     def check(self, schema: ModalitySchema) -> None:
         """As `Kind.check`."""

@@ -22,6 +22,7 @@ class Vector(ArrayKind):
     dtype = "float32"
     likelihoods = ("normal", "laplace")
     network = "mlp"
+    metrics = frozenset({"prediction"})
 
     def check(self, schema: ModalitySchema) -> None:
         """As `Kind.check`."""

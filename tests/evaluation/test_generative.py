@@ -21,6 +21,7 @@ from cmvae.data.schema import ShardIndex
 from cmvae.errors import UserError
 from cmvae.evaluation import generative
 from cmvae.evaluation.context import EvaluationContext
+from cmvae.evaluation.generations import Generations
 from cmvae.evaluation.generative import evaluate_generative
 from cmvae.model import CMVAE, Posterior
 from cmvae.refiner import Refiner
@@ -136,7 +137,7 @@ def test_of_several_sources_each_has_its_share(oracle, evaluation_context):
     context = evaluation_context(oracle)
     networks, _ = generative._load_networks(context, {"coherence"})
     split = generative._read_split(context, networks)
-    generator = generative._Generator(context, quiet())
+    generator = Generations(context, quiet())
     read = generator.conditional(split, ("m0", "m1"), ["m2"], networks.classify, refine=False)
     shift = (read["class/m2"] - split["label"]) % 4
     assert set(shift.tolist()) == {0, 1}
@@ -162,7 +163,7 @@ def test_unconditional_clusters_follow_their_weights_and_the_selection(oracle, e
     oracle.cluster_prior.active[1] = False
     context = evaluation_context(oracle, num_generated=2000)
     networks, _ = generative._load_networks(context, {"coherence"})
-    read = generative._Generator(context, quiet()).unconditional(networks.classify)
+    read = Generations(context, quiet()).unconditional(NAMES, networks.classify)
     shares = np.bincount(read["class/m0"], minlength=4) / 2000
     assert shares[1] == 0
     np.testing.assert_allclose(shares[[0, 2, 3]], [1 / 7, 2 / 7, 4 / 7], atol=0.04)
@@ -207,7 +208,7 @@ def test_conditional_means_leave_self_out_where_they_say_so(oracle, evaluation_c
     context = evaluation_context(oracle)
     networks, _ = generative._load_networks(context, {"frechet"})
     split = generative._read_split(context, networks)
-    generator, values = generative._Generator(context, quiet()), {}
+    generator, values = Generations(context, quiet()), {}
     for source in NAMES:
         read = generator.conditional(split, (source,), NAMES, networks.read, refine=False)
         for target in NAMES:
@@ -283,7 +284,7 @@ def test_a_model_that_generates_nan_is_named(oracle, evaluation_context):
     oracle.decode = lambda shared, private: {
         name: image * (torch.nan if name == "m1" else 1) for name, image in decode(shared, private).items()
     }
-    with pytest.raises(UserError, match="200 of the 200 images of m1 that the model generates uncond"):
+    with pytest.raises(UserError, match="200 of the 200 values of m1 that the model generates uncond"):
         evaluate_generative(evaluation_context(oracle), {"coherence"})
 
 
@@ -350,7 +351,7 @@ def test_what_is_read_is_each_sample_refined_alone(untrained, evaluation_context
     context = evaluation_context(untrained, refiner=refiner, num_generated=40)
     networks, _ = generative._load_networks(context, {"coherence"})
     split = generative._read_split(context, networks)
-    generator = generative._Generator(context, quiet())
+    generator = Generations(context, quiet())
     readings = generator.conditional(split, ("m1",), NAMES, networks.classify, refine=True)
     (batch,) = EvaluationLoader(context.shards, split="test", modalities=["m1"], batch_size=90)
     posterior = untrained.encode({"m1": batch["m1"] / 255})["m1"].shared
@@ -392,5 +393,5 @@ def test_refined_figures_depend_on_the_seed_and_not_on_the_batches(untrained, ev
 def test_a_refiner_that_draws_nan_is_named(oracle, evaluation_context):
     refiner = make_refiner(SHAPES_OF_QUADRANTS, diffusion={"prediction": "sample"})
     tell(refiner, think=lambda images: images * torch.nan)
-    with pytest.raises(UserError, match="200 of the 200 images of m0 that the model generates uncond"):
+    with pytest.raises(UserError, match="200 of the 200 values of m0 that the model generates uncond"):
         evaluate_generative(evaluation_context(oracle, refiner=refiner), {"coherence"})
