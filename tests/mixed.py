@@ -17,7 +17,7 @@ from cmvae.model import CMVAE, Posterior
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220)}
 VOCABULARY = (*SPECIAL_TOKENS, "a", "the", "bird", "fish", "with", "wings", *COLOURS)
-LENGTH = 6
+LENGTH = 8
 SCHEMAS: Mapping[str, ModalitySchema] = {
     "photo": ModalitySchema(kind="image", shape=(3, 8, 8), dtype="uint8", optional=True),
     "caption": ModalitySchema(
