@@ -76,9 +76,10 @@ def folder(tmp_path_factory):
 
 def run(script, *arguments):
     """A command in this process, which has imported everything already."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
     assert not end.value.code
 
 
