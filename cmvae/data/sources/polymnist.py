@@ -25,6 +25,7 @@ from cmvae.data.sources.source import SPLIT_NUMBERS, Sample, Source, random_stre
 from cmvae.errors import UserError
 
 DESCRIPTION = "PolyMNIST: MNIST digits over photographs, 60,000 samples of five modalities of 3×28×28"
+CONFIG = Path("configs/polymnist.yaml")
 
 RELEASE_URL = "https://polybox.ethz.ch/index.php/s/DvIsHiopIoPnKXI/download"
 IMAGE_SIZE = 28
