@@ -122,8 +122,17 @@ def test_words_of_the_other_splits_are_unknown(tmp_path):
     rows = [{"t": "seen seen", "s": "train"}, {"t": "new seen", "s": "test"}, {"t": "new", "s": "val"}]
     source = read(write_csv(tmp_path / "t.csv", rows), "--text t --split s --min-count 1")
     assert source.modalities["t"].categories == ("<pad>", "<eos>", "<unk>", "seen")
-    # Two words and the end: no longer than train needs.
-    assert source.sample("test", 0).values["t"].tolist() == [2, 3, 1]
+    # Two words and the end, and no longer than train needs: the next multiple of eight.
+    assert source.sample("test", 0).values["t"].tolist() == [2, 3, 1, 0, 0, 0, 0, 0]
+
+
+def test_a_long_text_is_cut(tmp_path):
+    path = write_csv(tmp_path / "t.csv", [{"t": "word " * 30}] * 20)
+    assert read(path, "--text t").modalities["t"].shape == (32,)
+    tokens = read(path, "--text t --text-length 16").sample("train", 0).values["t"]
+    assert tokens.tolist() == [3] * 15 + [1]
+    with pytest.raises(SystemExit):
+        read(path, "--text t --text-length 20")
 
 
 def test_parquet_reads_as_csv_does(tmp_path):

@@ -5,6 +5,7 @@ The sources of people's own data are made of these: a table, a folder, captions 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from cmvae.errors import UserError
 
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+LENGTH_STEP = 8
+"""Texts are as long as a multiple of this: networks of captions halve the length three times."""
 CONSTANT = 1e-5
 """A dimension with a smaller ratio of deviation to mean is constant: in single precision little is left."""
 
@@ -89,7 +92,8 @@ class TextColumn:
         sentences: of every row, None where there is none.
         train: rows of the train split.
         min_count: rarer words become `<unk>`.
-        max_length: tokens of a sentence, its end included; less where all of train are shorter.
+        max_length: tokens of a sentence, its end included, a multiple of `LENGTH_STEP`; less where all of
+            train are shorter.
     """
 
     def __init__(
@@ -98,7 +102,8 @@ class TextColumn:
         self._words = [None if sentence is None else split_words(sentence) for sentence in sentences]
         of_train = [words for words in (self._words[row] for row in train.tolist()) if words is not None]
         longest = max((len(words) for words in of_train), default=0)
-        self._tokenizer = Tokenizer(build_vocabulary(of_train, min_count), min(longest + 1, max_length))
+        length = min(LENGTH_STEP * math.ceil((longest + 1) / LENGTH_STEP), max_length)
+        self._tokenizer = Tokenizer(build_vocabulary(of_train, min_count), length)
         self.schema = ModalitySchema(
             kind="text",
             shape=(self._tokenizer.length,),

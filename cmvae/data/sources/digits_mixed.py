@@ -29,7 +29,7 @@ SENTENCES = (
     "it looks like a {adjective} {number} to me",
 )
 ADJECTIVES = ("neat", "hasty", "clear", "shaky", "plain", "large")
-MAX_LENGTH = 12
+MAX_LENGTH = 16
 """Tokens; the longest sentence has nine, its end included."""
 
 _WHITE = 16.0

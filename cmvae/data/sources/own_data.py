@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cmvae.arguments import positive_integer
 from cmvae.data.schema import RESERVED_NAMES
-from cmvae.data.sources.columns import Column, VectorColumn
+from cmvae.data.sources.columns import LENGTH_STEP, Column, VectorColumn
 from cmvae.data.sources.splits import DEFAULT_FRACTIONS, fractions
 from cmvae.errors import UserError
 
@@ -59,14 +59,21 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--text-length",
-        type=positive_integer,
+        type=_text_length,
         default=32,
         metavar="N",
-        help="words of a text at most, its end counted as one (default: 32)",
+        help=f"words of a text at most, its end counted as one; a multiple of {LENGTH_STEP} (default: 32)",
     )
     parser.add_argument(
         "--config", type=Path, metavar="PATH", help="write the starter config there, instead of printing it"
     )
+
+
+def _text_length(text: str) -> int:
+    length = positive_integer(text)
+    if length % LENGTH_STEP:
+        raise argparse.ArgumentTypeError(f"{text} is no multiple of {LENGTH_STEP}")
+    return length
 
 
 def read_split(text: str) -> str:
