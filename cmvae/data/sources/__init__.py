@@ -3,7 +3,7 @@
 Importing this imports no library that is slow to import: the modules import theirs when a source is opened.
 """
 
-from cmvae.data.sources import cubicc, digits, digits_mixed, polymnist, table
+from cmvae.data.sources import cubicc, digits, digits_mixed, folder, polymnist, table
 from cmvae.data.sources.source import SourceModule
 
 SOURCES: dict[str, SourceModule] = {
@@ -12,4 +12,5 @@ SOURCES: dict[str, SourceModule] = {
     "polymnist": polymnist,
     "cubicc": cubicc,
     "table": table,
+    "folder": folder,
 }
