@@ -91,7 +91,7 @@ class ArrayKind(Kind):
     def encode(self, stored: np.ndarray) -> bytes:
         """As `Kind.encode`."""
         buffer = io.BytesIO()
-        np.save(buffer, np.ascontiguousarray(stored, dtype=self.dtype), allow_pickle=False)
+        np.save(buffer, np.asarray(stored, dtype=self.dtype, order="C"), allow_pickle=False)
         return buffer.getvalue()
 
     def decode(self, content: bytes, schema: ModalitySchema) -> np.ndarray:
