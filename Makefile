@@ -1,6 +1,7 @@
 # make demo       the main job on embedded real data, in a virtual environment of its own
 # make test       all tests
 # make polymnist DATA=folder    the published PolyMNIST experiment
+# make cubicc DATA=folder       the published CUBICC experiment, birds with captions
 # make lint, make format        what CI checks; what mends most of it
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ ARGS ?=
 # The same for the refiner.
 REFINER_ARGS ?=
 
-.PHONY: demo polymnist test lint format
+.PHONY: demo polymnist cubicc test lint format
 
 # The stamp is newer than what it was installed from, or it is installed again.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -50,6 +51,16 @@ polymnist: $(VENV)/installed
 	$(BIN)/python launch/evaluate.py runs/polymnist
 	$(BIN)/accelerate launch launch/train.py configs/polymnist_refiner.yaml --resume $(REFINER_ARGS)
 	$(BIN)/python launch/evaluate.py runs/polymnist_refiner
+
+# DATA holds the released CUBICC/ folder or is it, or holds CUB-200-2011 with its captions.
+CUBICC_INPUT = $(shell if test -f "$(DATA)/images.pt"; then echo '--released "$(DATA)"'; \
+	elif test -f "$(DATA)/CUBICC/images.pt"; then echo '--released "$(DATA)/CUBICC"'; else echo '--cub "$(DATA)"'; fi)
+
+cubicc: $(VENV)/installed
+	@test -n "$(DATA)" || { echo "make cubicc DATA=folder: the released CUBICC folder, or one with CUB_200_2011/ and text/"; exit 2; }
+	test -f shards/cubicc/index.json || $(BIN)/python tools/make_shards.py cubicc $(CUBICC_INPUT) --out shards/cubicc
+	$(BIN)/accelerate launch launch/train.py configs/cubicc.yaml --resume $(ARGS)
+	$(BIN)/python launch/evaluate.py runs/cubicc
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest

@@ -9,15 +9,18 @@ from torch import nn
 
 from cmvae.data.schema import ModalitySchema
 from cmvae.errors import UserError
+from cmvae.networks.caption import CaptionDecoder, CaptionEncoder, check_caption
 from cmvae.networks.image import ImageDecoder, ImageEncoder, check_image_size
+from cmvae.networks.vector import VectorDecoder, VectorEncoder, check_vector
 
 
 @dataclass(frozen=True)
 class NetworkFamily:
     """An encoder, a decoder and the check of what they can be used for.
 
-    `encoder` and `decoder` are built from (schema, width, shared_dim, private_dim). The encoder returns loc
-    and raw scale of q(z|x), then of q(w|x); the decoder takes (B, D_z + D_w).
+    `encoder` and `decoder` are built from (schema, width, shared_dim, private_dim). The encoder takes data
+    (B, *shape), see `cmvae.kinds`, and returns loc and raw scale of q(z|x), then of q(w|x); the decoder takes
+    (B, D_z + D_w) and returns the likelihood's parameters, (B, *parameter shape).
     """
 
     encoder: Callable[[ModalitySchema, int, int, int], nn.Module]
@@ -27,6 +30,8 @@ class NetworkFamily:
 
 NETWORKS: dict[str, NetworkFamily] = {
     "resnet": NetworkFamily(ImageEncoder, ImageDecoder, check_image_size),
+    "caption": NetworkFamily(CaptionEncoder, CaptionDecoder, check_caption),
+    "mlp": NetworkFamily(VectorEncoder, VectorDecoder, check_vector),
 }
 
 

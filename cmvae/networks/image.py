@@ -1,10 +1,14 @@
-"""Residual image networks of the PolyMNIST experiment, at any width and any size that halves twice.
+"""Residual image networks of the PolyMNIST and CUBICC experiments, at any width and of many sizes.
 
-Source: the networks released with MMVAE+ and CMVAE. At width 64 on 28×28, with five modalities, 40 clusters
-and 32 + 32 latent dimensions, a CMVAE made of them has 22.16 M parameters (22.17 M are published).
+Source: the networks released with MMVAE+ and CMVAE. At width 64 on five modalities of 28×28, with 40 clusters
+and 32 + 32 latent dimensions, a CMVAE made of them has 22.16 M parameters (22.17 M are published). Those for
+CUBICC, from 64×64 down to 2×2, are kept in github.com/srl-ethz/mmvaeplus,
+src/models/encoder_decoder_blocks/resnet_cub_image.py.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from einops import rearrange
@@ -12,10 +16,35 @@ from torch import Tensor, nn
 
 from cmvae.data.schema import ModalitySchema
 from cmvae.errors import UserError
+from cmvae.networks.encoder import TwoTrunkEncoder
 
 LEAKY_SLOPE = 0.2
 # A residual branch starts small, so that a block is near the identity at initialisation.
 RESIDUAL_SCALE = 0.1
+
+_MIN_HALVINGS = 2
+# Images of up to so many pixels a side halve twice, as those of PolyMNIST.
+_SMALL = 32
+# Larger ones halve down to this, as those of CUBICC, or as far as both sides are even.
+_LOWEST = 2
+# What is left after that must not be larger: linear maps go from and to all of it.
+_MAX_LOWEST = 16
+
+
+def num_halvings(height: int, width_px: int) -> int:
+    """How often an image is halved: PolyMNIST's 28×28 twice, to 7×7; CUBICC's 64×64 five times, to 2×2."""
+    halvings = _MIN_HALVINGS
+    if max(height, width_px) > _SMALL:
+        while all(
+            side % 2 ** (halvings + 1) == 0 and side >> halvings > _LOWEST for side in (height, width_px)
+        ):
+            halvings += 1
+    return halvings
+
+
+def _filters(width: int, halvings: int) -> list[int]:
+    """Filters after each halving, none included: doubled twice, then constant."""
+    return [width * min(2**stage, 4) for stage in range(halvings + 1)]
 
 
 class ResidualBlock(nn.Module):
@@ -41,72 +70,57 @@ class ResidualBlock(nn.Module):
         return torch.add(self.shortcut(x), self.branch(x), alpha=RESIDUAL_SCALE)
 
 
-class PosteriorHeads(nn.Module):
-    """Location and raw scale of one posterior, each by its own linear map of the features."""
-
-    def __init__(self, in_features: int, latent_dim: int) -> None:
-        super().__init__()
-        self.loc = nn.Linear(in_features, latent_dim)
-        self.raw_scale = nn.Linear(in_features, latent_dim)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, F) to two (B, D)."""
-        return self.loc(features), self.raw_scale(features)
-
-
 class ImageTrunk(nn.Module):
-    """An image (B, C, H, W) to features (B, 4·width · H/4 · W/4)."""
+    """An image (B, C, H, W) to features (B, F) of a map that is halved `len(filters) − 1` times."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, filters: list[int]) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1),
-            ResidualBlock(width, width),
-            nn.AvgPool2d(3, stride=2, padding=1),
-            ResidualBlock(width, 2 * width),
-            nn.AvgPool2d(3, stride=2, padding=1),
-            ResidualBlock(2 * width, 4 * width),
-        )
+        layers = [nn.Conv2d(channels, filters[0], 3, padding=1), ResidualBlock(filters[0], filters[0])]
+        for before, after in itertools.pairwise(filters):
+            layers += [nn.AvgPool2d(3, stride=2, padding=1), ResidualBlock(before, after)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features in the order (h, w, c): with channels-last maps that is no copy."""
         return rearrange(self.layers(x), "b c h w -> b (h w c)")
 
 
-class ImageEncoder(nn.Module):
-    """Two separate trunks, one for q(z|x) and one for q(w|x)."""
+class ImageEncoder(TwoTrunkEncoder):
+    """Images (B, C, H, W) in [0, 1]."""
 
     def __init__(self, schema: ModalitySchema, width: int, shared_dim: int, private_dim: int) -> None:
-        super().__init__()
         channels, height, width_px = schema.shape
-        features = 4 * width * (height // 4) * (width_px // 4)
-        self.shared_trunk = ImageTrunk(channels, width)
-        self.private_trunk = ImageTrunk(channels, width)
-        self.shared_heads = PosteriorHeads(features, shared_dim)
-        self.private_heads = PosteriorHeads(features, private_dim)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """An image (B, C, H, W) in [0, 1] to loc and raw scale of q(z|x), then of q(w|x)."""
-        x = x.contiguous(memory_format=torch.channels_last)
-        return (
-            *self.shared_heads(self.shared_trunk(x)),
-            *self.private_heads(self.private_trunk(x)),
+        halvings = num_halvings(height, width_px)
+        filters = _filters(width, halvings)
+        num_features = filters[-1] * (height >> halvings) * (width_px >> halvings)
+        super().__init__(
+            ImageTrunk(channels, filters),
+            ImageTrunk(channels, filters),
+            (num_features, num_features),
+            shared_dim,
+            private_dim,
         )
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """As `TwoTrunkEncoder.prepare`."""
+        return x.contiguous(memory_format=torch.channels_last)
 
 
 class ImageDecoder(nn.Module):
-    """Latents (B, D_z + D_w) to the location of an image (B, C, H, W)."""
+    """Latents (B, D_z + D_w) to the likelihood's parameters for an image (B, C, H, W)."""
 
     def __init__(self, schema: ModalitySchema, width: int, shared_dim: int, private_dim: int) -> None:
         super().__init__()
         channels, height, width_px = schema.shape
-        self.height, self.width_px = height // 4, width_px // 4
-        self.stem = nn.Linear(shared_dim + private_dim, 4 * width * self.height * self.width_px)
+        halvings = num_halvings(height, width_px)
+        filters = _filters(width, halvings)
+        self.height, self.width_px = height >> halvings, width_px >> halvings
+        self.stem = nn.Linear(shared_dim + private_dim, filters[-1] * self.height * self.width_px)
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(reversed(filters)):
+            layers += [ResidualBlock(before, after), nn.Upsample(scale_factor=2, mode="nearest")]
         self.layers = nn.Sequential(
-            ResidualBlock(4 * width, 2 * width),
-            nn.Upsample(scale_factor=2, mode="nearest"),
-            ResidualBlock(2 * width, width),
-            nn.Upsample(scale_factor=2, mode="nearest"),
+            *layers,
             ResidualBlock(width, width),
             nn.LeakyReLU(LEAKY_SLOPE),
             nn.Conv2d(width, channels, 3, padding=1),
@@ -119,16 +133,28 @@ class ImageDecoder(nn.Module):
 
 
 def check_image_size(schema: ModalitySchema, modality: str) -> None:
-    """Refuse images that these networks cannot halve twice.
+    """Refuse images that these networks cannot halve often enough.
 
     Raises:
-        UserError: the modality is no image, or its height or width is not divisible by 4.
+        UserError: the modality is no image, its height or width is not divisible by 4, or what is left where
+            a side is odd is too large.
     """
-    if schema.kind != "image" or len(schema.shape) != 3:
-        raise UserError(f"modality {modality!r}: network 'resnet' takes images, not {schema.kind}")
-    _, height, width = schema.shape
-    if height % 4 or width % 4:
+    if len(schema.shape) != 3 or schema.categories is not None:
         raise UserError(
-            f"modality {modality!r}: network 'resnet' halves an image twice, so height and width must be "
-            f"divisible by 4, not {height}×{width}. Resize the images when packing"
+            f"model.modalities.{modality}.network: 'resnet' takes maps of (channels, height, width), not a "
+            f"modality of kind {schema.kind}; leave network out for what fits it"
+        )
+    _, height, width_px = schema.shape
+    if height % 4 or width_px % 4:
+        raise UserError(
+            f"modality {modality!r}: network 'resnet' halves an image twice or more, so height and width "
+            f"must be divisible by 4, not {height}×{width_px}. Resize the images when packing"
+        )
+    halvings = num_halvings(height, width_px)
+    rows, columns = height >> halvings, width_px >> halvings
+    if max(rows, columns) > _MAX_LOWEST:
+        raise UserError(
+            f"modality {modality!r}: network 'resnet' halves an image while both sides are even and above "
+            f"{_LOWEST}, which leaves {rows}×{columns} of {height}×{width_px}; more than {_MAX_LOWEST} a "
+            "side are too many. Resize the images when packing, for example to 64×64 or 128×128"
         )

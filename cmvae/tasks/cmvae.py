@@ -45,6 +45,22 @@ class LatentNoise:
     each source is used once."""
 
 
+def fill_missing(values: Tensor, mask: Tensor) -> Tensor:
+    """Let those members of a batch that lack a modality have the values of those that have it, in turn.
+
+    Only for batch norm, whose statistics are then of real data: nothing else counts what a sample lacks.
+
+    Args:
+        values: (B, ...).
+        mask: (B,) bool, who has it; if nobody does, `values` come back as they are.
+    """
+    having_first = mask.long().argsort(descending=True, stable=True)
+    turn = (~mask).long().cumsum(0) - 1
+    donors = having_first[turn.clamp(min=0) % mask.sum().clamp(min=1)]
+    own = torch.arange(len(mask), device=mask.device)
+    return values[torch.where(mask | ~mask.any(), own, donors)]
+
+
 class CMVAETask(Task):
     """The CMVAE and its objective.
 
@@ -100,6 +116,11 @@ class CMVAETask(Task):
             `shared_loc` (B, M, D_z), at the locations of the posteriors, and `present` (B, M).
         """
         inputs = {name: batch[name] for name in self.model.modality_names}
+        if self.training:
+            columns = batch["mask"].unbind(1)
+            inputs = {
+                name: fill_missing(x, mask) for (name, x), mask in zip(inputs.items(), columns, strict=True)
+            }
         # A sample may have modalities, but none of this model's: it counts for nothing, and must stay finite.
         valid = batch["valid"] & batch["mask"].any(1)
         present = (batch["mask"] | ~batch["mask"].any(1, keepdim=True)).T  # (M, B)

@@ -1,13 +1,17 @@
 """The task: what it reports, in which precision, and what it says about clusters."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from cmvae.config import ModalityConfig, ModelConfig, ObjectiveConfig
 from cmvae.data.schema import ModalitySchema
+from cmvae.kinds.text import SPECIAL_TOKENS
 from cmvae.model import CMVAE
 from cmvae.tasks import CMVAETask
+from cmvae.tasks.cmvae import fill_missing
 
 SCHEMA = ModalitySchema(kind="image", shape=(3, 8, 8), dtype="uint8")
 NAMES = ("a", "b", "c")
@@ -143,3 +147,42 @@ def test_without_labels_there_is_no_agreement():
     assert not any(name.startswith("clustering/") for name in metrics)
     some = make_task().validation_metrics(records_of([0, 0, 1, 5], [3, 3, 2, -1]))
     assert some["clustering/acc"] == 1, "only labelled samples count"
+
+
+def test_missing_values_are_filled_in_turn_from_those_that_are_there():
+    values = torch.arange(6.0)[:, None]
+
+    def filled(*mask):
+        return fill_missing(values, torch.tensor(mask, dtype=torch.bool)).flatten().tolist()
+
+    assert filled(1, 1, 1, 1, 1, 1) == [0, 1, 2, 3, 4, 5]
+    assert filled(0, 1, 0, 0, 1, 0) == [1, 1, 4, 1, 4, 4]
+    assert filled(0, 0, 0, 0, 0, 1) == [5] * 6
+    assert filled(0, 0, 0, 0, 0, 0) == [0, 1, 2, 3, 4, 5]
+
+
+def test_batch_norm_sees_texts_that_are_there_only():
+    vocabulary = (*SPECIAL_TOKENS, "red", "green", "blue")
+    schemas = {
+        "a": SCHEMA,
+        "text": ModalitySchema(kind="text", shape=(8,), dtype="int64", categories=vocabulary),
+    }
+    config = ModelConfig(
+        shared_dim=3, private_dim=2, modalities={name: ModalityConfig(width=4) for name in schemas}
+    )
+    torch.manual_seed(0)
+    model = CMVAE(config, schemas)
+    alone = copy.deepcopy(model.encoders["text"])
+    texts = torch.randint(3, 6, (4, 8))
+    batch = {
+        "a": torch.rand(4, 3, 8, 8),
+        "text": texts * torch.tensor([1, 0, 1, 0])[:, None],
+        "valid": torch.ones(4, dtype=torch.bool),
+        "mask": torch.tensor([[True, True], [True, False]] * 2),
+    }
+    CMVAETask(model, ObjectiveConfig())(batch)
+    alone(texts[::2])
+    means = {name: value for name, value in alone.named_buffers() if name.endswith("running_mean")}
+    assert len(means) == 8
+    for name, expected in means.items():
+        torch.testing.assert_close(model.encoders["text"].get_buffer(name), expected)

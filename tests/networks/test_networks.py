@@ -1,0 +1,226 @@
+"""Encoders and decoders: shapes for every kind, sizes and lengths they take, and the published layers."""
+
+import itertools
+
+import pytest
+import torch
+from commands import ROOT
+
+from cmvae.config import ModalityConfig, ModelConfig, ObjectiveConfig, load_config
+from cmvae.data.schema import ModalitySchema
+from cmvae.errors import UserError
+from cmvae.kinds import KINDS
+from cmvae.kinds.text import SPECIAL_TOKENS
+from cmvae.model import CMVAE
+from cmvae.networks import NETWORKS, network_family
+from cmvae.tasks import CMVAETask
+
+D_Z, D_W, B = 5, 3, 4
+
+
+def image(height, width, channels=3):
+    return ModalitySchema(kind="image", shape=(channels, height, width), dtype="uint8")
+
+
+def text(length, num_words=11):
+    words = (*SPECIAL_TOKENS, *(f"w{place}" for place in range(num_words - len(SPECIAL_TOKENS))))
+    return ModalitySchema(kind="text", shape=(length,), dtype="int64", categories=words)
+
+
+VECTOR = ModalitySchema(kind="vector", shape=(6,), dtype="float32", mean=(0.0,) * 6, std=(1.0,) * 6)
+BINARY = ModalitySchema(kind="binary", shape=(7,), dtype="uint8")
+CATEGORICAL = ModalitySchema(kind="categorical", shape=(), dtype="int64", categories=("a", "b", "c"))
+
+
+def made_up_data(schema, batch_size=B):
+    if schema.categories is not None:
+        return torch.randint(len(schema.categories), (batch_size, *schema.shape))
+    return torch.rand(batch_size, *schema.shape)
+
+
+def build(name, schema, width):
+    torch.manual_seed(0)
+    family = network_family(name, schema, "a")
+    return family.encoder(schema, width, D_Z, D_W), family.decoder(schema, width, D_Z, D_W)
+
+
+@pytest.mark.parametrize(
+    ("name", "schema", "width"),
+    [
+        ("resnet", image(28, 28), 4),
+        ("resnet", image(16, 32, channels=1), 3),
+        ("resnet", image(64, 64), 2),
+        ("resnet", image(256, 128), 2),
+        ("caption", text(32), 32),
+        ("caption", text(8), 2),
+        ("caption", text(56), 12),
+        ("mlp", VECTOR, 8),
+        ("mlp", BINARY, 8),
+        ("mlp", CATEGORICAL, 8),
+        ("mlp", text(5), 8),
+        ("mlp", image(5, 3), 8),
+    ],
+)
+def test_networks_take_data_and_give_parameters_of_the_likelihood(name, schema, width):
+    encoder, decoder = build(name, schema, width)
+    shapes = [output.shape for output in encoder(made_up_data(schema))]
+    assert shapes == [(B, D_Z), (B, D_Z), (B, D_W), (B, D_W)]
+    parameters = decoder(torch.randn(B, D_Z + D_W))
+    assert parameters.shape == (B, *KINDS[schema.kind].parameter_shape(schema))
+
+
+@pytest.mark.parametrize(
+    ("name", "schema"), [("caption", text(16)), ("mlp", VECTOR), ("resnet", image(8, 8))]
+)
+def test_z_and_w_have_trunks_of_their_own(name, schema):
+    encoder, _ = build(name, schema, 4)
+    shared_loc, shared_raw, _, _ = encoder(made_up_data(schema))
+    (shared_loc.sum() + shared_raw.sum()).backward()
+    reached = {name for name, parameter in encoder.named_parameters() if parameter.grad is not None}
+    assert reached == {name for name, _ in encoder.named_parameters() if not name.startswith("private")}
+
+
+def test_an_embedding_is_the_linear_map_of_one_hot_tokens():
+    encoder, _ = build("caption", text(16), 32)
+    tokens = made_up_data(text(16))
+    one_hot = torch.nn.functional.one_hot(tokens, 11).float()
+    linear = torch.nn.functional.linear(one_hot, encoder.embedding.weight.T, encoder.embedding.bias)
+    torch.testing.assert_close(encoder.prepare(tokens), linear[:, None])
+    assert linear.shape == (B, 16, 128)
+
+
+def test_each_stem_of_the_caption_decoder_reads_its_own_latent():
+    _, decoder = build("caption", text(16), 4)
+    read = {}
+    for name in ("shared_stem", "private_stem"):
+        decoder.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: read.update({name: inputs[0].flatten(1)})
+        )
+    latents = torch.randn(B, D_Z + D_W)
+    decoder(latents)
+    assert torch.equal(read["shared_stem"], latents[:, :D_Z])
+    assert torch.equal(read["private_stem"], latents[:, D_Z:])
+
+
+def test_what_does_not_fit_is_refused_with_a_remedy():
+    for name, schema, message in (
+        ("caption", text(30), r"'a'.*multiple of 8, not 30.*32 tokens"),
+        ("caption", VECTOR, r"model\.modalities\.a\.network: 'caption' takes text, not .* vector"),
+        ("resnet", text(32), r"model\.modalities\.a\.network: 'resnet' takes .*, not .* text"),
+        ("resnet", image(8, 10), r"divisible by 4, not 8×10"),
+        ("resnet", image(100, 100), r"leaves 25×25 of 100×100.*Resize.*64×64"),
+    ):
+        with pytest.raises(UserError, match=message):
+            network_family(name, schema, "a")
+    assert {kind.network for kind in KINDS.values()} <= NETWORKS.keys()
+
+
+def linear(inputs, outputs):
+    return inputs * outputs + outputs
+
+
+def conv(inputs, outputs, kernel=9):
+    return inputs * outputs * kernel + outputs
+
+
+def normed(inputs, outputs, kernel=9):
+    return conv(inputs, outputs, kernel) + 2 * outputs
+
+
+def block(inputs, outputs):
+    hidden = min(inputs, outputs)
+    shortcut = inputs * outputs if inputs != outputs else 0
+    return conv(inputs, hidden) + conv(hidden, outputs) + shortcut
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_cubicc_captions_have_the_released_number_of_parameters():
+    # Layer by layer from the released cnn_cub_text.py: 32 tokens of 1,590, base 32, embedding 128.
+    schema, d_z, d_w = text(32, 1590), 64, 32
+    trunk_w = normed(1, 32, 16) + normed(32, 64, 16) + normed(64, 128, 16)
+    trunk_z = trunk_w + normed(128, 256, 4) + normed(256, 512, 4)
+    heads = 2 * linear(128 * 4 * 16, d_w) + 2 * conv(512, d_z, 16)
+    encoder = NETWORKS["caption"].encoder(schema, 32, d_z, d_w)
+    assert count(encoder) == linear(1590, 128) + trunk_w + trunk_z + heads
+    stem_w = normed(d_w, 512, 16) + normed(512, 256, 4) + normed(256, 128, 4)
+    stem_z = normed(d_z, 512, 16) + normed(512, 256, 4) + normed(256, 256, 9) + normed(256, 128, 4)
+    tail = normed(256, 128, 9) + normed(128, 64, 16) + normed(64, 32, 16) + conv(32, 1, 16)
+    decoder = NETWORKS["caption"].decoder(schema, 32, d_z, d_w)
+    assert count(decoder) == stem_w + stem_z + tail + linear(128, 1590)
+
+
+def test_cubicc_images_have_the_released_number_of_parameters():
+    # Layer by layer from the released resnet_cub_image.py: 64 px to 2 px, 64 to 256 filters.
+    d_z, d_w = 64, 32
+    filters = [64, 128, 256, 256, 256, 256]
+    ways = list(itertools.pairwise(filters))
+    trunk = conv(3, 64) + block(64, 64) + sum(block(*way) for way in ways)
+    heads = 2 * linear(256 * 2 * 2, d_z) + 2 * linear(256 * 2 * 2, d_w)
+    encoder = NETWORKS["resnet"].encoder(image(64, 64), 64, d_z, d_w)
+    assert count(encoder) == 2 * trunk + heads
+    decoder = NETWORKS["resnet"].decoder(image(64, 64), 64, d_z, d_w)
+    layers = block(64, 64) + sum(block(after, before) for before, after in ways) + conv(64, 3)
+    assert count(decoder) == linear(d_z + d_w, 256 * 2 * 2) + layers
+
+
+@pytest.mark.parametrize("name", ["cubicc", "cub_mini"])
+def test_the_configs_of_the_birds_have_the_published_settings(name):
+    config = load_config(ROOT / f"configs/{name}.yaml")
+    assert config.objective == ObjectiveConfig(name="dreg", num_samples=10, beta=1.0)
+    model, image, caption = config.model, *config.model.modalities.values()
+    assert (model.family, model.shared_dim, model.private_dim, model.num_clusters) == ("normal", 64, 32, 35)
+    assert model.cluster_mean_range == 0.5
+    assert (image.likelihood.family, image.likelihood.scale) == ("laplace", 0.01)
+    assert image.likelihood.weight == pytest.approx(32 / (3 * 64 * 64))
+    assert (caption.likelihood.family, caption.likelihood.weight) == ("categorical", 5.0)
+    assert (config.optimizer.learning_rate, config.optimizer.amsgrad, config.train.batch_size) == (
+        1e-3,
+        True,
+        32,
+    )
+
+
+def test_cubicc_in_all():
+    config = load_config(ROOT / "configs/cubicc.yaml").model
+    model = CMVAE(config, {"image": image(64, 64), "caption": text(32, 1590)})
+    networks = 8_618_048 + 4_309_699 + 2_764_416 + 3_358_167
+    assert count(model) == networks + 35 * 64 + 35 + 2 * 32
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_a_model_of_all_kinds_trains_and_generates(precision):
+    schemas = {
+        "photo": image(16, 16),
+        "caption": text(16),
+        "sizes": VECTOR,
+        "marks": BINARY,
+        "colour": CATEGORICAL,
+    }
+    config = ModelConfig(
+        shared_dim=4,
+        private_dim=3,
+        num_clusters=3,
+        modalities={name: ModalityConfig(width=4) for name in schemas},
+    )
+    torch.manual_seed(0)
+    model = CMVAE(config, schemas, precision)
+    task = CMVAETask(model, ObjectiveConfig(name="dreg", num_samples=3))
+    batch = {name: made_up_data(schema) for name, schema in schemas.items()}
+    batch |= {"valid": torch.ones(B, dtype=torch.bool), "mask": torch.ones(B, 5, dtype=torch.bool)}
+    optimizer = torch.optim.Adam(task.parameters(), 3e-3)
+    losses = []
+    for _ in range(30):
+        loss, _ = task(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert all(parameter.grad is not None for parameter in task.parameters())
+    generated = model.eval().generate(6)
+    assert {name: tuple(x.shape[1:]) for name, x in generated.items()} == {
+        name: schema.shape for name, schema in schemas.items()
+    }
