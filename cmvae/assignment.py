@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,11 +24,12 @@ from cmvae.progress import progress_bar
 
 def assign_to_file(
     export: Path, shards: Path, splits: Sequence[str], modalities: Sequence[str], batch_size: int, out: Path
-) -> dict[int, int]:
+) -> dict[int | None, int]:
     """Assign every sample to a cluster and write the table, whole or not at all, with a progress bar.
 
     The columns are `key`, `split`, and by vote `cluster` and `confidence`; then `MODALITY_cluster` and
-    `MODALITY_confidence` of what each modality says on its own. Rows are in the order of the splits.
+    `MODALITY_confidence` of what each modality says on its own. Cells are empty where a sample lacks a
+    modality, and those of the vote where it lacks all. Rows are in the order of the splits.
 
     Args:
         export: of the model.
@@ -38,7 +40,8 @@ def assign_to_file(
         out: the CSV file.
 
     Returns:
-        The number of samples of each cluster that has some.
+        The number of samples of each cluster that has some; of those that have no modality to assign from
+        under None.
 
     Raises:
         UserError: the export or the shards are missing or damaged, a modality has another shape than the
@@ -51,7 +54,7 @@ def assign_to_file(
     columns = ["key", "split", "cluster", "confidence"]
     for name in modalities:
         columns += [f"{name}_cluster", f"{name}_confidence"]
-    sizes: Counter[int] = Counter()
+    sizes: Counter[int | None] = Counter()
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
@@ -62,7 +65,7 @@ def assign_to_file(
             for batch in loader:
                 for row in assign_batch(model, to_device(batch, model.schemas, device), modalities):
                     table.writerow({"split": split, **row})
-                    sizes[row["cluster"]] += 1
+                    sizes[row.get("cluster")] += 1
                     progress.update()
     try:
         write_whole(out, text.getvalue().encode())
@@ -74,12 +77,21 @@ def assign_to_file(
 def assign_batch(
     model: CMVAE, batch: Mapping[str, Any], modalities: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """The cells of every valid sample of a batch on the model's device, by column, without `split`."""
-    assignment = model.assign({name: batch[name] for name in modalities})
+    """The cells of every valid sample of a batch on the model's device, by column, without `split`.
+
+    What a sample lacks, it has no cells of.
+    """
+    mask = batch["mask"]
+    # Whoever has nothing cannot vote; what is said of such a sample is not written.
+    voters = mask | ~mask.any(1, keepdim=True)
+    assignment = model.assign({name: batch[name] for name in modalities}, voters)
     confidences, clusters = assignment.responsibilities.max(dim=2)
     for row in batch["valid"].nonzero().flatten().tolist():
-        cells = {"key": batch["key"][row], **_cells("", assignment.cluster[row], assignment.confidence[row])}
-        for m, name in enumerate(modalities):
+        there = mask[row].tolist()
+        cells = {"key": batch["key"][row]}
+        if any(there):
+            cells |= _cells("", assignment.cluster[row], assignment.confidence[row])
+        for m, name in itertools.compress(enumerate(modalities), there):
             cells |= _cells(f"{name}_", clusters[row, m], confidences[row, m])
         yield cells
 

@@ -233,7 +233,9 @@ class TrainConfig(_Settings):
         return self
 
 
-MetricGroup = Literal["clustering", "coherence", "frechet", "fidelity", "probe", "likelihood"]
+MetricGroup = Literal[
+    "clustering", "coherence", "frechet", "fidelity", "text", "prediction", "probe", "likelihood"
+]
 
 
 class EvaluationConfig(_Settings):

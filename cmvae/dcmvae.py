@@ -102,15 +102,18 @@ class DCMVAE:
         num_samples: int | None = None,
         *,
         given: Mapping[str, Tensor] | None = None,
+        mask: Tensor | None = None,
         cluster: int | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """What `CMVAE.generate` makes of the same arguments, refined.
+        """What `CMVAE.generate` makes of the same arguments, its images refined.
 
         Returns:
-            By modality (B, C, H, W) in [0, 1].
+            By modality data (B, *shape), images (B, C, H, W) in [0, 1].
         """
-        latents = self.cmvae.sample_latents(num_samples, given=given, cluster=cluster, generator=generator)
+        latents = self.cmvae.sample_latents(
+            num_samples, given=given, mask=mask, cluster=cluster, generator=generator
+        )
         images = self.cmvae.decode(latents.shared, latents.private)
         device = latents.shared.device
         seeds = torch.randint(2**62, (len(latents.shared),), device=device, generator=generator)

@@ -1,7 +1,11 @@
-"""What a model generates, as PNG files: a folder a modality, and one picture of the first samples."""
+"""What a model generates, as files, and one picture of the first samples.
+
+Of an image modality a folder of PNG files, of any other a table: text, or numbers in the data's own units.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,16 +15,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cmvae.config import ExperimentConfig, RefinerExperiment
-from cmvae.data.batch import to_device
+from cmvae.data.batch import as_stored, to_device
 from cmvae.data.reader import EvaluationLoader
-from cmvae.data.schema import ShardIndex
+from cmvae.data.schema import ModalitySchema, ShardIndex
 from cmvae.errors import UserError
 from cmvae.evaluation.figures import sample_rows
 from cmvae.files import holds_earlier, whole_folder
+from cmvae.kinds import KINDS
+from cmvae.kinds.image import Image
 from cmvae.model import CMVAE
 from cmvae.progress import progress_bar
 
@@ -60,10 +65,12 @@ class Generated:
 
     names: Sequence[str]
     """B file names without ending, unlike all others."""
-    images: Mapping[str, Tensor]
-    """Modality → (B, C, H, W), locations of the decoders."""
+    values: Mapping[str, Tensor]
+    """Modality → data (B, *shape), as `CMVAE.decode` gives it."""
     given: Mapping[str, Tensor] = field(default_factory=dict)
-    """Modality → (B, C, H, W) in [0, 1]: what they were generated from."""
+    """Modality → data (B, *shape): what they were generated from."""
+    present: Mapping[str, Tensor] = field(default_factory=dict)
+    """Modality → (B,) bool, of those given: false where a sample lacks it."""
     group: str = ""
     """What the samples have in common, where there are several groups."""
 
@@ -100,7 +107,7 @@ def run_generation(
         made = generate_unconditional(generate, request.num_samples, batch_size, generator)
     record = {"run": str(run_dir), **asdict(request)}
     progress = progress_bar(made, desc=str(run_dir), unit=" batches", leave=False)
-    return write_generated(out, progress, request.targets, record)
+    return write_generated(out, progress, request.targets, model.schemas, record)
 
 
 def _load(config: ExperimentConfig, run_dir: Path, device: torch.device) -> tuple[CMVAE, Generate]:
@@ -120,8 +127,8 @@ def generate_unconditional(
 ) -> Iterator[Generated]:
     """Joint generations from the prior, called by their index."""
     for indices in _batches(num_samples, batch_size):
-        images = generate(len(indices), generator=generator)
-        yield Generated([f"{index:06d}" for index in indices], images)
+        values = generate(len(indices), generator=generator)
+        yield Generated([f"{index:06d}" for index in indices], values)
 
 
 def generate_clusters(
@@ -130,9 +137,9 @@ def generate_clusters(
     """`num_samples` joint generations of each cluster, called by the cluster and their index in it."""
     for cluster in clusters:
         for indices in _batches(num_samples, batch_size):
-            images = generate(len(indices), cluster=cluster, generator=generator)
+            values = generate(len(indices), cluster=cluster, generator=generator)
             names = [f"cluster-{cluster:03d}_{index:06d}" for index in indices]
-            yield Generated(names, images, group=f"cluster {cluster}")
+            yield Generated(names, values, group=f"cluster {cluster}")
 
 
 def generate_given(
@@ -145,20 +152,34 @@ def generate_given(
 ) -> Iterator[Generated]:
     """One generation of each of the first samples of a split, called by its place in the split and its key.
 
+    What a sample lacks is no source of it; one that has none of what is to be given is left out.
+
     Raises:
-        UserError: the shards are damaged, lack the split or a modality, or have another shape of it.
+        UserError: the shards are damaged, lack the split or a modality, or have another shape of it; or no
+            sample has any of what is to be given.
     """
     given = request.given or ()
     index = ShardIndex.load(shards)
     index.check_modalities({name: model.schemas[name] for name in given}, shards)
     num_samples = min(request.num_samples, index.split(request.split, shards).num_samples)
     loader = EvaluationLoader(shards, split=request.split, modalities=given, batch_size=batch_size)
+    nothing = True
     for raw, places in zip(loader, _batches(num_samples, batch_size), strict=False):
         batch = to_device(raw, model.schemas, model.private_scale.device)
-        inputs = {name: batch[name][: len(places)] for name in given}
         # Without its tail, the last batch has neither padding nor more than was asked for.
-        names = [f"{place:06d}_{safe_name(key)}" for place, key in zip(places, batch["key"], strict=False)]
-        yield Generated(names, generate(given=inputs, generator=generator), given=inputs)
+        rows = batch["mask"][: len(places)].any(1).nonzero().flatten().tolist()
+        if not rows:
+            continue
+        nothing = False
+        inputs, mask = {name: batch[name][rows] for name in given}, batch["mask"][rows]
+        names = [f"{places[row]:06d}_{safe_name(batch['key'][row])}" for row in rows]
+        values = generate(given=inputs, mask=None if mask.all() else mask, generator=generator)
+        yield Generated(names, values, inputs, dict(zip(given, mask.T, strict=True)))
+    if nothing:
+        raise UserError(
+            f"--given {','.join(given)}: the first {num_samples} samples of the {request.split} split of "
+            f"{shards} all lack it. Give another modality, or more samples with --num"
+        )
 
 
 def safe_name(key: str) -> str:
@@ -197,14 +218,19 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
 
 
 def write_generated(
-    folder: Path, generated: Iterable[Generated], modalities: Sequence[str], record: Mapping[str, Any]
+    folder: Path,
+    generated: Iterable[Generated],
+    modalities: Sequence[str],
+    schemas: Mapping[str, ModalitySchema],
+    record: Mapping[str, Any],
 ) -> int:
-    """Write `MODALITY/NAME.png`, `grid.png` and `generation.json`, all of it or nothing.
+    """Write `MODALITY/NAME.png` or `MODALITY.csv`, `grid.png` and `generation.json`, all of it or nothing.
 
     Args:
         folder: where to; what `check_output_folder` let be replaced is.
-        generated: what to write, batch by batch.
+        generated: what to write, batch by batch; at least one.
         modalities: the modalities to write.
+        schemas: of all modalities.
         record: how it was generated, for `generation.json`.
 
     Returns:
@@ -214,23 +240,24 @@ def write_generated(
         UserError: it cannot be written.
     """
     num_samples = 0
-    rows: dict[str, list[dict[str, np.ndarray]]] = {}
+    rows: dict[str, list[_Shown]] = {}
     try:
         with whole_folder(folder) as partial:
             for name in modalities:
-                (partial / name).mkdir()
+                _start_modality(partial, name, schemas[name])
             for batch in generated:
-                images = {name: _to_numpy(batch.images[name]) for name in modalities}
-                for name, pictures in images.items():
-                    for file_name, picture in zip(batch.names, pictures, strict=True):
-                        _write_png(partial / name / f"{file_name}.png", picture)
-                blocks = {f"given {name}": _to_numpy(x) for name, x in batch.given.items()}
-                blocks |= {f"→ {name}" if batch.given else name: x for name, x in images.items()}
+                for name in modalities:
+                    _write_values(
+                        partial,
+                        name,
+                        schemas[name],
+                        batch.names,
+                        as_stored(batch.values[name], schemas[name]),
+                    )
                 shown = rows.setdefault(batch.group, [])
-                for place in range(min(len(batch.names), _GRID_ROWS * _GRID_COLUMNS - len(shown))):
-                    shown.append({name: x[place] for name, x in blocks.items()})
+                shown += _first_samples(batch, modalities, schemas, _GRID_ROWS * _GRID_COLUMNS - len(shown))
                 num_samples += len(batch.names)
-            _draw_grid(partial / GRID_NAME, rows)
+            _draw_grid(partial / GRID_NAME, rows, schemas)
             text = json.dumps({**record, "num_samples": num_samples}, indent=2, ensure_ascii=False)
             (partial / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
@@ -238,22 +265,59 @@ def write_generated(
     return num_samples
 
 
+def _start_modality(folder: Path, name: str, schema: ModalitySchema) -> None:
+    """An empty folder for pictures, or a table with its headings."""
+    kind = KINDS[schema.kind]
+    if isinstance(kind, Image):
+        (folder / name).mkdir()
+        return
+    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerow(("name", *kind.table_columns(schema)))
+
+
+def _write_values(
+    folder: Path, name: str, schema: ModalitySchema, value_names: Sequence[str], values: np.ndarray
+) -> None:
+    """Add stored values (B, *shape) of one modality, called `value_names`."""
+    kind = KINDS[schema.kind]
+    if isinstance(kind, Image):
+        for value_name, value in zip(value_names, values, strict=True):
+            (folder / name / f"{value_name}.{kind.suffix}").write_bytes(kind.encode(value))
+        return
+    with (folder / f"{name}.csv").open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(
+            (value_name, *kind.table_cells(value, schema))
+            for value_name, value in zip(value_names, values, strict=True)
+        )
+
+
 def _batches(num_samples: int, batch_size: int) -> Iterator[range]:
     for start in range(0, num_samples, batch_size):
         yield range(start, min(start + batch_size, num_samples))
 
 
-def _to_numpy(images: Tensor) -> np.ndarray:
-    return images.detach().clamp(0, 1).cpu().numpy()
+_Shown = Mapping[str, tuple[str, np.ndarray | None]]
+"""One sample of the picture: by title of a block its modality and the stored value, None if it is missing."""
 
 
-def _write_png(path: Path, picture: np.ndarray) -> None:
-    """A picture (C, H, W) in [0, 1]."""
-    pixels = (picture * 255).round().astype(np.uint8)
-    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(path)
+def _first_samples(
+    batch: Generated, modalities: Sequence[str], schemas: Mapping[str, ModalitySchema], limit: int
+) -> list[_Shown]:
+    """The first samples of a batch: what was given beside what was made."""
+    blocks = {f"given {name}": (name, as_stored(x, schemas[name])) for name, x in batch.given.items()}
+    for name in modalities:
+        blocks[f"→ {name}" if batch.given else name] = (name, as_stored(batch.values[name], schemas[name]))
+    lacking = {f"given {name}": (~there).tolist() for name, there in batch.present.items()}
+    return [
+        {
+            title: (name, None if title in lacking and lacking[title][place] else values[place])
+            for title, (name, values) in blocks.items()
+        }
+        for place in range(min(len(batch.names), limit))
+    ]
 
 
-def _draw_grid(path: Path, groups: Mapping[str, list[dict[str, np.ndarray]]]) -> None:
+def _draw_grid(path: Path, groups: Mapping[str, list[_Shown]], schemas: Mapping[str, ModalitySchema]) -> None:
     """A row a group where there are several; else the samples of the one group, row by row."""
     if len(groups) > 1:
         rows = {title: samples[:_GRID_COLUMNS] for title, samples in groups.items()}
@@ -262,11 +326,15 @@ def _draw_grid(path: Path, groups: Mapping[str, list[dict[str, np.ndarray]]]) ->
         starts = range(0, len(samples), _GRID_COLUMNS)
         rows = {f"{group} {start}…".strip(): samples[start : start + _GRID_COLUMNS] for start in starts}
     num_columns = max(map(len, rows.values()))
-    blocks = {}
-    for name, image in next(iter(rows.values()))[0].items():
-        # White, where the last row is not full.
-        blocks[name] = np.ones((len(rows), num_columns, *image.shape), dtype=np.float32)
+    blocks, present, of_blocks = {}, {}, {}
+    for block, (modality, _) in next(iter(rows.values()))[0].items():
+        schema = of_blocks[block] = schemas[modality]
+        blocks[block] = np.zeros((len(rows), num_columns, *schema.shape), dtype=schema.dtype)
+        # The last row may not be full, and of what was given something may be missing.
+        present[block] = np.zeros((len(rows), num_columns), dtype=bool)
         for row, samples in enumerate(rows.values()):
             for column, sample in enumerate(samples):
-                blocks[name][row, column] = sample[name]
-    sample_rows(blocks, list(rows)).savefig(path)
+                _, value = sample[block]
+                if value is not None:
+                    blocks[block][row, column], present[block][row, column] = value, True
+    sample_rows(blocks, list(rows), schemas=of_blocks, present=present).savefig(path)

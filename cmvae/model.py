@@ -270,6 +270,7 @@ class CMVAE(nn.Module):
         num_samples: int | None = None,
         *,
         given: Mapping[str, Tensor] | None = None,
+        mask: Tensor | None = None,
         cluster: int | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
@@ -281,16 +282,21 @@ class CMVAE(nn.Module):
         Args:
             num_samples: how many; only without `given`.
             given: by modality, data (B, *shape) to condition on; images are in [0, 1].
+            mask: (B, number of `given`) bool, false where a sample lacks one of `given`; it must have one at
+                least. None if none lacks any.
             cluster: index of a cluster; only without `given`.
             generator: random stream, on the model's device; None uses torch's default.
 
         Returns:
-            By modality data (num_samples or B, *shape) as `decode` gives it.
+            By modality data (num_samples or B, *shape) as `decode` gives it; `cmvae.data.batch.as_stored` and
+            `cmvae.kinds` make of it what people read.
 
         Raises:
             ValueError: neither or both of `num_samples` and `given`, or `cluster` with `given`.
         """
-        latents = self.sample_latents(num_samples, given=given, cluster=cluster, generator=generator)
+        latents = self.sample_latents(
+            num_samples, given=given, mask=mask, cluster=cluster, generator=generator
+        )
         return self.decode(latents.shared, latents.private)
 
     @torch.no_grad()
@@ -299,12 +305,13 @@ class CMVAE(nn.Module):
         num_samples: int | None = None,
         *,
         given: Mapping[str, Tensor] | None = None,
+        mask: Tensor | None = None,
         cluster: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Latents:
         """What `generate` decodes; arguments and errors as there."""
         if given is not None and num_samples is None and cluster is None:
-            shared = self._sample_posterior(given, generator)
+            shared = self._sample_posterior(given, mask, generator)
         elif num_samples is not None and given is None:
             shared = self._sample_prior(num_samples, cluster, generator)
         else:
@@ -327,12 +334,17 @@ class CMVAE(nn.Module):
             clusters = torch.full((num_samples,), cluster, dtype=torch.long, device=device)
         return self.cluster_prior.sample(clusters, noise)
 
-    def _sample_posterior(self, given: Mapping[str, Tensor], generator: torch.Generator | None) -> Tensor:
+    def _sample_posterior(
+        self, given: Mapping[str, Tensor], mask: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
         posteriors = list(self.encode(given).values())
         locations = torch.stack([posterior.shared.loc for posterior in posteriors])  # (J, B, D)
         scales = torch.stack([posterior.shared.scale for posterior in posteriors])
         num_sources, batch_size, dim = locations.shape
-        source = torch.randint(num_sources, (batch_size,), device=locations.device, generator=generator)
+        if mask is None:
+            source = torch.randint(num_sources, (batch_size,), device=locations.device, generator=generator)
+        else:
+            source = mask.float().multinomial(1, generator=generator).squeeze(1)
         rows = torch.arange(batch_size, device=locations.device)
         noise = self.family.draw_noise((batch_size, dim), locations.device, generator)
         return self.family(locations[source, rows], scales[source, rows]).sample(noise)

@@ -4,7 +4,7 @@
 
 The data needs no labels; of modalities that the run does not know nothing is read, and where it lacks some of
 the run's modalities the others decide. Starts from the run's export. Columns: key, split, cluster and
-confidence by vote, then MODALITY_cluster and MODALITY_confidence.
+confidence by vote, then MODALITY_cluster and MODALITY_confidence; empty where a sample lacks the modality.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    unknown = sizes.pop(None, 0)
     print(f"{sum(sizes.values())} samples in {len(sizes)} clusters: {arguments.out}")
+    if unknown:
+        print(f"{unknown} samples have none of {', '.join(modalities)} and are in no cluster")
     for cluster, size in sorted(sizes.items(), key=lambda item: -item[1]):
         print(f"cluster {cluster:>4}  {size:>8,}")
     return 0

@@ -1,12 +1,13 @@
-r"""Generate with a trained run, to PNG files.
+r"""Generate with a trained run, to files.
 
     python launch/generate.py runs/NAME [--num 64] [--cluster C | --cluster all] [--to MODALITY,…]
     python launch/generate.py runs/NAME --given MODALITY[,MODALITY] [--split test] [--to MODALITY,…]
 
 Unconditionally, of one or every cluster, or from some modalities of packed samples; w always from its prior.
 The run of a refiner generates with its CMVAE and refines.
-Starts from the run's export and writes a folder a modality, `grid.png` and `generation.json` below
-`runs/NAME/generated` or `--out`.
+Starts from the run's export and writes below `runs/NAME/generated` or `--out`: of images `MODALITY/NAME.png`,
+of other modalities `MODALITY.csv` (name, then text or numbers in the data's own units), `grid.png` of all and
+`generation.json`. Samples that have none of the given modalities are left out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from cmvae.errors import UserError
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Generate with a trained run, to PNG files.")
+    parser = argparse.ArgumentParser(
+        description="Generate with a trained run: images to PNG files, all else to tables."
+    )
     parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/digits")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, e.g. refiner.sampler.num_steps=50"

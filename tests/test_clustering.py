@@ -305,3 +305,34 @@ def test_confusion_with_fewer_clusters_than_classes() -> None:
 def test_confusion_refuses_samples_without_a_class() -> None:
     with pytest.raises(ValueError, match="without one"):
         confusion(np.array([0, 1]), np.array([0, -1]), num_classes=2)
+
+
+def slow_vote(rows):
+    """The cluster and the confidence of one sample from the (C,) responsibilities of what it has."""
+    choices = [max(range(len(row)), key=lambda c, row=row: row[c]) for row in rows]
+    most = max(choices.count(choice) for choice in choices)
+    leading = [
+        (row[choice], choice)
+        for row, choice in zip(rows, choices, strict=True)
+        if choices.count(choice) == most
+    ]
+    cluster = max(leading)[1]
+    return cluster, sum(row[cluster] for row in rows) / len(rows)
+
+
+@pytest.mark.parametrize("num_modalities", [1, 2, 3, 5])
+def test_what_is_missing_neither_votes_nor_counts(num_modalities):
+    rng = np.random.default_rng(num_modalities)
+    probabilities = rng.dirichlet(np.full(4, 0.4), size=(300, num_modalities))
+    present = rng.random((300, num_modalities)) < 0.6
+    present[np.arange(300), rng.integers(num_modalities, size=300)] = True
+    expected = [
+        slow_vote([row.tolist() for row in probabilities[n, present[n]]]) for n in range(len(present))
+    ]
+    clusters = vote(probabilities, present)
+    assert clusters.tolist() == [cluster for cluster, _ in expected]
+    np.testing.assert_allclose(confidence(probabilities, clusters, present), [c for _, c in expected])
+    if num_modalities > 1:
+        assert (clusters != vote(probabilities)).any(), "otherwise the mask says nothing here"
+    everything = np.ones_like(present)
+    np.testing.assert_array_equal(vote(probabilities, everything), vote(probabilities))

@@ -156,10 +156,17 @@ def test_given_modalities_take_turns_as_source(inputs):
             head.loc.weight.zero_()
         model.encoders["a"].shared_heads.loc.bias.fill_(100.0)
         model.encoders["b"].shared_heads.loc.bias.fill_(-100.0)
-    z = model._sample_posterior(many, torch.Generator().manual_seed(0))
+    z = model._sample_posterior(many, None, torch.Generator().manual_seed(0))
     from_a = (z.mean(1) > 0).float().mean().item()
     assert from_a == pytest.approx(0.5, abs=0.1)
     assert posteriors.keys() == {"a", "b"}
+    # Of what a sample lacks nothing comes.
+    mask = torch.tensor([[True, False], [False, True], [True, True], [True, True]]).repeat(100, 1)
+    z = model._sample_posterior(many, mask, torch.Generator().manual_seed(0))
+    from_a = z[:, 0] > 0
+    assert from_a[0::4].all()
+    assert not from_a[1::4].any()
+    assert 70 < from_a[2::4].sum() + from_a[3::4].sum() < 130
 
 
 def test_generation_refuses_contradictions(inputs):

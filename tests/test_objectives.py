@@ -62,6 +62,9 @@ class SlowObjective:
         self.family = task.model.config.family
         self.dist = DISTRIBUTIONS[self.family]
         self.names = list(task.model.config.modalities)
+        self.present = [
+            [m for m in range(len(self.names)) if batch["mask"][b, m]] for b in range(len(batch["mask"]))
+        ]
         self.K = task.objective.num_samples
         self.q_z, self.q_w = {}, {}
         for name in self.names:
@@ -88,7 +91,8 @@ class SlowObjective:
         neutral_w = positive(self.family, torch.zeros(2, dtype=torch.float64))
         weights = prior.logits.exp() / prior.logits.exp().sum()
         p_z = sum(weights[c] * self.dist(prior.means[c], neutral_z).log_prob(z).sum().exp() for c in range(C))
-        q_z = sum(self.log_q(self.q_z[j, b], z).exp() for j in self.names) / len(self.names)
+        there = [self.names[j] for j in self.present[b]]
+        q_z = sum(self.log_q(self.q_z[j, b], z).exp() for j in there) / len(there)
         zero = torch.zeros(2, dtype=torch.float64)
         lw = BETA * (
             p_z.log()
@@ -96,7 +100,8 @@ class SlowObjective:
             - self.log_q(self.q_w[self.names[m], b], w)
             - q_z.log()
         )
-        for n, target in enumerate(self.names):
+        for n in self.present[b]:
+            target = self.names[n]
             if n == m:
                 w_target = w
             else:
@@ -130,17 +135,20 @@ def assert_equal_gradients(actual, expected):
 @pytest.mark.parametrize("family", ["normal", "laplace"])
 @pytest.mark.parametrize(("num_modalities", "num_samples"), [(1, 1), (1, 3), (2, 1), (2, 3), (5, 1), (5, 2)])
 def test_iwae_equals_the_slow_objective(family, num_modalities, num_samples):
-    task, batch, noise = make_task(num_modalities, family, "iwae", num_samples)
+    check_iwae(*make_task(num_modalities, family, "iwae", num_samples))
+
+
+def check_iwae(task, batch, noise):
     loss, report = task(batch)
     slow = SlowObjective(task, batch, noise, cut=False)
     bounds = []
     for b in range(B):
         per_source = []
-        for m in range(num_modalities):
-            lws = [slow.log_weight(m, k, b, *slow.latents(m, k, b)) for k in range(num_samples)]
+        for m in slow.present[b]:
+            lws = [slow.log_weight(m, k, b, *slow.latents(m, k, b)) for k in range(slow.K)]
             top = max(lw.item() for lw in lws)
-            per_source.append(top + (sum((lw - top).exp() for lw in lws) / num_samples).log())
-        bounds.append(sum(per_source) / num_modalities)
+            per_source.append(top + (sum((lw - top).exp() for lw in lws) / slow.K).log())
+        bounds.append(sum(per_source) / len(per_source))
     expected = -sum(bounds) / B
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(report["bound"], torch.stack(bounds).detach(), rtol=1e-6, atol=0)
@@ -150,7 +158,10 @@ def test_iwae_equals_the_slow_objective(family, num_modalities, num_samples):
 @pytest.mark.parametrize("family", ["normal", "laplace"])
 @pytest.mark.parametrize(("num_modalities", "num_samples"), [(1, 1), (1, 3), (2, 3), (5, 2)])
 def test_dreg_equals_the_slow_objective(family, num_modalities, num_samples):
-    task, batch, noise = make_task(num_modalities, family, "dreg", num_samples)
+    check_dreg(*make_task(num_modalities, family, "dreg", num_samples))
+
+
+def check_dreg(task, batch, noise):
     loss, _ = task(batch)
     actual = gradients(loss, task)
 
@@ -161,16 +172,17 @@ def test_dreg_equals_the_slow_objective(family, num_modalities, num_samples):
     expected = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
     value = 0.0
     for b in range(B):
-        for m in range(num_modalities):
-            paths = [slow.latents(m, k, b) for k in range(num_samples)]
+        num_sources = len(slow.present[b])
+        for m in slow.present[b]:
+            paths = [slow.latents(m, k, b) for k in range(slow.K)]
             leaves = [tuple(latent.detach().requires_grad_() for latent in path) for path in paths]
-            lws = [slow.log_weight(m, k, b, *leaves[k]) for k in range(num_samples)]
+            lws = [slow.log_weight(m, k, b, *leaves[k]) for k in range(slow.K)]
             top = max(lw.item() for lw in lws)
             total = sum(math.exp(lw.item() - top) for lw in lws)
-            value += (top + math.log(total / num_samples)) / num_modalities / B
+            value += (top + math.log(total / slow.K)) / num_sources / B
             for k, lw in enumerate(lws):
                 normalised = math.exp(lw.item() - top) / total
-                share = -1 / (B * num_modalities)
+                share = -1 / (B * num_sources)
                 dz, dw, *dtheta = torch.autograd.grad(
                     lw, [*leaves[k], *(named[n] for n in generative)], allow_unused=True, retain_graph=True
                 )
@@ -189,6 +201,54 @@ def test_dreg_equals_the_slow_objective(family, num_modalities, num_samples):
                         expected[name] += share * normalised**2 * grad
     assert loss.item() == pytest.approx(-value, rel=1e-6)
     assert_equal_gradients(actual, expected)
+
+
+@pytest.mark.parametrize("family", ["normal", "laplace"])
+@pytest.mark.parametrize("check", [check_iwae, check_dreg])
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_what_a_sample_lacks_is_neither_source_nor_target(family, check, num_samples):
+    """Every sample lacks something else, one has a single modality left; values and gradients."""
+    objective = check.__name__.removeprefix("check_")
+    task, batch, noise = make_task(3, family, objective, num_samples)
+    batch["mask"] = torch.tensor([[True, False, True], [False, True, False]])
+    # The reader puts zeros there; were they looked at, this would show.
+    for m, name in enumerate(task.modality_names):
+        batch[name][~batch["mask"][:, m]] = 77.0
+    check(task, batch, noise)
+
+
+@pytest.mark.parametrize("objective", ["iwae", "dreg"])
+def test_a_missing_value_changes_nothing(objective):
+    task, batch, _ = make_task(3, "laplace", objective, 2)
+    batch["mask"] = torch.tensor([[True, False, True], [True, True, False]])
+    results = []
+    for value in (0.0, 1e4):
+        for m, name in enumerate(task.modality_names):
+            batch[name] = torch.where(batch["mask"][:, m, None, None, None], batch[name], value)
+        loss, report = task(batch)
+        results.append((loss, report, gradients(loss, task)))
+    (loss, report, grads), (other_loss, other_report, other_grads) = results
+    torch.testing.assert_close(other_loss, loss, rtol=1e-12, atol=0)
+    assert_equal_gradients(other_grads, grads)
+    for name in task.term_names:
+        torch.testing.assert_close(other_report[name], report[name], rtol=1e-12, atol=0)
+
+
+def test_a_sample_without_any_modality_counts_for_nothing():
+    task, batch, _ = make_task(2, "laplace", "iwae", 1)
+    batch["mask"][1] = False
+    loss, report = task(batch)
+    torch.testing.assert_close(loss, -report["bound"][0])
+    assert all(grad.isfinite().all() for grad in gradients(loss, task).values())
+
+
+def test_every_parameter_has_a_gradient_though_a_modality_is_missing_everywhere():
+    """Data parallelism waits for each of them, and ZeRO-3 for each module."""
+    task, batch, _ = make_task(3, "laplace", "iwae", 1)
+    batch["mask"][:, 1] = False
+    loss, _ = task(batch)
+    loss.backward()
+    assert [name for name, parameter in task.named_parameters() if parameter.grad is None] == []
 
 
 def test_log_prior_equals_the_paper_with_the_optimal_assignment():

@@ -1,10 +1,11 @@
-"""From what the reader yields to what a model takes."""
+"""From what the reader yields to what a model takes, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,3 +32,8 @@ def to_device(
         if name in moved:
             moved[name] = KINDS[schema.kind].to_data(moved[name], schema)
     return moved
+
+
+def as_stored(data: Tensor, schema: ModalitySchema) -> np.ndarray:
+    """What a model takes or makes of one modality, data (B, *shape), as it would lie in a shard."""
+    return KINDS[schema.kind].to_stored(data.detach().cpu().numpy(), schema)

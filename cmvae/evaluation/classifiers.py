@@ -30,6 +30,7 @@ from cmvae.data.schema import (
 )
 from cmvae.errors import UserError
 from cmvae.files import write_whole
+from cmvae.kinds import KINDS
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ def train_classifiers(
     seed: int = 0,
     report: Callable[[str, int, int], None] = lambda modality, total, step: None,
 ) -> dict[str, ClassifierSchema]:
-    """Train the classifier of every modality of a packed data set and save them beside its shards.
+    """Train the classifier of every image modality of a packed data set and save them beside its shards.
 
     The validation split is not used. Nothing is written before all are trained; the index comes last.
 
@@ -187,7 +188,8 @@ def train_classifiers(
         What the index now says of each.
 
     Raises:
-        UserError: the data has no labels or no images of some class, a shard is damaged, or the disk is full.
+        UserError: the data has no labels or no images, or none of some class, a shard is damaged, or the disk
+            is full.
     """
     index = ShardIndex.load(folder)
     if index.class_names is None:
@@ -195,14 +197,23 @@ def train_classifiers(
             f"{folder}: has no labels, so no classifier can be trained on it. Pack the data with labels, or "
             "evaluate without coherence, frechet and fidelity"
         )
+    pictured = [
+        name for name, schema in index.modalities.items() if "generative" in KINDS[schema.kind].metrics
+    ]
+    if not pictured:
+        raise UserError(
+            f"{folder}: no modality is of images, so there is nothing to train: text is read by a classifier "
+            "that each evaluation fits itself"
+        )
     contents, entries = {}, {}
-    for modality in index.modalities:
+    for modality in pictured:
         images, labels = (tensor.to(device) for tensor in _read_split(folder, "train", modality))
         missing = set(range(len(index.class_names))) - set(labels.tolist())
         if missing:
             raise UserError(
                 f"{folder}: the train split has no sample of class "
-                f"{', '.join(index.class_names[label] for label in sorted(missing))}. Pack more samples"
+                f"{', '.join(index.class_names[label] for label in sorted(missing))} with {modality}. Pack "
+                "more samples"
             )
         passes = epochs if epochs is not None else default_epochs(len(images))
         total = num_steps(len(images), passes)
@@ -308,12 +319,13 @@ def _load_classifier(
 
 
 def _read_split(folder: Path, split: str, modality: str) -> tuple[Tensor, Tensor]:
-    """All images (N, C, H, W) uint8 and labels (N,) of a split."""
+    """All images (N, C, H, W) uint8 that a split has of a modality, and their labels (N,)."""
     loader = EvaluationLoader(folder, split=split, modalities=[modality], batch_size=_EVALUATION_BATCH_SIZE)
     images, labels = [], []
     for batch in loader:
-        images.append(batch[modality][batch["valid"]])
-        labels.append(batch["label"][batch["valid"]])
+        there = batch["valid"] & batch["mask"][:, 0]
+        images.append(batch[modality][there])
+        labels.append(batch["label"][there])
     return torch.cat(images), torch.cat(labels)
 
 
@@ -324,7 +336,7 @@ def _measure_accuracy(classifier: ImageClassifier, images: Tensor, labels: Tenso
         rows = slice(start, start + _EVALUATION_BATCH_SIZE)
         predicted, _ = classifier.read(images[rows].to(device).float() / 255)
         right += int((predicted.cpu() == labels[rows]).sum())
-    return right / len(images)
+    return right / max(1, len(images))
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:

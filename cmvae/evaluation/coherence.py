@@ -1,12 +1,12 @@
 """Coherence: how often what was generated belongs to the class that it should belong to.
 
-Functions of the classes that classifiers read in generated images. Source: the protocols of MMVAE (Shi et
+Functions of the classes that classifiers read in what was generated. Source: the protocols of MMVAE (Shi et
 al., 2019) and MMVAE+ (Palumbo et al., 2023).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,13 +17,14 @@ Sources = tuple[str, ...]
 
 
 def conditional_coherence(
-    read: Mapping[Sources, Mapping[str, IntArray]], label: IntArray
+    read: Mapping[Sources, Mapping[str, IntArray]], label: Mapping[Sources, IntArray]
 ) -> dict[str, float]:
     """Share of conditional generations that are read as the class of what they were generated from.
 
     Args:
-        read: sources → target → classes (N,) read in the target's generations.
-        label: (N,) classes.
+        read: sources → target → classes (n,) read in the target's generations, n samples that have the
+            sources.
+        label: sources → classes (n,) of these samples.
 
     Returns:
         `coherence/matrix/SOURCE/TARGET` of every pair, also SOURCE itself; `coherence/conditional`, the mean
@@ -34,7 +35,7 @@ def conditional_coherence(
     outside: dict[int, list[float]] = {}
     for sources, targets in read.items():
         for target, classes in targets.items():
-            share = float(np.mean(classes == label))
+            share = float(np.mean(classes == label[sources]))
             if len(sources) == 1:
                 metrics[f"coherence/matrix/{sources[0]}/{target}"] = share
             if target not in sources:
@@ -56,8 +57,10 @@ def unconditional_coherence(read: Mapping[str, IntArray]) -> float:
     return float(np.mean(np.all([classes == first for classes in others], axis=0)))
 
 
-def coherence_matrix(metrics: Mapping[str, float], modalities: tuple[str, ...]) -> FloatArray:
-    """`coherence/matrix/SOURCE/TARGET` as an array (M sources, M targets)."""
+def coherence_matrix(
+    metrics: Mapping[str, float], sources: Sequence[str], targets: Sequence[str]
+) -> FloatArray:
+    """`coherence/matrix/SOURCE/TARGET` as an array (sources, targets)."""
     return np.array(
-        [[metrics[f"coherence/matrix/{source}/{target}"] for target in modalities] for source in modalities]
+        [[metrics[f"coherence/matrix/{source}/{target}"] for target in targets] for source in sources]
     )

@@ -22,6 +22,8 @@ from cmvae.data.batch import to_device
 from cmvae.data.plan import EvaluationPlan
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
+from cmvae.kinds import KINDS
+from cmvae.kinds.kind import MetricName
 from cmvae.model import CMVAE
 from cmvae.seeds import derive_seed
 
@@ -47,8 +49,14 @@ class EvaluationContext:
         """Where the model is."""
         return self.accelerator.device
 
+    def measured_by(self, metrics: MetricName) -> tuple[str, ...]:
+        """The modalities whose kind a group of metrics is for."""
+        return tuple(
+            name for name, schema in self.model.schemas.items() if metrics in KINDS[schema.kind].metrics
+        )
+
     def batches(self, split: str, num_samples: int | None = None) -> Iterator[dict[str, Any]]:
-        """This rank's batches of a split on the device, images (B, C, H, W) fp32 in [0, 1].
+        """This rank's batches of a split on the device, modalities as data (B, *shape).
 
         Args:
             split: which split.

@@ -1,7 +1,6 @@
 """Figures of an evaluation: functions from plain arrays to matplotlib figures, without pyplot's global state.
 
-Images are floats in [0, 1], (…, channels, height, width) with one or three channels; what a decoder puts
-outside of [0, 1] is clipped. Pixels are drawn as squares: most of these images are small.
+Values of modalities come as they are stored, see `cmvae.kinds`, and each kind knows how to draw itself.
 """
 
 from __future__ import annotations
@@ -16,13 +15,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 
-from cmvae.clustering import FloatArray, IntArray, Selection
+from cmvae.clustering import BoolArray, FloatArray, IntArray, Selection
+from cmvae.data.schema import ModalitySchema
+from cmvae.kinds import KINDS
+from cmvae.kinds.image import Image
 
-# Inches of one small image: legible on a laptop's screen, and at the dpi of 16×16 images still whole pixels.
-_IMAGE_INCHES = 0.4
 _DPI = 120
+# Between drawn values and the edge of their cell, in cells.
+_CELL_GAP = 0.02
 _ACCENT = "#d1495b"
 _INK = "#22333b"
 _MUTED = "#8d99ae"
@@ -48,70 +51,97 @@ _LARGE_FACTOR = 20
 
 
 def cross_modal_grid(
-    inputs: Mapping[str, FloatArray],
-    generated: Mapping[tuple[str, str], FloatArray],
-    refined: Mapping[tuple[str, str], FloatArray] | None = None,
+    inputs: Mapping[str, NDArray],
+    generated: Mapping[tuple[str, str], NDArray],
+    refined: Mapping[tuple[str, str], NDArray] | None = None,
+    *,
+    schemas: Mapping[str, ModalitySchema],
+    present: Mapping[str, BoolArray] | None = None,
 ) -> Figure:
     """Every modality generated from every modality: a block of columns a target, a row a source.
 
     The first row holds the inputs; a column of a block is one sample, so that it shows one class from top
-    to bottom. Where the source is the target, the block is framed.
+    to bottom. Where the source is the target, the block is framed. What a sample lacks is left white, and so
+    is what would be generated from it.
 
     Args:
-        inputs: modality → (N, C, H, W).
-        generated: (source, target) → (N, C, H, W), for every ordered pair.
-        refined: the same pictures made sharp, in a row below each.
+        inputs: modality → (N, *shape), as stored.
+        generated: (source, target) → (N, *shape), for every ordered pair.
+        refined: the same made sharp, in a row below each; of the targets that can be.
+        schemas: of the modalities.
+        present: modality → (N,) bool, the samples that have it; None if all do.
     """
     names = list(inputs)
-    rows = []
-    for source in names:
-        rows.append((f"from {source}", source, generated))
-        if refined is not None:
-            rows.append(("refined", source, refined))
     num_samples = len(next(iter(inputs.values())))
+    everything = np.ones(num_samples, dtype=bool)
+    there = {name: everything if present is None else present[name] for name in names}
+    rows: list[tuple[str, str | None, Mapping[str, NDArray]]] = [("input", None, inputs)]
+    for source in names:
+        rows.append((f"from {source}", source, {name: generated[source, name] for name in names}))
+        if refined is not None:
+            of_source = {name: refined[source, name] for name in names if (source, name) in refined}
+            rows.append(("refined", source, of_source))
+    widths, height = _cell_sizes([schemas[name] for name in names])
     figure = Figure(
         figsize=(
-            0.9 + len(names) * (num_samples * _IMAGE_INCHES + 0.15),
-            0.45 + (len(rows) + 1) * (_IMAGE_INCHES + 0.06),
+            0.9 + sum(num_samples * width + 0.15 for width in widths),
+            0.45 + len(rows) * (height + 0.06),
         ),
         dpi=_DPI,
     )
     figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.0)
-    axes = figure.subplots(len(rows) + 1, len(names), squeeze=False)
-    for column, target in enumerate(names):
+    axes = figure.subplots(len(rows), len(names), squeeze=False, width_ratios=widths)
+    for column, (target, width) in enumerate(zip(names, widths, strict=True)):
         axes[0, column].set_title(f"→ {target}", fontsize=10, color=_INK, fontweight="bold")
-        _show(axes[0, column], _tile(inputs[target][None]))
-        for row, (_, source, made) in enumerate(rows, start=1):
-            _show(axes[row, column], _tile(made[source, target][None]))
-            if source == target:
-                _frame(axes[row, column])
-    for row, title in enumerate(["input", *(title for title, _, _ in rows)]):
+        for row, (_, made_from, made) in enumerate(rows):
+            ax = axes[row, column]
+            _clear(ax)
+            if target in made:
+                shown = there[made_from or target]
+                _show_values(ax, made[target][None], schemas[target], shown[None], (width, height))
+                if made_from == target:
+                    _frame(ax)
+    for row, (title, _, _) in enumerate(rows):
         _title_row(axes[row, 0], title)
     return figure
 
 
-def sample_rows(images: Mapping[str, FloatArray], titles: Sequence[str]) -> Figure:
+def sample_rows(
+    values: Mapping[str, NDArray],
+    titles: Sequence[str],
+    *,
+    schemas: Mapping[str, ModalitySchema],
+    present: Mapping[str, BoolArray] | None = None,
+) -> Figure:
     """Samples that belong together in rows, such as those of one cluster; a block of columns a modality.
 
     Args:
-        images: name of the block → (R, S, C, H, W); [r, s] is the same sample in every block.
+        values: name of the block → (R, S, *shape), as stored; [r, s] is the same sample in every block.
         titles: R names of the rows.
+        schemas: of the modality that each block shows.
+        present: name of the block → (R, S) bool, false where a place is left white; None if none is.
     """
-    num_rows, num_samples = next(iter(images.values())).shape[:2]
+    num_rows, num_samples = next(iter(values.values())).shape[:2]
+    everything = np.ones((num_rows, num_samples), dtype=bool)
+    widths, height = _cell_sizes([schemas[name] for name in values])
     figure = Figure(
         figsize=(
-            1.2 + len(images) * (num_samples * _IMAGE_INCHES + 0.15),
-            0.45 + num_rows * _IMAGE_INCHES * 1.02,
+            1.2 + sum(num_samples * width + 0.15 for width in widths),
+            0.45 + num_rows * height * 1.02,
         ),
         dpi=_DPI,
         layout="constrained",
     )
-    axes = figure.subplots(1, len(images), squeeze=False)[0]
-    for ax, (name, samples) in zip(axes, images.items(), strict=True):
+    axes = figure.subplots(1, len(values), squeeze=False, width_ratios=widths)[0]
+    for ax, width, (name, samples) in zip(axes, widths, values.items(), strict=True):
         ax.set_title(name, fontsize=10, color=_INK, fontweight="bold")
-        _show(ax, _tile(samples))
-    height = next(iter(images.values())).shape[3]
-    axes[0].set_yticks([row * (height + 1) + 1 + height / 2 - 0.5 for row in range(num_rows)], titles)
+        _clear(ax)
+        shown = everything if present is None else present[name]
+        _show_values(ax, samples, schemas[name], shown, (width, height))
+    # Half a row down, in whatever units the first block counts.
+    bottom, top = axes[0].get_ylim()
+    middles = [top + (row + 0.5) / num_rows * (bottom - top) for row in range(num_rows)]
+    axes[0].set_yticks(middles, titles)
     axes[0].tick_params(axis="y", length=0, labelsize=8, labelcolor=_INK)
     return figure
 
@@ -180,18 +210,19 @@ def confusion_matrix(counts: IntArray, class_names: Sequence[str], cluster_ids: 
     return figure
 
 
-def coherence_matrix(coherence: FloatArray, modalities: Sequence[str]) -> Figure:
+def coherence_matrix(coherence: FloatArray, sources: Sequence[str], targets: Sequence[str]) -> Figure:
     """Conditional coherence of every source (rows) and target (columns), as a heat map.
 
     Args:
-        coherence: (M sources, M targets), shares.
-        modalities: names of rows and columns.
+        coherence: (sources, targets), shares.
+        sources: names of the rows.
+        targets: names of the columns.
     """
-    size = len(modalities)
-    figure = Figure(figsize=(1.4 + 0.62 * size, 1.3 + 0.62 * size), dpi=_DPI, layout="constrained")
+    num_rows, num_columns = coherence.shape
+    figure = Figure(figsize=(1.4 + 0.62 * num_columns, 1.3 + 0.62 * num_rows), dpi=_DPI, layout="constrained")
     ax = figure.add_subplot()
     ax.imshow(coherence, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(size, size):
+    for row, column in np.ndindex(num_rows, num_columns):
         ax.text(
             column,
             row,
@@ -201,8 +232,8 @@ def coherence_matrix(coherence: FloatArray, modalities: Sequence[str]) -> Figure
             fontsize=9,
             color="white" if coherence[row, column] > 0.5 else _INK,
         )
-    ax.set_xticks(range(size), modalities)
-    ax.set_yticks(range(size), modalities)
+    ax.set_xticks(range(num_columns), targets)
+    ax.set_yticks(range(num_rows), sources)
     ax.tick_params(length=0, labelsize=9, labelcolor=_INK)
     ax.spines[:].set_visible(False)
     ax.set_title("read as the source's class", fontsize=10, color=_INK)
@@ -446,23 +477,60 @@ def _area(box: Bbox | None) -> float:
     return 0.0 if box is None else float(box.width * box.height)
 
 
-def _tile(images: FloatArray) -> FloatArray:
-    """One RGB picture (H', W', 3) from rows and columns of images (R, S, C, H, W), a white pixel apart."""
-    rows, columns, channels, height, width = images.shape
-    if channels not in (1, 3):
-        raise ValueError(f"images have 1 or 3 channels, not {channels}")
-    canvas = np.ones((rows * (height + 1) + 1, columns * (width + 1) + 1, 3))
-    for row in range(rows):
-        for column in range(columns):
-            top, left = row * (height + 1) + 1, column * (width + 1) + 1
-            pixels = np.clip(images[row, column], 0.0, 1.0).transpose(1, 2, 0)
-            # One channel spreads over the three of the canvas.
-            canvas[top : top + height, left : left + width] = pixels
+def _cell_sizes(schemas: Sequence[ModalitySchema]) -> tuple[list[float], float]:
+    """Inches of a value of each modality beside each other: their widths, and the height of all."""
+    sizes = [KINDS[schema.kind].drawn_size(schema) for schema in schemas]
+    height = max(height for _, height in sizes)
+    # A picture grows with its row; text and bars would only be pulled apart.
+    widths = [
+        width * height / own if isinstance(KINDS[schema.kind], Image) else width
+        for schema, (width, own) in zip(schemas, sizes, strict=True)
+    ]
+    return widths, height
+
+
+def _show_values(
+    ax: Axes, values: NDArray, schema: ModalitySchema, shown: BoolArray, cell: tuple[float, float]
+) -> None:
+    """Stored values (R, S, *shape) in rows and columns, where `shown` (R, S) says so.
+
+    Images are one picture, which is quick; of other kinds each value has an axis of its own, `cell` wide and
+    high.
+    """
+    if isinstance(KINDS[schema.kind], Image):
+        ax.imshow(_tile(values, shown), interpolation="nearest")
+        return
+    (num_rows, num_columns), (width, height) = shown.shape, cell
+    # As wide and high as pictures of this size would be, so that rows are level with them.
+    ax.set(xlim=(0, num_columns * width), ylim=(num_rows * height, 0), aspect="equal")
+    for row, column in np.argwhere(shown):
+        inner = ax.inset_axes(
+            (
+                (column + _CELL_GAP) / num_columns,
+                1 - (row + 1 - _CELL_GAP) / num_rows,
+                (1 - 2 * _CELL_GAP) / num_columns,
+                (1 - 2 * _CELL_GAP) / num_rows,
+            )
+        )
+        # Else the layout would look at each of hundreds, which takes long.
+        inner.set_in_layout(False)
+        inner.set(xticks=[], yticks=[])
+        inner.spines[:].set(color="#e9ecef", linewidth=0.7)
+        KINDS[schema.kind].draw(inner, values[row, column], schema)
+
+
+def _tile(images: NDArray, shown: BoolArray) -> NDArray:
+    """One RGB picture (H', W', 3) uint8 of images (R, S, C, H, W) uint8, a white pixel apart."""
+    rows, columns, _, height, width = images.shape
+    canvas = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), 255, dtype=np.uint8)
+    for row, column in np.argwhere(shown):
+        top, left = row * (height + 1) + 1, column * (width + 1) + 1
+        # One channel spreads over the three of the canvas.
+        canvas[top : top + height, left : left + width] = images[row, column].transpose(1, 2, 0)
     return canvas
 
 
-def _show(ax: Axes, picture: FloatArray) -> None:
-    ax.imshow(picture, interpolation="nearest")
+def _clear(ax: Axes) -> None:
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)

@@ -1,25 +1,20 @@
 """What a model generates, read once for coherence, Fréchet distances, and precision and recall.
 
-The protocol. Conditional, for every sample of the split and every source: z ~ q(z|x_source), w ~ p(w) for
-every target, also where the target is the source; of several sources each sample's z comes from one of them,
-drawn uniformly, which is the mixture that is the joint posterior. Unconditional: c ~ π over the selected
-clusters, z ~ p(z|c), w ~ p(w). Images are the decoders' means. Every sample has its own noise, so that no
-figure depends on the size of the batches or the number of ranks.
+How it is generated is told by `cmvae.evaluation.generations`. Images are read by classifiers and Inception,
+text by a classifier of words; both say a class, which is all that coherence asks for, so that it knows the
+pairs of images and text, too. Distances are between images. Modalities that nothing reads are sources only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from accelerate.utils import gather_object
-from einops import rearrange
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cmvae.clustering import FloatArray
 from cmvae.errors import UserError
@@ -41,12 +36,12 @@ from cmvae.evaluation.frechet import (
     to_bytes,
     warn_if_few,
 )
+from cmvae.evaluation.generations import Generations, encode_sources, having
 from cmvae.evaluation.result import REFINED, GroupResult
-from cmvae.model import Latents
+from cmvae.evaluation.text import TextClassifier, train_text_classifier
 from cmvae.progress import progress_bar
 
 Loaded = TypeVar("Loaded")
-Reader = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 _DISTANCE_NAMES = {"classifier": "frechet/classifier", "inception": "fid"}
 """Feature space to the name of the Fréchet distance in it."""
@@ -54,27 +49,45 @@ _DISTANCE_NAMES = {"classifier": "frechet/classifier", "inception": "fid"}
 
 @dataclass(frozen=True)
 class Networks:
-    """What reads images: classifiers by modality, and Inception-v3; empty or None where there are none."""
+    """What reads what was generated; empty or None where there are none."""
 
+    images: Sequence[str]
+    """The modalities that Inception can read."""
     classifiers: Mapping[str, ImageClassifier]
+    """Of images, by modality."""
     inception: nn.Module | None
+    texts: Mapping[str, TextClassifier] = field(default_factory=dict)
+    """Of text, by modality."""
 
-    def classify(self, images: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`class/MODALITY` (B,) int64 and `finite/MODALITY` (B,) bool of images (B, C, H, W) by modality."""
+    @property
+    def classified(self) -> tuple[str, ...]:
+        """The modalities whose class can be read: images first."""
+        return (*self.classifiers, *self.texts)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The modalities that something reads."""
+        return tuple(dict.fromkeys((*self.classified, *(self.images if self.inception is not None else ()))))
+
+    def classify(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`class/MODALITY` (B,) int64 and `finite/MODALITY` (B,) bool of data (B, *shape) by modality."""
         readings = {}
-        for name, x in images.items():
+        for name, x in values.items():
             readings[f"finite/{name}"] = _is_finite(x)
-            readings[f"class/{name}"], _ = self.classifiers[name].read(x)
+            if name in self.classifiers:
+                readings[f"class/{name}"], _ = self.classifiers[name].read(x)
+            elif name in self.texts:
+                readings[f"class/{name}"] = self.texts[name].read(x)
         return readings
 
-    def read(self, images: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def read(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Also `classifier/…` (B, 32) and `inception/…` (B, 2048); all as far as there are networks."""
-        readings = {}
-        for name, x in images.items():
-            readings[f"finite/{name}"] = _is_finite(x)
-            if self.classifiers:
+        readings = self.classify({name: x for name, x in values.items() if name not in self.classifiers})
+        for name, x in values.items():
+            if name in self.classifiers:
+                readings[f"finite/{name}"] = _is_finite(x)
                 readings[f"class/{name}"], readings[f"classifier/{name}"] = self.classifiers[name].read(x)
-            if self.inception is not None:
+            if name in self.images and self.inception is not None:
                 readings[f"inception/{name}"] = self.inception(to_bytes(x))
         return readings
 
@@ -99,27 +112,37 @@ def evaluate_generative(context: EvaluationContext, wanted: Collection[str]) -> 
     """
     networks, left_out = _load_networks(context, wanted)
     result = GroupResult(left_out=left_out)
-    if not networks.classifiers and networks.inception is None:
+    if not networks.classified and networks.inception is None:
         return result
     reference = read_reference(context, networks, wanted)
     result.left_out |= reference.left_out
-    result.protocol |= _describe(context, networks, reference.num_samples)
+    result.protocol |= _describe(context, reference)
     result.add(measure_generations(context, reference))
     return result
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The real images of a split as networks read them; generations from them are compared with them."""
+    """A split as networks read it; generations from it are compared with it."""
 
     networks: Networks
     readings: Mapping[str, np.ndarray]
-    """`label` (N,), `loc/…` and `scale/…` (N, D_z) of q(z|x_m), and the readings of the images."""
+    """`label` (N,), `loc/…`, `scale/…` and `has/…` of `encode_sources`, and what the networks read; of what a
+    sample lacks all but `has/…` means nothing."""
     comparisons: Sequence[_Comparison]
     coherent: bool
     """Whether coherence is wanted and can be had."""
     left_out: Mapping[str, str]
     """As of `GroupResult`."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The modalities that some sample has."""
+        return tuple(
+            key.removeprefix("has/")
+            for key, there in self.readings.items()
+            if key.startswith("has/") and there.any()
+        )
 
     @property
     def num_samples(self) -> int:
@@ -146,10 +169,12 @@ def read_reference(
     """
     real = _read_split(context, networks, context.settings.split, num_samples)
     comparisons, left_out = _compare_with(context, real, networks, wanted)
-    coherent = "coherence" in wanted and bool(networks.classifiers)
+    coherent = "coherence" in wanted and bool(networks.classified)
     if coherent and len(context.model.modality_names) < 2:
         coherent = False
         left_out["coherence"] = "takes at least two modalities"
+    elif coherent and len(networks.classified) < 2:
+        left_out["coherence/unconditional"] = "takes two modalities whose class can be read"
     return Reference(networks, real, comparisons, coherent, left_out)
 
 
@@ -168,10 +193,10 @@ def measure_floor(context: EvaluationContext, reference: Reference, split: str) 
     """
     readings = _read_split(context, reference.networks, split, reference.num_samples)
     for comparison in reference.comparisons:
-        num_samples, num_features = readings[f"{comparison.space}/{context.model.modality_names[0]}"].shape
-        reason = refusal(num_samples, num_features)
-        if reason is not None:
-            raise UserError(f"{context.shards}: split {split}: {reason}")
+        for features in _features(readings, comparison.space).values():
+            reason = refusal(*features.shape)
+            if reason is not None:
+                raise UserError(f"{context.shards}: split {split}: {reason}")
     tally = _Tally(reference.comparisons)
     tally.add_real(readings)
     return tally.distances()
@@ -198,41 +223,52 @@ def measure_generations(
     if not comparisons and not coherent:
         return result
     networks, real = reference.networks, reference.readings
-    names = context.model.modality_names
+    targets = networks.targets
     # Generations as they are, and refined.
     tallies = {"": _Tally(comparisons)}
     if context.refiner is not None:
         tallies[REFINED] = _Tally(comparisons)
     read = networks.read if comparisons else networks.classify
-    source_sets = _source_sets(names, len(names) - 1 if coherent and several_sources else 1)
+    names = reference.sources
+    source_sets = {
+        sources: having(real, sources)
+        for sources in _source_sets(names, len(names) - 1 if coherent and several_sources else 1)
+    }
     with progress_bar(
-        total=context.settings.num_generated + len(source_sets) * reference.num_samples,
+        total=context.settings.num_generated + sum(map(len, source_sets.values())),
         desc="generate",
         unit=" samples",
         disable=not context.accelerator.is_main_process,
         leave=False,
     ) as progress:
-        generator = _Generator(context, progress)
-        readings = generator.unconditional(read)
+        generations = Generations(context, progress)
+        readings = generations.unconditional(targets, read)
         for version, tally in tallies.items():
             tally.add_unconditional(_of_version(readings, version))
-        for sources in source_sets:
+        for sources, rows in source_sets.items():
             single = len(sources) == 1
-            targets = names if single else [name for name in names if name not in sources]
+            outside = [name for name in networks.classified if name not in sources]
+            if len(rows) == 0 or not (single or outside):
+                continue
             # Several sources are for coherence only, and their number grows fast: they are not refined.
-            readings = generator.conditional(
-                real, sources, targets, read if single else networks.classify, refine=single
+            readings = generations.conditional(
+                real,
+                sources,
+                targets if single else outside,
+                read if single else networks.classify,
+                refine=single,
             )
             for version, tally in tallies.items():
                 if single or version != REFINED:
-                    tally.add_conditional(_of_version(readings, version), sources)
+                    tally.add_conditional(_of_version(readings, version), sources, real["label"][rows])
 
     for version, tally in tallies.items():
         result.metrics |= {f"{version}{name}": value for name, value in tally.distances().items()}
         if coherent:
-            metrics = tally.coherence(real["label"])
+            metrics = tally.coherence()
             result.metrics |= {f"{version}{name}": value for name, value in metrics.items()}
-            matrix = figures.coherence_matrix(coherence_matrix(metrics, names), names)
+            shares = coherence_matrix(metrics, names, networks.classified)
+            matrix = figures.coherence_matrix(shares, names, networks.classified)
             result.figures[f"{version.replace('/', '_')}coherence_matrix"] = matrix
     return result
 
@@ -244,37 +280,43 @@ class _Tally:
         self._comparisons = comparisons
         self._compared: dict[str, list[float]] = {}
         self._classes: dict[Sources, dict[str, np.ndarray]] = {}
+        self._labels: dict[Sources, np.ndarray] = {}
         self._joint: dict[str, np.ndarray] = {}
 
     def add_unconditional(self, readings: Mapping[str, np.ndarray]) -> None:
         """Take in the readings of joint generations."""
         _check_finite(readings, "unconditionally")
         for comparison in self._comparisons:
-            comparison.add(readings, ("unconditional",), self._compared)
+            comparison.add(_features(readings, comparison.space), ("unconditional",), self._compared)
         self._joint = _classes(readings)
 
     def add_real(self, readings: Mapping[str, np.ndarray]) -> None:
         """Take in the readings of real images, for the distances of every kind of generations."""
         for comparison in self._comparisons:
-            comparison.add(readings, ("unconditional",), self._compared)
-            comparison.add(readings, ("conditional", "conditional_cross"), self._compared)
+            features = _features(readings, comparison.space)
+            comparison.add(features, ("unconditional",), self._compared)
+            comparison.add(features, ("conditional", "conditional_cross"), self._compared)
 
-    def add_conditional(self, readings: Mapping[str, np.ndarray], sources: Sources) -> None:
-        """Take in the readings of what was generated from some modalities."""
+    def add_conditional(
+        self, readings: Mapping[str, np.ndarray], sources: Sources, labels: np.ndarray
+    ) -> None:
+        """Take in the readings of what was generated from some modalities of n samples with `labels` (n,)."""
         _check_finite(readings, f"from {', '.join(sources)}")
         if len(sources) == 1:
             for comparison in self._comparisons:
-                comparison.add_conditional(readings, sources[0], self._compared)
-        self._classes[sources] = _classes(readings)
+                features = _features(readings, comparison.space)
+                comparison.add_conditional(features, sources[0], self._compared)
+        self._classes[sources], self._labels[sources] = _classes(readings), labels
 
     def distances(self) -> dict[str, float]:
         """Every comparison's mean."""
         return {name: float(np.mean(values)) for name, values in self._compared.items()}
 
-    def coherence(self, labels: np.ndarray) -> dict[str, float]:
+    def coherence(self) -> dict[str, float]:
         """Every kind of coherence."""
-        metrics = conditional_coherence(self._classes, labels)
-        metrics["coherence/unconditional"] = unconditional_coherence(self._joint)
+        metrics = conditional_coherence(self._classes, self._labels)
+        if len(self._joint) > 1:
+            metrics["coherence/unconditional"] = unconditional_coherence(self._joint)
         return metrics
 
 
@@ -283,7 +325,7 @@ class _Comparison:
 
     Args:
         space: `classifier` or `inception`.
-        real: `SPACE/MODALITY` to features (N, F).
+        real: modality → features (N, F).
         distances: kinds of generations whose Fréchet distance is wanted.
         fidelities: whether precision, recall, density and coverage are.
     """
@@ -293,34 +335,31 @@ class _Comparison:
     ) -> None:
         self.space = space
         self.distances, self.fidelities = distances, fidelities
-        features = {key: values for key, values in real.items() if key.startswith(f"{space}/")}
-        self._references = {key: FrechetDistance(values) for key, values in features.items() if distances}
-        self._real = features if fidelities else {}
+        self._references = {name: FrechetDistance(features) for name, features in real.items() if distances}
+        self._real = real if fidelities else {}
 
     def add_conditional(
         self, generated: Mapping[str, np.ndarray], source: str, compared: dict[str, list[float]]
     ) -> None:
         """Compare what was generated from one source, self and cross."""
-        own = f"{self.space}/{source}"
-        self.add({own: generated[own]}, ("conditional",), compared)
-        others = {key: values for key, values in generated.items() if key != own}
+        own = {name: features for name, features in generated.items() if name == source}
+        others = {name: features for name, features in generated.items() if name != source}
+        self.add(own, ("conditional",), compared)
         self.add(others, ("conditional", "conditional_cross"), compared)
 
     def add(
         self, generated: Mapping[str, np.ndarray], kinds: Sequence[str], compared: dict[str, list[float]]
     ) -> None:
         """Append to `compared`, by metric, the values of every modality's generations (N', F)."""
-        for key, features in generated.items():
-            if not key.startswith(f"{self.space}/"):
-                continue
+        for modality, features in generated.items():
             if kinds[0] in self.distances:
-                distance = self._references[key].to(features)
+                distance = self._references[modality].to(features)
                 for kind in kinds:
                     compared.setdefault(f"{_DISTANCE_NAMES[self.space]}/{kind}", []).append(distance)
             if kinds[0] in self.fidelities:
                 # The four depend on the sizes of both sets, hence equal ones.
-                size = min(len(features), len(self._real[key]))
-                for name, value in fidelity(self._real[key][:size], features[:size]).items():
+                size = min(len(features), len(self._real[modality]))
+                for name, value in fidelity(self._real[modality][:size], features[:size]).items():
                     for kind in kinds:
                         compared.setdefault(f"fidelity/{self.space}/{name}/{kind}", []).append(value)
 
@@ -333,19 +372,18 @@ def _compare_with(
 ) -> tuple[list[_Comparison], dict[str, str]]:
     """The comparisons that there are networks and samples enough for; the others with the reason."""
     left_out: dict[str, str] = {}
-    num_real = len(real["label"])
-    num_samples = {
-        "unconditional": min(num_real, context.settings.num_generated),
-        "conditional": num_real,
-    }
+    sources = [key for key in real if key.startswith("has/") and real[key].any()]
     comparisons = []
-    for space, there in (
-        ("classifier", bool(networks.classifiers)),
-        ("inception", networks.inception is not None),
-    ):
-        if not there:
+    for space in ("classifier", "inception"):
+        features = _features(real, space)
+        if not features:
             continue
-        num_features = real[f"{space}/{context.model.modality_names[0]}"].shape[1]
+        num_features = next(iter(features.values())).shape[1]
+        num_real = min(map(len, features.values()))
+        num_samples = {
+            "unconditional": min(num_real, context.settings.num_generated),
+            "conditional": min(num_real, *(int(real[key].sum()) for key in sources)),
+        }
         distances, fidelities = [], []
         for kind, size in num_samples.items():
             name = f"{_DISTANCE_NAMES[space]}/{kind}"
@@ -365,22 +403,36 @@ def _compare_with(
                 else:
                     fidelities.append(kind)
         if distances or fidelities:
-            comparisons.append(_Comparison(space, real, distances, fidelities))
+            comparisons.append(_Comparison(space, features, distances, fidelities))
     return comparisons, left_out
 
 
 def _load_networks(context: EvaluationContext, wanted: Collection[str]) -> tuple[Networks, dict[str, str]]:
     """The networks that the wanted metrics take, and the metrics that must do without, with the reason."""
     left_out: dict[str, str] = {}
-    classifiers, reason = _on_all_ranks(
-        context,
-        lambda: load_classifiers(context.shards, context.index, context.model.modality_names, context.device),
-    )
-    if reason is not None:
-        taken = {"coherence": "coherence", "frechet": "frechet/classifier", "fidelity": "fidelity/classifier"}
-        left_out |= {taken[group]: reason for group in sorted(wanted)}
-    inception = None
-    if "frechet" in wanted:
+    images = context.measured_by("generative")
+    classifiers, inception = None, None
+    if images:
+        classifiers, reason = _on_all_ranks(
+            context, lambda: load_classifiers(context.shards, context.index, images, context.device)
+        )
+        if reason is not None:
+            taken = {
+                "coherence": "coherence",
+                "frechet": "frechet/classifier",
+                "fidelity": "fidelity/classifier",
+            }
+            left_out |= {taken[group]: reason for group in sorted(wanted)}
+    else:
+        left_out |= dict.fromkeys(sorted(wanted), "the model has no images")
+    texts: dict[str, TextClassifier] = {}
+    if "coherence" in wanted:
+        texts, reasons = _train_text_classifiers(context)
+        left_out |= {f"coherence/{name}": reason for name, reason in reasons.items()}
+        if texts and "coherence" in left_out:
+            # Text alone can be read: what was said of all of coherence is true of images.
+            left_out |= dict.fromkeys([f"coherence/{name}" for name in images], left_out.pop("coherence"))
+    if images and "frechet" in wanted:
         # Asked first: with too few images nothing needs to be fetched over a network.
         num_real = context.index.split(context.settings.split, context.shards).num_samples
         reason = refusal(num_real, INCEPTION_FEATURES)
@@ -390,7 +442,24 @@ def _load_networks(context: EvaluationContext, wanted: Collection[str]) -> tuple
             )
         if reason is not None:
             left_out["fid"] = reason
-    return Networks(classifiers or {}, inception), left_out
+    for name, schema in context.model.schemas.items():
+        if images and name not in images:
+            reason = f"of kind {schema.kind}: distances are between images"
+            left_out |= {f"{group}/{name}": reason for group in sorted(set(wanted) - {"coherence"})}
+        if "coherence" in wanted and name not in (*images, *context.measured_by("text")):
+            left_out[f"coherence/{name}"] = f"of kind {schema.kind}, whose class nothing reads: a source only"
+    return Networks(images, classifiers or {}, inception, texts), left_out
+
+
+def _train_text_classifiers(context: EvaluationContext) -> tuple[dict[str, TextClassifier], dict[str, str]]:
+    """What reads the class of texts, by modality, and the reasons where there is none; alike on all ranks."""
+    classifiers, reasons = {}, {}
+    for name in context.measured_by("text"):
+        try:
+            classifiers[name] = train_text_classifier(context, name)
+        except UserError as error:
+            reasons[name] = str(error)
+    return classifiers, reasons
 
 
 def _on_all_ranks(context: EvaluationContext, load: Callable[[], Loaded]) -> tuple[Loaded | None, str | None]:
@@ -412,91 +481,12 @@ def _read_split(
     context: EvaluationContext, networks: Networks, split: str | None = None, num_samples: int | None = None
 ) -> dict[str, np.ndarray]:
     """The readings of a `Reference`, of the settings' split unless another one is given."""
-    names = context.model.modality_names
 
     def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        images = {name: batch[name] for name in names}
-        encoded = {"label": batch["label"]}
-        for name, posterior in context.model.encode(images).items():
-            encoded[f"loc/{name}"], encoded[f"scale/{name}"] = posterior.shared.loc, posterior.shared.scale
-        return encoded | networks.read(images)
+        readings = networks.read({name: batch[name] for name in networks.targets})
+        return encode_sources(context.model, batch) | readings
 
     return context.collect(context.batches(split or context.settings.split, num_samples), compute)
-
-
-class _Generator:
-    """Generates on all ranks and reads what it made, as it is and refined."""
-
-    def __init__(self, context: EvaluationContext, progress: tqdm) -> None:
-        self._context, self._progress = context, progress
-
-    def conditional(
-        self,
-        split: Mapping[str, np.ndarray],
-        sources: Sources,
-        targets: Sequence[str],
-        read: Reader,
-        refine: bool,
-    ) -> dict[str, np.ndarray]:
-        """Readings of what is generated from every sample of the split, from the mixture of the sources."""
-        context = self._context
-        stream = f"conditional/{'+'.join(sources)}"
-        loc, scale = (
-            torch.from_numpy(np.stack([split[f"{part}/{source}"] for source in sources], axis=1))
-            for part in ("loc", "scale")
-        )  # (N, S, D_z)
-
-        def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-            rows = batch["position"].cpu()
-            component = (context.draw_uniform(f"{stream}/source", rows) * len(sources)).long()
-            shared_noise, private = _draw_latents(context, stream, rows)
-            posterior = context.model.family(
-                loc[rows, component].to(context.device), scale[rows, component].to(context.device)
-            )
-            latents = Latents(posterior.sample(shared_noise), {name: private[name] for name in targets})
-            return self._read(latents, stream, rows, read, refine)
-
-        return self._collect(len(split["label"]), compute)
-
-    def unconditional(self, read: Reader) -> dict[str, np.ndarray]:
-        """Readings of `num_generated` joint generations."""
-        context = self._context
-        prior = context.model.cluster_prior
-        cumulative = prior.log_weights.double().exp().cpu().cumsum(0)
-        cumulative /= cumulative[-1].clone()
-
-        def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-            rows = batch["position"].cpu()
-            uniform = context.draw_uniform("unconditional/cluster", rows)
-            clusters = torch.searchsorted(cumulative, uniform, right=True).to(context.device)
-            shared_noise, private = _draw_latents(context, "unconditional", rows)
-            latents = Latents(prior.sample(clusters, shared_noise), private)
-            return self._read(latents, "unconditional", rows, read, refine=True)
-
-        return self._collect(context.settings.num_generated, compute)
-
-    def _read(
-        self, latents: Latents, stream: str, positions: Tensor, read: Reader, refine: bool
-    ) -> dict[str, Tensor]:
-        context = self._context
-        images = context.model.decode(latents.shared, latents.private)
-        readings = read(images)
-        if refine and context.refiner is not None:
-            seeds = context.draw_seeds(f"{stream}/refine", positions)
-            refined = context.refiner.refine(images, latents.shared, seeds=seeds)
-            readings |= {f"{REFINED}{key}": value for key, value in read(refined).items()}
-        return readings
-
-    def _collect(
-        self, num_samples: int, compute: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
-    ) -> dict[str, np.ndarray]:
-        def count(batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
-            computed = compute(batch)
-            # All ranks have equally much to do.
-            self._progress.update(int(batch["valid"].sum()) * self._context.accelerator.num_processes)
-            return computed
-
-        return self._context.collect(self._context.positions(num_samples), count)
 
 
 def _of_version(readings: Mapping[str, np.ndarray], version: str) -> dict[str, np.ndarray]:
@@ -507,23 +497,19 @@ def _of_version(readings: Mapping[str, np.ndarray], version: str) -> dict[str, n
     return {key: values for key, values in readings.items() if key not in refined}
 
 
+def _features(readings: Mapping[str, np.ndarray], space: str) -> dict[str, np.ndarray]:
+    """Features (n, F) by modality, of the n samples that have it; what was generated, all have."""
+    features = {}
+    for key, values in readings.items():
+        if key.startswith(f"{space}/"):
+            name = key.removeprefix(f"{space}/")
+            features[name] = values[readings[f"has/{name}"]] if f"has/{name}" in readings else values
+    return features
+
+
 def _classes(readings: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Classes (N,) by modality, as far as there are classifiers."""
     return {key.removeprefix("class/"): x for key, x in readings.items() if key.startswith("class/")}
-
-
-def _draw_latents(
-    context: EvaluationContext, stream: str, positions: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Noise of z (B, D_z), and w ~ p(w) (B, D_w) of every modality."""
-    model = context.model
-    names, config = model.modality_names, model.config
-    size = config.shared_dim + len(names) * config.private_dim
-    # One draw a sample: most of its cost is in seeding.
-    noise = context.draw_noise(f"{stream}/latents", positions, (size,))
-    shared, private = noise.split([config.shared_dim, size - config.shared_dim], dim=1)
-    w = model.private_prior.sample(rearrange(private, "b (m d) -> m b d", m=len(names)))
-    return shared, dict(zip(names, w, strict=True))
 
 
 def _source_sets(modalities: Sequence[str], largest: int) -> list[Sources]:
@@ -532,9 +518,9 @@ def _source_sets(modalities: Sequence[str], largest: int) -> list[Sources]:
     return [sources for size in sizes for sources in combinations(modalities, size)]
 
 
-def _describe(context: EvaluationContext, networks: Networks, num_real: int) -> dict[str, Any]:
+def _describe(context: EvaluationContext, reference: Reference) -> dict[str, Any]:
     """The protocol, in parameters."""
-    settings = context.settings
+    settings, networks, num_real = context.settings, reference.networks, reference.num_samples
     described: dict[str, Any] = {
         "generative.seed": settings.seed,
         "generative.split": settings.split,
@@ -543,6 +529,7 @@ def _describe(context: EvaluationContext, networks: Networks, num_real: int) -> 
         "generative.shared_latent": "sampled from q(z|x) of the source, or from p(z|c), c from p(c)",
         "generative.private_latent": "sampled from p(w), also where the target is the source",
         "generative.image": "mean of the decoder",
+        "generative.text": "most probable words of the decoder",
         "fidelity.neighbours": NUM_NEIGHBOURS,
         "fidelity.num_samples.unconditional": min(num_real, settings.num_generated),
     }
@@ -550,13 +537,17 @@ def _describe(context: EvaluationContext, networks: Networks, num_real: int) -> 
         sampler = context.refiner.config.sampler
         described |= {f"refined.sampler.{key}": value for key, value in sampler.model_dump().items()}
         described["refined.seed"] = settings.seed
+    for name in context.model.modality_names:
+        described[f"generative.num_samples.{name}"] = int(reference.readings[f"has/{name}"].sum())
     for name in networks.classifiers:
         described[f"classifier.accuracy.{name}"] = context.index.classifiers[name].accuracy
+    for name, classifier in networks.texts.items():
+        described[f"classifier.accuracy.{name}"] = classifier.accuracy
     return described
 
 
-def _is_finite(images: Tensor) -> Tensor:
-    return images.isfinite().flatten(1).all(dim=1)
+def _is_finite(values: Tensor) -> Tensor:
+    return values.isfinite().flatten(1).all(dim=1)
 
 
 def _check_finite(readings: Mapping[str, np.ndarray], how: str) -> None:
@@ -565,7 +556,7 @@ def _check_finite(readings: Mapping[str, np.ndarray], how: str) -> None:
         kind, modality = key.split("/")
         if kind == "finite" and not values.all():
             raise UserError(
-                f"{np.sum(~values)} of the {len(values)} images of {modality} that the model generates {how} "
+                f"{np.sum(~values)} of the {len(values)} values of {modality} that the model generates {how} "
                 "hold values that are not finite, so its training diverged. Train again with a smaller "
                 "optimizer.learning_rate"
             )

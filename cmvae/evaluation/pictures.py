@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from cmvae.data.batch import as_stored
 from cmvae.evaluation import figures
 from cmvae.model import CMVAE
 
@@ -18,65 +19,83 @@ if TYPE_CHECKING:  # it draws with this module
     from cmvae.refiner import Refiner
 
 
-def draw_cross_modal(model: CMVAE, inputs: Mapping[str, Tensor], generator: torch.Generator) -> Figure:
+def draw_cross_modal(
+    model: CMVAE, inputs: Mapping[str, Tensor], mask: Tensor, generator: torch.Generator
+) -> Figure:
     """Inputs, generated from every modality; on the diagonal their reconstructions.
 
     Only encodes and decodes, so that under ZeRO-3 all ranks may call it in the middle of a training.
 
     Args:
         model: the model.
-        inputs: by modality, images (B, C, H, W) in [0, 1].
+        inputs: by modality, data (B, *shape).
+        mask: (B, M) bool, the modalities that each sample has.
         generator: random stream on the model's device.
     """
     generated = {}
-    for source, images in inputs.items():
-        for target, made in model.generate(given={source: images}, generator=generator).items():
-            generated[source, target] = _to_numpy(made)
-    for name, images in model.reconstruct(inputs).items():
-        generated[name, name] = _to_numpy(images)
-    return figures.cross_modal_grid({name: _to_numpy(images) for name, images in inputs.items()}, generated)
+    for source, x in inputs.items():
+        for target, made in model.generate(given={source: x}, generator=generator).items():
+            generated[source, target] = as_stored(made, model.schemas[target])
+    for name, x in model.reconstruct(inputs).items():
+        generated[name, name] = as_stored(x, model.schemas[name])
+    return figures.cross_modal_grid(
+        {name: as_stored(x, model.schemas[name]) for name, x in inputs.items()},
+        generated,
+        schemas=model.schemas,
+        present=_by_modality(model, mask),
+    )
 
 
 def draw_refinements(
-    model: CMVAE, refiner: Refiner, inputs: Mapping[str, Tensor], generator: torch.Generator
+    model: CMVAE, refiner: Refiner, inputs: Mapping[str, Tensor], mask: Tensor, generator: torch.Generator
 ) -> Figure:
-    """Inputs, what the CMVAE generates from every modality, self included, and that refined.
+    """Inputs, what the CMVAE generates from every modality, self included, and its images refined.
 
     Args:
         model: the CMVAE.
         refiner: of its images.
-        inputs: by modality, images (B, C, H, W) in [0, 1].
+        inputs: by modality, data (B, *shape).
+        mask: (B, M) bool, the modalities that each sample has.
         generator: random stream on the model's device.
     """
     generated, refined = {}, {}
-    for source, images in inputs.items():
-        latents = model.sample_latents(given={source: images}, generator=generator)
+    for source, x in inputs.items():
+        latents = model.sample_latents(given={source: x}, generator=generator)
         blurred = model.decode(latents.shared, latents.private)
-        sharp = refiner.refine(blurred, latents.shared, seeds=range(len(images)))
+        sharp = refiner.refine(blurred, latents.shared, seeds=range(len(x)))
         for target in inputs:
-            generated[source, target] = _to_numpy(blurred[target])
-            refined[source, target] = _to_numpy(sharp[target])
-    given = {name: _to_numpy(images) for name, images in inputs.items()}
-    return figures.cross_modal_grid(given, generated, refined)
+            generated[source, target] = as_stored(blurred[target], model.schemas[target])
+        for target in refiner.modality_names:
+            refined[source, target] = as_stored(sharp[target], model.schemas[target])
+    return figures.cross_modal_grid(
+        {name: as_stored(x, model.schemas[name]) for name, x in inputs.items()},
+        generated,
+        refined,
+        schemas=model.schemas,
+        present=_by_modality(model, mask),
+    )
 
 
 def draw_cluster_samples(model: CMVAE, num_samples: int, generator: torch.Generator) -> Figure:
     """Joint generations of every selected cluster, `num_samples` each."""
     clusters = model.cluster_prior.active.nonzero().flatten().tolist()
     samples = [model.generate(num_samples, cluster=c, generator=generator) for c in clusters]
-    images = {
-        name: np.stack([_to_numpy(sample[name]) for sample in samples]) for name in model.modality_names
+    values = {
+        name: np.stack([as_stored(sample[name], schema) for sample in samples])
+        for name, schema in model.schemas.items()
     }
-    return figures.sample_rows(images, [f"cluster {c}" for c in clusters])
+    return figures.sample_rows(values, [f"cluster {c}" for c in clusters], schemas=model.schemas)
 
 
 def draw_latent_map(split: EncodedSplit, assignments: np.ndarray, num_samples: int, seed: int) -> Figure:
-    """Z by the first modality in two dimensions, of at most `num_samples` samples of an encoded split."""
+    """Z in two dimensions, of at most `num_samples` samples: each by the first modality that it has."""
     shown = slice(0, num_samples)
-    points = figures.project_2d(split.shared_loc[shown, 0], seed)
+    first = split.present[shown].argmax(axis=1)
+    points = figures.project_2d(split.shared_loc[shown][np.arange(len(first)), first], seed)
     labels = split.label[shown] if (split.label >= 0).any() else None
     return figures.latent_map(points, assignments[shown], labels)
 
 
-def _to_numpy(images: Tensor) -> np.ndarray:
-    return images.detach().cpu().numpy()
+def _by_modality(model: CMVAE, mask: Tensor) -> dict[str, np.ndarray]:
+    """A mask (B, M) as columns (B,) by modality."""
+    return dict(zip(model.modality_names, mask.T.cpu().numpy(), strict=True))

@@ -27,7 +27,8 @@ _MAX_ITERATIONS = 2000
 def evaluate_probes(context: EvaluationContext) -> GroupResult:
     """Accuracy of a linear classifier on z, on w and on both, for each modality: `probe/{z,w,both}/MODALITY`.
 
-    Trained on the labelled samples of the train split, tested on those of the split that is evaluated.
+    Trained on the labelled samples of the train split that have the modality, tested on those of the split
+    that is evaluated.
     """
     split = context.settings.split
     if context.index.class_names is None:
@@ -37,26 +38,34 @@ def evaluate_probes(context: EvaluationContext) -> GroupResult:
     test = _encode(context, split)
     if len(test["label"]) == 0:
         return GroupResult(left_out={"probe": f"no sample of the {split} split has a label"})
-    train = _choose(_encode(context, "train"), context.settings.seed)
+    train = _encode(context, "train")
     if len(np.unique(train["label"])) < 2:
         return GroupResult(left_out={"probe": "the train split has labels of fewer than two classes"})
+    chosen = {
+        name: _choose(_having(train, name), context.settings.seed) for name in context.model.modality_names
+    }
     result = GroupResult(
         protocol={
             "probe.classifier": "logistic regression, L2 with C = 1, on standardised posterior locations",
-            "probe.train_samples": len(train["label"]),
             "probe.max_train_samples": MAX_TRAINING_SAMPLES,
-            "probe.test_samples": len(test["label"]),
             "probe.test_split": split,
             "probe.seed": context.settings.seed,
         }
     )
-    for modality in context.model.modality_names:
+    for modality, learned in chosen.items():
+        tested = _having(test, modality)
+        result.protocol[f"probe.train_samples.{modality}"] = len(learned["label"])
+        result.protocol[f"probe.test_samples.{modality}"] = len(tested["label"])
+        if len(np.unique(learned["label"])) < 2 or len(tested["label"]) == 0:
+            reason = "too few labelled samples have this modality"
+            result.left_out |= {f"probe/{latent}/{modality}": reason for latent in ("z", "w", "both")}
+            continue
         for latent in ("z", "w", "both"):
             result.metrics[f"probe/{latent}/{modality}"] = probe_accuracy(
-                _features(train, latent, modality),
-                train["label"],
-                _features(test, latent, modality),
-                test["label"],
+                _features(learned, latent, modality),
+                learned["label"],
+                _features(tested, latent, modality),
+                tested["label"],
             )
     return result
 
@@ -77,18 +86,25 @@ def probe_accuracy(
 
 
 def _encode(context: EvaluationContext, split: str) -> dict[str, np.ndarray]:
-    """Labelled samples: locations `z/MODALITY` (N, D_z) and `w/MODALITY` (N, D_w), and `label` (N,)."""
+    """Labelled samples: `z/MODALITY` (N, D_z), `w/MODALITY` (N, D_w), `has/MODALITY` and `label` (N,)."""
 
     def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         posteriors = context.model.encode({name: batch[name] for name in context.model.modality_names})
         locations = {"label": batch["label"]}
-        for name, posterior in posteriors.items():
+        for (name, posterior), there in zip(posteriors.items(), batch["mask"].T, strict=True):
+            locations[f"has/{name}"] = there
             locations |= {f"z/{name}": posterior.shared.loc, f"w/{name}": posterior.private.loc}
         return locations
 
     encoded = context.collect(context.batches(split), compute)
     labelled = encoded["label"] >= 0
     return {name: values[labelled] for name, values in encoded.items()}
+
+
+def _having(encoded: Mapping[str, np.ndarray], modality: str) -> dict[str, np.ndarray]:
+    """The samples that have a modality."""
+    there = encoded[f"has/{modality}"]
+    return {name: values[there] for name, values in encoded.items()}
 
 
 def _choose(encoded: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:

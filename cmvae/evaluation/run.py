@@ -16,6 +16,7 @@ from cmvae.evaluation.clustering import evaluate_clustering
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.likelihood import evaluate_likelihood
 from cmvae.evaluation.pictures import draw_cross_modal, draw_refinements
+from cmvae.evaluation.prediction import evaluate_prediction
 from cmvae.evaluation.probes import evaluate_probes
 from cmvae.evaluation.report import write_report
 from cmvae.evaluation.result import GroupResult
@@ -93,6 +94,13 @@ def _evaluate_groups(context: EvaluationContext, config: ExperimentConfig) -> It
         return
     if "clustering" in wanted:
         yield evaluate_clustering(context, config.objective.beta)
+    if "text" in wanted:
+        # Imports torchmetrics, too.
+        from cmvae.evaluation.text import evaluate_text
+
+        yield evaluate_text(context)
+    if "prediction" in wanted:
+        yield evaluate_prediction(context)
     if "probe" in wanted:
         yield evaluate_probes(context)
     if "likelihood" in wanted:
@@ -118,10 +126,11 @@ def _draw_generations(context: EvaluationContext) -> dict[str, Figure]:
     batch = next(iter(context.batches(context.settings.split)))
     shown = batch["valid"].nonzero().flatten()[:GRID_SAMPLES]
     inputs = {name: batch[name][shown] for name in context.model.modality_names}
+    mask = batch["mask"][shown]
     generator = torch.Generator(context.device).manual_seed(context.settings.seed)
     if context.refiner is not None:
-        return {"refinements": draw_refinements(context.model, context.refiner, inputs, generator)}
-    return {"cross_modal": draw_cross_modal(context.model, inputs, generator)}
+        return {"refinements": draw_refinements(context.model, context.refiner, inputs, mask, generator)}
+    return {"cross_modal": draw_cross_modal(context.model, inputs, mask, generator)}
 
 
 def _track(config: ExperimentConfig, run_dir: Path, result: GroupResult) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cmvae.kinds.kind import ArrayKind
+from cmvae.kinds.kind import ArrayKind, column_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +22,7 @@ class Binary(ArrayKind):
     dtype = "uint8"
     likelihoods = ("bernoulli",)
     network = "mlp"
+    metrics = frozenset({"prediction"})
 
     def check(self, schema: ModalitySchema) -> None:
         """As `Kind.check`."""
@@ -49,5 +50,13 @@ class Binary(ArrayKind):
 
     def to_text(self, stored: np.ndarray, schema: ModalitySchema) -> str:
         """As `Kind.to_text`: the columns that are set."""
-        columns = schema.columns or tuple(str(place) for place in range(len(stored)))
+        columns = column_names(schema)
         return ", ".join(columns[place] for place in np.flatnonzero(stored)) or "none"
+
+    def table_columns(self, schema: ModalitySchema) -> tuple[str, ...]:
+        """As `Kind.table_columns`: one a dimension."""
+        return column_names(schema)
+
+    def table_cells(self, stored: np.ndarray, schema: ModalitySchema) -> tuple[str, ...]:
+        """As `Kind.table_cells`."""
+        return tuple(str(value) for value in stored)

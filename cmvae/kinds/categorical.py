@@ -22,6 +22,7 @@ class Categorical(ArrayKind):
     dtype = "int64"
     likelihoods = ("categorical",)
     network = "mlp"
+    metrics = frozenset({"prediction"})
 
     def check(self, schema: ModalitySchema) -> None:
         """As `Kind.check`."""
@@ -42,6 +43,10 @@ class Categorical(ArrayKind):
         """As `Kind.draw`."""
         words = self.to_text(stored, schema)
         ax.text(0.5, 0.5, words, ha="center", va="center", fontsize=6, transform=ax.transAxes)
+
+    def drawn_size(self, schema: ModalitySchema) -> tuple[float, float]:
+        """As `Kind.drawn_size`: room for the longest name."""
+        return max(0.4, 0.052 * max(map(len, schema.categories or ()))), 0.3
 
     def to_text(self, stored: np.ndarray, schema: ModalitySchema) -> str:
         """As `Kind.to_text`."""

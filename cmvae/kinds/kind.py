@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from cmvae.data.schema import ModalitySchema
 
 LikelihoodName = Literal["normal", "laplace", "bernoulli", "categorical"]
-MetricName = Literal["generative"]
-"""`generative`: classifiers and Inception read it, for coherence and distances."""
+MetricName = Literal["generative", "text", "prediction"]
+"""`generative`: image classifiers and Inception read it, for coherence and distances. `text`: it is read as
+words. `prediction`: what is generated can be compared with what is there, value by value."""
 
 
 class Kind(ABC):
@@ -74,13 +75,30 @@ class Kind(ABC):
     def draw(self, ax: Axes, stored: np.ndarray, schema: ModalitySchema) -> None:
         """Draw one value into an axis without ticks."""
 
+    def drawn_size(self, schema: ModalitySchema) -> tuple[float, float]:
+        """Width and height, in inches, that `draw` needs to be legible."""
+        return 0.6, 0.4
+
     @abstractmethod
     def to_text(self, stored: np.ndarray, schema: ModalitySchema) -> str:
         """One value in one line, for tables."""
 
+    def table_columns(self, schema: ModalitySchema) -> tuple[str, ...]:
+        """Headings of a table of values."""
+        return (self.name,)
+
+    def table_cells(self, stored: np.ndarray, schema: ModalitySchema) -> tuple[str, ...]:
+        """One value in such a table, as many cells as there are columns."""
+        return (self.to_text(stored, schema),)
+
     def parameter_shape(self, schema: ModalitySchema) -> tuple[int, ...]:
         """Shape of what a decoder makes of one sample: the parameters of the likelihood."""
         return schema.shape
+
+
+def column_names(schema: ModalitySchema) -> tuple[str, ...]:
+    """Names of the dimensions of a vector; their places where they have none."""
+    return schema.columns or tuple(str(place) for place in range(schema.shape[0]))
 
 
 class ArrayKind(Kind):

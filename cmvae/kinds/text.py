@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,9 @@ PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 SPECIAL_TOKENS = (PAD, EOS, UNKNOWN)
 """Begin every vocabulary, in this order: their places are the numbers 0, 1 and 2."""
 
-_DRAWN_WIDTH = 24
+# Of a drawing: characters of a line, points of the type, and inches that a line and a character take.
+_LINE_LENGTH, _FONT_SIZE = 24, 6
+_LINE_HEIGHT, _CHARACTER_WIDTH = 0.105, 0.052
 
 
 class Text(ArrayKind):
@@ -29,6 +32,7 @@ class Text(ArrayKind):
     dtype = "int64"
     likelihoods = ("categorical",)
     network = "caption"
+    metrics = frozenset({"text"})
 
     def check(self, schema: ModalitySchema) -> None:
         """As `Kind.check`."""
@@ -47,8 +51,17 @@ class Text(ArrayKind):
 
     def draw(self, ax: Axes, stored: np.ndarray, schema: ModalitySchema) -> None:
         """As `Kind.draw`."""
-        words = textwrap.fill(self.to_text(stored, schema), _DRAWN_WIDTH)
-        ax.text(0.5, 0.5, words, ha="center", va="center", fontsize=5, transform=ax.transAxes)
+        words = textwrap.fill(self.to_text(stored, schema), _LINE_LENGTH)
+        ax.text(0.5, 0.5, words, ha="center", va="center", fontsize=_FONT_SIZE, transform=ax.transAxes)
+
+    def drawn_size(self, schema: ModalitySchema) -> tuple[float, float]:
+        """As `Kind.drawn_size`: of a text that is as long as there is room for, of words of usual length."""
+        usual = 1 + float(np.mean([len(word) for word in schema.categories or ()]))
+        characters = schema.shape[0] * usual
+        # Where lines break between words, the last sixth of them stays empty.
+        num_lines = math.ceil(characters / _LINE_LENGTH * 6 / 5)
+        width = min(characters, _LINE_LENGTH) * _CHARACTER_WIDTH
+        return max(0.4, width), max(0.3, (num_lines + 0.5) * _LINE_HEIGHT)
 
     def to_text(self, stored: np.ndarray, schema: ModalitySchema) -> str:
         """As `Kind.to_text`: the words up to the first `<eos>`."""

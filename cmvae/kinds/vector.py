@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cmvae.kinds.kind import ArrayKind
+from cmvae.kinds.kind import ArrayKind, column_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +22,7 @@ class Vector(ArrayKind):
     dtype = "float32"
     likelihoods = ("normal", "laplace")
     network = "mlp"
+    metrics = frozenset({"prediction"})
 
     def check(self, schema: ModalitySchema) -> None:
         """As `Kind.check`."""
@@ -53,8 +54,17 @@ class Vector(ArrayKind):
         standardised = (stored - np.array(schema.mean)) / np.array(schema.std)
         ax.bar(np.arange(len(stored)), standardised, color="#22333b")
         ax.set_ylim(-3, 3)
+        ax.axhline(0, color="#8d99ae", linewidth=0.4)
 
     def to_text(self, stored: np.ndarray, schema: ModalitySchema) -> str:
         """As `Kind.to_text`."""
-        columns = schema.columns or range(len(stored))
-        return ", ".join(f"{column}: {value:.4g}" for column, value in zip(columns, stored, strict=True))
+        named = zip(column_names(schema), stored, strict=True)
+        return ", ".join(f"{column}: {value:.4g}" for column, value in named)
+
+    def table_columns(self, schema: ModalitySchema) -> tuple[str, ...]:
+        """As `Kind.table_columns`: one a dimension."""
+        return column_names(schema)
+
+    def table_cells(self, stored: np.ndarray, schema: ModalitySchema) -> tuple[str, ...]:
+        """As `Kind.table_cells`."""
+        return tuple(str(value) for value in stored)

@@ -257,7 +257,8 @@ class CMVAETask(Task):
     ) -> dict[str, Figure]:
         """Inputs, reconstructions and cross-modal generations of the first samples of a batch."""
         inputs = {name: batch[name][:num_samples] for name in self.model.modality_names}
-        return {"cross_modal": draw_cross_modal(self.model, inputs, generator)}
+        mask = batch["mask"][:num_samples]
+        return {"cross_modal": draw_cross_modal(self.model, inputs, mask, generator)}
 
 
 def _per_sample(terms: LogWeightTerms, present: Tensor) -> dict[str, Tensor]:

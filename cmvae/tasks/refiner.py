@@ -199,7 +199,8 @@ class RefinerTask(Task):
     ) -> dict[str, Figure]:
         """The first samples of a batch: input, CMVAE and D-CMVAE for every pair of modalities."""
         inputs = {name: batch[name][:num_samples] for name in self.modality_names}
-        return {"refinements": draw_refinements(self.cmvae, self.refiner, inputs, generator)}
+        mask = batch["mask"][:num_samples]
+        return {"refinements": draw_refinements(self.cmvae, self.refiner, inputs, mask, generator)}
 
     def export(
         self, folder: Path, state: Mapping[str, Tensor], validation_batches: Iterable[Mapping[str, Any]]

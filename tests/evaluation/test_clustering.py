@@ -18,6 +18,7 @@ from cmvae.evaluation.clustering import (
     evaluate_clustering,
     evaluate_clusters,
     modality_subsets,
+    select_model_clusters,
 )
 from cmvae.model import CMVAE
 
@@ -170,6 +171,41 @@ def test_samples_without_a_label_do_not_count(blind_model):
     assert result.protocol["clustering.num_labelled_samples"] == 6
     assert "no validation split" in result.left_out["figures/selection_curve"]
     assert set(result.figures) == FIGURES - {"selection_curve"}
+
+
+def test_subsets_of_modalities_take_the_samples_that_have_some(blind_model):
+    """`a` is right and `b` and `c` are blind for class two: who lacks `a` decides what is right."""
+    labels = torch.tensor([2] * 6 + [0] * 2)
+    mask = torch.tensor(
+        [[1, 0, 0], [1, 0, 0], [0, 1, 1], [0, 1, 0], [0, 0, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]]
+    )
+    data = {"test": {**samples_of(labels), "label": labels, "mask": mask.bool()}}
+    metrics = evaluate_clustering(make_context(blind_model, data, CLASSES), beta=1.0).metrics
+    # Two of class 2 by `a` alone and two of class 0 are told apart; the others join the cluster of class 1.
+    assert metrics["clustering/acc"] == pytest.approx(6 / 8)
+    assert metrics["clustering/from/a/acc"] == 1.0
+    assert metrics["clustering/from/b/acc"] == 1.0
+    # Of those that have one of `a` and `b`, all but the fifth: 2 right by `a`, 2 of class 0, and two by `b`.
+    assert metrics["clustering/from/a-b/acc"] == pytest.approx(max(3 + 2, 4) / 7)
+
+
+def test_the_selection_sees_only_what_is_there(model):
+    """As if every encoding that there is were a sample of its own, of data with one modality."""
+    split = encode_split(model, [raw_batch(5, [True] * 12)])
+    rng = np.random.default_rng(0)
+    present = rng.random((12, 2)) < 0.5
+    partial = EncodedSplit(split.log_density, split.shared_loc, present, split.label)
+    rows = [split.log_density[n, m] for n in range(12) for m in range(2) if present[n, m]]
+    alone = EncodedSplit(
+        np.stack(rows)[:, None],
+        np.zeros((len(rows), 1, 3)),
+        np.ones((len(rows), 1), bool),
+        np.zeros(len(rows)),
+    )
+    found, expected, complete = (select_model_clusters(model, s, 1.0) for s in (partial, alone, split))
+    np.testing.assert_allclose(found.criterion, expected.criterion)
+    np.testing.assert_array_equal(found.active, expected.active)
+    assert not np.allclose(found.criterion, complete.criterion)
 
 
 def test_without_labels_there_are_clusters_and_reasons(blind_model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from mixed import SCHEMAS, Mixed, MixedOracle
 from quadrants import NUM_CLASSES, SHAPES, Quadrants, class_images
 from refining import make_refiner, record_calls, tell
 from torch import Tensor
@@ -18,9 +20,12 @@ from tqdm import tqdm
 from cmvae.config import EvaluationConfig, ModalityConfig, ModelConfig
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
+from cmvae.data.writer import write_shards
 from cmvae.errors import UserError
 from cmvae.evaluation import generative
+from cmvae.evaluation.classifiers import train_classifiers
 from cmvae.evaluation.context import EvaluationContext
+from cmvae.evaluation.generations import Generations
 from cmvae.evaluation.generative import evaluate_generative
 from cmvae.model import CMVAE, Posterior
 from cmvae.refiner import Refiner
@@ -136,7 +141,7 @@ def test_of_several_sources_each_has_its_share(oracle, evaluation_context):
     context = evaluation_context(oracle)
     networks, _ = generative._load_networks(context, {"coherence"})
     split = generative._read_split(context, networks)
-    generator = generative._Generator(context, quiet())
+    generator = Generations(context, quiet())
     read = generator.conditional(split, ("m0", "m1"), ["m2"], networks.classify, refine=False)
     shift = (read["class/m2"] - split["label"]) % 4
     assert set(shift.tolist()) == {0, 1}
@@ -162,7 +167,7 @@ def test_unconditional_clusters_follow_their_weights_and_the_selection(oracle, e
     oracle.cluster_prior.active[1] = False
     context = evaluation_context(oracle, num_generated=2000)
     networks, _ = generative._load_networks(context, {"coherence"})
-    read = generative._Generator(context, quiet()).unconditional(networks.classify)
+    read = Generations(context, quiet()).unconditional(NAMES, networks.classify)
     shares = np.bincount(read["class/m0"], minlength=4) / 2000
     assert shares[1] == 0
     np.testing.assert_allclose(shares[[0, 2, 3]], [1 / 7, 2 / 7, 4 / 7], atol=0.04)
@@ -207,7 +212,7 @@ def test_conditional_means_leave_self_out_where_they_say_so(oracle, evaluation_c
     context = evaluation_context(oracle)
     networks, _ = generative._load_networks(context, {"frechet"})
     split = generative._read_split(context, networks)
-    generator, values = generative._Generator(context, quiet()), {}
+    generator, values = Generations(context, quiet()), {}
     for source in NAMES:
         read = generator.conditional(split, (source,), NAMES, networks.read, refine=False)
         for target in NAMES:
@@ -283,7 +288,7 @@ def test_a_model_that_generates_nan_is_named(oracle, evaluation_context):
     oracle.decode = lambda shared, private: {
         name: image * (torch.nan if name == "m1" else 1) for name, image in decode(shared, private).items()
     }
-    with pytest.raises(UserError, match="200 of the 200 images of m1 that the model generates uncond"):
+    with pytest.raises(UserError, match="200 of the 200 values of m1 that the model generates uncond"):
         evaluate_generative(evaluation_context(oracle), {"coherence"})
 
 
@@ -350,7 +355,7 @@ def test_what_is_read_is_each_sample_refined_alone(untrained, evaluation_context
     context = evaluation_context(untrained, refiner=refiner, num_generated=40)
     networks, _ = generative._load_networks(context, {"coherence"})
     split = generative._read_split(context, networks)
-    generator = generative._Generator(context, quiet())
+    generator = Generations(context, quiet())
     readings = generator.conditional(split, ("m1",), NAMES, networks.classify, refine=True)
     (batch,) = EvaluationLoader(context.shards, split="test", modalities=["m1"], batch_size=90)
     posterior = untrained.encode({"m1": batch["m1"] / 255})["m1"].shared
@@ -392,5 +397,108 @@ def test_refined_figures_depend_on_the_seed_and_not_on_the_batches(untrained, ev
 def test_a_refiner_that_draws_nan_is_named(oracle, evaluation_context):
     refiner = make_refiner(SHAPES_OF_QUADRANTS, diffusion={"prediction": "sample"})
     tell(refiner, think=lambda images: images * torch.nan)
-    with pytest.raises(UserError, match="200 of the 200 images of m0 that the model generates uncond"):
+    with pytest.raises(UserError, match="200 of the 200 values of m0 that the model generates uncond"):
         evaluate_generative(evaluation_context(oracle, refiner=refiner), {"coherence"})
+
+
+@pytest.fixture(scope="session")
+def mixed_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All kinds with gaps, packed, with a classifier of the photographs."""
+    folder = tmp_path_factory.mktemp("shards") / "mixed"
+    write_shards(Mixed(missing=0.2), folder)
+    train_classifiers(folder, device=torch.device("cpu"), width=4, epochs=40)
+    return folder
+
+
+def mixed_context(model: CMVAE, folder: Path, **settings: object) -> EvaluationContext:
+    index = ShardIndex.load(folder)
+    settings = {"num_generated": 60, "batch_size": 16, **settings}
+    return EvaluationContext(model, folder, index, EvaluationConfig(**settings), Accelerator(cpu=True))
+
+
+def test_images_and_text_are_read_from_every_kind_of_source(mixed_shards):
+    model = MixedOracle()
+    model.say["sizes"] = lambda classes: (classes + 1) % 3
+    model.say["caption"] = torch.zeros_like
+    result = evaluate_generative(mixed_context(model, mixed_shards), {"coherence"})
+    matrix = {
+        tuple(name.split("/")[2:]): value
+        for name, value in result.metrics.items()
+        if name.startswith("coherence/matrix")
+    }
+    samples = [Mixed(0.2).sample("test", n) for n in range(60)]
+    captioned = [sample.label for sample in samples if "caption" in sample.values]
+    for target in ("photo", "caption"):
+        for source in ("photo", "marks", "habitat"):
+            assert matrix[source, target] == 1
+        assert matrix["sizes", target] == 0
+        # Of those that have a caption, those whose class is the one that it always says.
+        assert matrix["caption", target] == pytest.approx(captioned.count(0) / len(captioned))
+    assert len(matrix) == 10
+    others = [value for (source, target), value in matrix.items() if source != target]
+    assert result.metrics["coherence/conditional"] == pytest.approx(np.mean(others))
+    assert result.metrics["coherence/unconditional"] == 1
+    assert set(result.left_out) == {"coherence/sizes", "coherence/marks", "coherence/habitat"}
+    for name in SCHEMAS:
+        count = sum(name in sample.values for sample in samples)
+        assert result.protocol[f"generative.num_samples.{name}"] == count < 60
+    assert result.protocol["classifier.accuracy.caption"] == 1
+    (picture,) = result.figures["coherence_matrix"].axes[0].images
+    assert np.asarray(picture.get_array()).shape == (5, 2)
+    json.dumps(result.protocol)
+
+
+def test_distances_are_of_images_that_are_there(mixed_shards):
+    """The decoder draws every class in its plain colour, whatever it is asked from."""
+    model = MixedOracle()
+    context = mixed_context(model, mixed_shards)
+    result = evaluate_generative(context, {"frechet", "fidelity"})
+    assert {name for name in result.left_out if name.startswith("frechet/")} == {
+        f"frechet/{name}" for name in SCHEMAS if name != "photo"
+    }
+    networks, _ = generative._load_networks(context, {"frechet"})
+    there = [n for n in range(60) if "photo" in Mixed(0.2).sample("test", n).values]
+    photos = torch.from_numpy(np.stack([Mixed(0.2).sample("test", n).values["photo"] for n in there])) / 255
+    reference = generative.FrechetDistance(networks.read({"photo": photos})["classifier/photo"].numpy())
+    distances = []
+    for source in SCHEMAS:
+        classes = torch.tensor(
+            [s.label for s in (Mixed(0.2).sample("test", n) for n in range(60)) if source in s.values]
+        )
+        z = torch.zeros(len(classes), 4)
+        z[:, 0] = 10 * classes
+        drawn = model.decode(z, {"photo": z})
+        distances.append(reference.to(networks.read(drawn)["classifier/photo"].numpy()))
+    assert result.metrics["frechet/classifier/conditional"] == pytest.approx(np.mean(distances), rel=1e-3)
+    # Without the photographs as a source.
+    cross = result.metrics["frechet/classifier/conditional_cross"]
+    assert cross == pytest.approx(np.mean(distances[1:]), rel=1e-3)
+    assert "fidelity/classifier/precision/conditional_cross" in result.metrics
+
+
+def test_several_sources_are_those_that_a_sample_has_all_of(mixed_shards):
+    model = MixedOracle()
+    context = mixed_context(model, mixed_shards)
+    networks, _ = generative._load_networks(context, {"coherence"})
+    split = generative._read_split(context, networks)
+    sources = ("sizes", "marks", "habitat")
+    readings = Generations(context, quiet()).conditional(
+        split, sources, ["photo"], networks.classify, refine=False
+    )
+    index = ShardIndex.load(mixed_shards)
+    (batch,) = EvaluationLoader(
+        mixed_shards, split="test", modalities=sources, batch_size=index.splits["test"].num_samples
+    )
+    expected = batch["label"][batch["mask"].all(1)]
+    assert readings["class/photo"].tolist() == expected.tolist()
+    assert 0 < len(expected) < 60
+
+
+def test_text_alone_has_coherence_and_no_distances(mixed_shards):
+    context = mixed_context(MixedOracle(), mixed_shards)
+    index = context.index.model_copy(update={"classifiers": {}})
+    result = evaluate_generative(dataclasses.replace(context, index=index), {"coherence", "frechet"})
+    assert result.metrics["coherence/conditional"] == 1
+    assert "train_classifiers.py" in result.left_out["coherence/photo"]
+    assert "two modalities whose class" in result.left_out["coherence/unconditional"]
+    assert not [name for name in result.metrics if not name.startswith("coherence/")]

@@ -31,6 +31,26 @@ def test_estimates_reach_the_exact_log_likelihood(names, num_clusters, monkeypat
     assert 100 < result.metrics["likelihood/effective_samples"] < 10_000
 
 
+def test_of_incomplete_samples_it_is_the_likelihood_of_what_is_there(monkeypatch):
+    monkeypatch.setattr(likelihood, "_DECODED_TOGETHER", 10_000)
+    names = ("a", "b", "c")
+    model = linear_model(names, 2)
+    data = draw_data(names, 7)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()
+    exact = np.array(
+        [
+            exact_log_likelihood(
+                model, {name: data[name][n : n + 1] for name, there in zip(names, row, strict=True) if there}
+            ).item()
+            for n, row in enumerate(mask)
+        ]
+    )
+    # What stands in the place of a missing value must not matter.
+    filled = {name: x.where(mask[:, m, None, None, None], 50.0) for m, (name, x) in enumerate(data.items())}
+    context = make_context(model, {"test": {**filled, "mask": mask}}, likelihood_samples=12_000, batch_size=4)
+    np.testing.assert_allclose(collect_log_likelihoods(context), exact, atol=0.1)
+
+
 @pytest.mark.parametrize("num_samples", [2, 20])
 def test_estimates_of_the_likelihood_itself_are_unbiased(num_samples):
     """Whatever the number of importance samples, the mean of p̂ / p over repetitions is one."""

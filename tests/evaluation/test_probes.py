@@ -68,8 +68,9 @@ def test_probes_find_the_class_where_it_is(model):
         assert metrics[name] == 1.0
     for name in ("probe/w/a", "probe/z/b"):
         assert metrics[name] == pytest.approx(1 / 4, abs=0.12)
-    assert result.protocol["probe.train_samples"] == 300
-    assert result.protocol["probe.test_samples"] == 200
+    for name in "ab":
+        assert result.protocol[f"probe.train_samples.{name}"] == 300
+        assert result.protocol[f"probe.test_samples.{name}"] == 200
 
 
 def test_samples_without_a_label_are_not_used(model):
@@ -78,14 +79,36 @@ def test_samples_without_a_label_are_not_used(model):
         values["label"][::2] = -1
     result = evaluate_probes(make_context(model, data, CLASSES))
     assert result.metrics["probe/z/a"] == 1.0
-    assert (result.protocol["probe.train_samples"], result.protocol["probe.test_samples"]) == (150, 100)
+    assert (result.protocol["probe.train_samples.a"], result.protocol["probe.test_samples.a"]) == (150, 100)
+
+
+def test_samples_that_lack_a_modality_are_not_used_for_it(model):
+    data = {"train": split_of(300, 0), "test": split_of(200, 1)}
+    for values in data.values():
+        # Where it is missing, what stands in its place would be the class of another sample.
+        mask = torch.arange(len(values["label"]))[:, None] % torch.tensor([3, 2]) > 0
+        values["a"] = values["a"].where(mask[:, 0, None, None, None], values["a"].roll(1, 0))
+        values["mask"] = mask
+    result = evaluate_probes(make_context(model, data, CLASSES))
+    assert result.metrics["probe/z/a"] == 1.0
+    assert result.metrics["probe/w/b"] == 1.0
+    sizes = {
+        name: (result.protocol[f"probe.train_samples.{name}"], result.protocol[f"probe.test_samples.{name}"])
+        for name in "ab"
+    }
+    assert sizes == {"a": (200, 133), "b": (150, 100)}
+    data["test"]["mask"] = torch.zeros(200, 2, dtype=torch.bool)
+    data["test"]["mask"][:, 1] = True
+    result = evaluate_probes(make_context(model, data, CLASSES))
+    assert set(result.metrics) == {"probe/z/b", "probe/w/b", "probe/both/b"}
+    assert "have this modality" in result.left_out["probe/z/a"]
 
 
 def test_a_huge_train_split_is_sampled_by_the_seed(model, monkeypatch):
     monkeypatch.setattr(probes, "MAX_TRAINING_SAMPLES", 40)
     data = {"train": split_of(300, 0), "test": split_of(400, 1)}
     results = [evaluate_probes(make_context(model, data, CLASSES, seed=seed)) for seed in (0, 0, 1)]
-    assert results[0].protocol["probe.train_samples"] == 40
+    assert results[0].protocol["probe.train_samples.a"] == 40
     assert results[0].metrics == results[1].metrics
     assert results[0].metrics != results[2].metrics
 

@@ -14,6 +14,9 @@ from commands import ROOT, run_command
 
 from cmvae.clustering import responsibilities, vote
 from cmvae.data.reader import EvaluationLoader
+from cmvae.data.schema import ModalitySchema
+from cmvae.data.sources.source import Sample
+from cmvae.data.writer import write_shards
 from cmvae.evaluation.clustering import all_log_weights, encode_split
 from cmvae.model import CMVAE
 
@@ -142,3 +145,47 @@ def test_a_refiner_has_no_clusters_of_its_own(make_refiner_run, digits_shards, t
     assert f"error: {run}: the run of a refiner, where that of a CMVAE is wanted" in done.stderr
     assert "Traceback" not in done.stderr
     assert not out.exists()
+
+
+class Gaps:
+    """Random pictures without labels; sample i has those modalities whose bit is set in i, the last none."""
+
+    name, class_names, settings = "gaps", None, {}
+    modalities = dict.fromkeys(
+        ("m0", "m1", "m2"), ModalitySchema(kind="image", shape=(3, 16, 16), dtype="uint8", optional=True)
+    )
+    split_sizes = {"test": 8}  # noqa: RUF012
+
+    def sample(self, split, index):
+        pictures = np.random.default_rng(index).integers(256, size=(3, 3, 16, 16), dtype=np.uint8)
+        kept = [m for m in range(3) if (index + 1) >> m & 1]
+        return Sample({f"m{m}": pictures[m] for m in kept} if index < 7 else {"m2": pictures[2]}, None)
+
+
+def test_cells_are_empty_where_a_modality_is_missing(make_run, call, tmp_path):
+    run, out = make_run(), tmp_path / "assignments.csv"
+    write_shards(Gaps(), tmp_path / "gaps")
+    code, _, err = call("cluster.py", run, tmp_path / "gaps", "--out", out)
+    assert code == 0, err
+    posterior = expected_posterior(run, tmp_path / "gaps", "test", [0, 1, 2])
+    rows = read(out)
+    for n, row in enumerate(rows):
+        index = int(row["key"].rpartition("-")[2])
+        there = [bool((index + 1) >> m & 1) for m in range(3)] if index < 7 else [False, False, True]
+        assert [row[f"m{m}_cluster"] != "" for m in range(3)] == there
+        assert [row[f"m{m}_confidence"] != "" for m in range(3)] == there
+        assert int(row["cluster"]) == vote(posterior[n : n + 1, there])[0]
+        expected = posterior[n, there, int(row["cluster"])].mean()
+        assert float(row["confidence"]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_samples_without_anything_to_go_by_are_counted_apart(make_run, call, tmp_path):
+    run, out = make_run("m0", "m1"), tmp_path / "assignments.csv"
+    write_shards(Gaps(), tmp_path / "gaps")
+    code, said, err = call("cluster.py", run, tmp_path / "gaps", "--out", out)
+    assert code == 0, err
+    assert "6 samples in" in said
+    assert "2 samples have none of m0, m1" in said
+    without = [row for row in read(out) if row["cluster"] == ""]
+    assert len(without) == 2
+    assert all(value == "" for row in without for key, value in row.items() if key not in ("key", "split"))

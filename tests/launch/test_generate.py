@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_earlier_generations_whole(make_run, call, tmp_path, 
     run, out = make_run("m0"), tmp_path / "out"
     assert call("generate.py", run, "--num", 3, "--out", out)[0] == 0
     before = {path: path.read_bytes() for path in out.rglob("*.png")}
-    monkeypatch.setattr("cmvae.generation._write_png", raise_no_space)
+    monkeypatch.setattr("cmvae.generation._write_values", raise_no_space)
     code, _, err = call("generate.py", run, "--num", 3, "--seed", 1, "--out", out, "--overwrite")
     assert code == 2
     assert "No space left" in err

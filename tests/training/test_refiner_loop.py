@@ -23,7 +23,7 @@ from cmvae.training.loop import average_weights, run_training
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
     """Pictures are made, but not laid out: that would take most of the time."""
-    monkeypatch.setattr(figures, "cross_modal_grid", lambda *_: Figure())
+    monkeypatch.setattr(figures, "cross_modal_grid", lambda *_, **__: Figure())
 
 
 def train(config, **arguments):

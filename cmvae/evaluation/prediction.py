@@ -1,0 +1,50 @@
+"""How well numbers and categories are generated from other modalities, value by value."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.metrics import r2_score
+
+from cmvae.evaluation.context import EvaluationContext
+from cmvae.evaluation.generations import Pair, generate_pairs
+from cmvae.evaluation.result import GroupResult
+
+
+def evaluate_prediction(context: EvaluationContext) -> GroupResult:
+    """Of vectors, binary and categorical modalities, and of every pair of SOURCE and TARGET, self included.
+
+    Returns:
+        `prediction/r2/SOURCE/TARGET` of vectors: share of the variance that is explained, a mean over
+        dimensions; at most 1, and below 0 where the mean of the split would do better. And
+        `prediction/accuracy/SOURCE/TARGET` of the others: share of values that are right, beside it
+        `prediction/accuracy_by_chance/SOURCE/TARGET`, that of always saying what is most frequent.
+    """
+    targets = context.measured_by("prediction")
+    if not targets:
+        return GroupResult(left_out={"prediction": "the model has neither vectors nor categories"})
+    result = GroupResult(
+        protocol={
+            "prediction.split": context.settings.split,
+            "prediction.generated": "mean or mode of the decoder, z ~ q(z|x) of the source, w ~ p(w)",
+        }
+    )
+    for pair in generate_pairs(context, targets):
+        name = f"{pair.source}/{pair.target}"
+        result.protocol[f"prediction.num_samples.{pair.source}.{pair.target}"] = len(pair.real)
+        if np.issubdtype(pair.real.dtype, np.floating):
+            if len(pair.real) < 2:
+                result.left_out[f"prediction/r2/{name}"] = "a single sample has no variance"
+            else:
+                result.metrics[f"prediction/r2/{name}"] = float(r2_score(pair.real, pair.generated))
+        else:
+            result.metrics[f"prediction/accuracy/{name}"] = float(np.mean(pair.generated == pair.real))
+            result.metrics[f"prediction/accuracy_by_chance/{name}"] = _by_chance(pair)
+    return result
+
+
+def _by_chance(pair: Pair) -> float:
+    """Accuracy of saying of every sample what is most frequent, in each dimension."""
+    columns = pair.real.reshape(len(pair.real), -1).T
+    return float(
+        np.mean([np.unique(column, return_counts=True)[1].max() for column in columns]) / len(pair.real)
+    )
