@@ -4,8 +4,8 @@
 
 Every rank reads the same global batches and draws the same global noise, then takes its own part, so that the
 result must not depend on how many ranks there are. The second half of every global batch lacks the modality
-MISSING, if there is one of that name: of two ranks, all that the second one reads. Rank 0 writes the losses and
-the export to OUTPUT.
+MISSING, if there is one of that name: of two ranks, all that the second one reads. Rank 0 writes the losses
+and the export to OUTPUT.
 """
 
 import json
