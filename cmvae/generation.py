@@ -25,7 +25,6 @@ from cmvae.errors import UserError
 from cmvae.evaluation.figures import sample_rows
 from cmvae.files import holds_earlier, whole_folder
 from cmvae.kinds import KINDS
-from cmvae.kinds.image import Image
 from cmvae.model import CMVAE
 from cmvae.progress import progress_bar
 
@@ -224,7 +223,9 @@ def write_generated(
     schemas: Mapping[str, ModalitySchema],
     record: Mapping[str, Any],
 ) -> int:
-    """Write `MODALITY/NAME.png` or `MODALITY.csv`, `grid.png` and `generation.json`, all of it or nothing.
+    """Write `MODALITY/NAME.png` (or another ending) or `MODALITY.csv`, and `grid.png` and `generation.json`.
+
+    All of it or nothing.
 
     Args:
         folder: where to; what `check_output_folder` let be replaced is.
@@ -266,13 +267,13 @@ def write_generated(
 
 
 def _start_modality(folder: Path, name: str, schema: ModalitySchema) -> None:
-    """An empty folder for pictures, or a table with its headings."""
-    kind = KINDS[schema.kind]
-    if isinstance(kind, Image):
+    """An empty folder, or a table with its headings."""
+    columns = KINDS[schema.kind].table_columns(schema)
+    if not columns:
         (folder / name).mkdir()
         return
     with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerow(("name", *kind.table_columns(schema)))
+        csv.writer(file).writerow(("name", *columns))
 
 
 def _write_values(
@@ -280,7 +281,7 @@ def _write_values(
 ) -> None:
     """Add stored values (B, *shape) of one modality, called `value_names`."""
     kind = KINDS[schema.kind]
-    if isinstance(kind, Image):
+    if not kind.table_columns(schema):
         for value_name, value in zip(value_names, values, strict=True):
             (folder / name / f"{value_name}.{kind.suffix}").write_bytes(kind.encode(value))
         return

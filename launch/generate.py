@@ -27,7 +27,7 @@ from cmvae.errors import UserError
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Generate with a trained run: images to PNG files, all else to tables."
+        description="Generate with a trained run: images to PNG files, text and numbers to tables."
     )
     parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/digits")
     parser.add_argument(

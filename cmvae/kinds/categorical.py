@@ -52,6 +52,10 @@ class Categorical(ArrayKind):
         """As `Kind.to_text`."""
         return (schema.categories or ())[int(stored)]
 
+    def table_columns(self, schema: ModalitySchema) -> tuple[str, ...]:
+        """As `Kind.table_columns`: the name."""
+        return (self.name,)
+
     def parameter_shape(self, schema: ModalitySchema) -> tuple[int, ...]:
         """As `Kind.parameter_shape`: a logit a category."""
         return (len(schema.categories or ()),)

@@ -84,8 +84,8 @@ class Kind(ABC):
         """One value in one line, for tables."""
 
     def table_columns(self, schema: ModalitySchema) -> tuple[str, ...]:
-        """Headings of a table of values."""
-        return (self.name,)
+        """Headings of a table of values; none where each value is a file of its own, as in a shard."""
+        return ()
 
     def table_cells(self, stored: np.ndarray, schema: ModalitySchema) -> tuple[str, ...]:
         """One value in such a table, as many cells as there are columns."""

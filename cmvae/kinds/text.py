@@ -71,6 +71,10 @@ class Text(ArrayKind):
             words = words[: words.index(EOS)]
         return " ".join(word for word in words if word != PAD)
 
+    def table_columns(self, schema: ModalitySchema) -> tuple[str, ...]:
+        """As `Kind.table_columns`: the words."""
+        return (self.name,)
+
     def parameter_shape(self, schema: ModalitySchema) -> tuple[int, ...]:
         """As `Kind.parameter_shape`: logits of every word at every position."""
         return (*schema.shape, len(schema.categories or ()))
