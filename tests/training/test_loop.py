@@ -114,7 +114,9 @@ def test_accumulation_equals_one_large_batch(experiment, tmp_path, monkeypatch):
         draw = original(task, 1, device) if not noise else noise["drawn"]
         noise["drawn"] = draw
         return type(draw)(
-            draw.shared.expand(-1, -1, batch_size, -1), draw.private.expand(-1, -1, -1, batch_size, -1)
+            draw.shared.expand(-1, -1, batch_size, -1),
+            draw.private.expand(-1, -1, -1, batch_size, -1),
+            draw.cross_shifts,
         )
 
     original = CMVAETask.draw_noise
