@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from cmvae.config import ExperimentConfig
 from cmvae.errors import UserError
+
+Decision = TypeVar("Decision")
 
 
 class NonFiniteError(UserError):
@@ -116,6 +119,32 @@ def _configure_deepspeed(accelerator: Accelerator, config: ExperimentConfig) -> 
     dtype = AUTOCAST_DTYPES[config.train.mixed_precision]
     if dtype is not None:
         settings["torch_autocast"] = {"enabled": True, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """ZeRO's stage, or 0 where every rank has all weights and the whole optimizer."""
+    plugin = accelerator.state.deepspeed_plugin
+    return 0 if plugin is None else plugin.zero_stage
+
+
+def decide_on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision:
+    """What rank 0 decides, on all ranks alike, so that they cannot disagree; to be called on all ranks.
+
+    Raises:
+        UserError: on all ranks, when `decide` raises one.
+    """
+    outcome: list[Decision | UserError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = decide()
+        except UserError as error:
+            outcome[0] = error
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(outcome, device=accelerator.device)
+    (decision,) = outcome
+    if isinstance(decision, UserError):
+        raise decision
+    return decision  # type: ignore[return-value]
 
 
 class StopRequest:

@@ -27,14 +27,18 @@ from cmvae.distributed import (
     NonFiniteError,
     StopRequest,
     agree,
+    decide_on_main,
     start_accelerator,
+    zero_stage,
 )
 from cmvae.errors import UserError
+from cmvae.files import remove_folder
 from cmvae.model import channels_last
 from cmvae.progress import progress_bar
 from cmvae.tasks import Task, build_task
 from cmvae.tracking import RUN_RECORD_NAME, Status, Tracker, open_tracker
-from cmvae.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from cmvae.training.checkpoint import load_checkpoint, save_checkpoint
+from cmvae.training.checkpoint_folder import find_newest
 from cmvae.training.ema import WeightAverage
 from cmvae.training.meter import Meter
 from cmvae.training.optimization import build_optimizer, learning_rate, set_learning_rate
@@ -76,14 +80,15 @@ def run_training(
     set_seed(config.seed + 1 + accelerator.process_index)
 
     state = TrainState()
-    checkpoints = list_checkpoints(config.run_dir / "checkpoints") if resume else []
-    if checkpoints:
-        state = load_checkpoint(accelerator, checkpoints[-1], config, task, average)
-        accelerator.print(f"resumed from {checkpoints[-1]} at epoch {state.epoch}, step {state.step}")
+    checkpoints = config.run_dir / "checkpoints"
+    newest = decide_on_main(accelerator, lambda: find_newest(checkpoints)) if resume else None
+    if newest is not None:
+        state = load_checkpoint(accelerator, newest, config, task, average)
+        accelerator.print(f"resumed from {newest} at epoch {state.epoch}, step {state.step}")
     if accelerator.is_main_process:
         if overwrite:
-            shutil.rmtree(config.run_dir, ignore_errors=True)
-        if not checkpoints:
+            _delete_run(config.run_dir)
+        if newest is None:
             # A run that died before its first checkpoint starts again, not on top of its old curves.
             (config.run_dir / RUN_RECORD_NAME).unlink(missing_ok=True)
         config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -107,6 +112,13 @@ def run_training(
     return stopped_by
 
 
+def _delete_run(run_dir: Path) -> None:
+    # The checkpoints first and at once: what is left of them must not look like something to resume from.
+    if (run_dir / "checkpoints").exists():
+        remove_folder(run_dir / "checkpoints")
+    shutil.rmtree(run_dir, ignore_errors=True)
+
+
 def average_weights(accelerator: Accelerator, module: nn.Module, decay: float | None) -> WeightAverage | None:
     """The average of a prepared module's weights, if one is wanted.
 
@@ -115,8 +127,7 @@ def average_weights(accelerator: Accelerator, module: nn.Module, decay: float | 
     """
     if decay is None:
         return None
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
+    if zero_stage(accelerator) == 3:
         raise UserError(
             "train.ema_decay: under ZeRO-3 no rank has whole weights to average. Launch with "
             "configs/accelerate/zero2.yaml, or set train.ema_decay=null"
@@ -170,6 +181,8 @@ class Trainer:
         """Train to the last step, or to a signal; a checkpoint is there in either case."""
         self._collect_records(TRIAL_BATCHES)
         every, caught, saved_at = self.config.train, None, self.state.step
+        if self._validate_if_due():
+            self._save_checkpoint()
         batches = self._batches()
         progress = self._progress_bar()
         while self.state.step < self.total_steps and caught is None:
@@ -180,10 +193,9 @@ class Trainer:
             progress.update(self.samples_per_batch * self.accumulation)
             if _is_due(self.state.step, every.log_every):
                 progress.set_postfix(self._log_curves())
-            if _is_due(self.state.step, every.validate_every) and self.state.step < self.total_steps:
-                with self._final_weights():
-                    self.validate()
-            if _is_due(self.state.step, every.checkpoint_every):
+            # A signal does not wait for a validation: one that is due then follows on resume.
+            is_best = caught is None and self._validate_if_due()
+            if is_best or _is_due(self.state.step, every.checkpoint_every):
                 saved_at = self._save_checkpoint()
         progress.close()
         if saved_at != self.state.step:
@@ -220,10 +232,25 @@ class Trainer:
         if norm is not None and not fp16 and not math.isfinite(norm):
             raise NonFiniteError("the gradient, though the loss is")
 
-    def validate(self) -> None:
-        """Log metrics and pictures of the validation split; on all ranks."""
+    def _validate_if_due(self) -> bool:
+        """Validate between updates, once a step, whatever came between; whether it was the best so far."""
+        state = self.state
+        is_due = _is_due(state.step, self.config.train.validate_every) and state.step < self.total_steps
+        if not is_due or state.validated_step == state.step:
+            return False
+        with self._final_weights():
+            loss = self.validate()
+        state.validated_step = state.step
+        if state.best_loss is not None and loss >= state.best_loss:
+            return False
+        state.best_step, state.best_loss = state.step, loss
+        return True
+
+    def validate(self) -> float:
+        """Log metrics and pictures of the validation split, on all ranks; returns the mean loss."""
         records = self._collect_records()
-        metrics = self.task.validation_metrics(records)
+        loss = float(records["loss"].mean())
+        metrics = {"loss": loss, **self.task.validation_metrics(records)}
         self.tracker.log_metrics(
             {f"validation/{name}": value for name, value in metrics.items()}, self.state.step
         )
@@ -234,6 +261,7 @@ class Trainer:
             pictures = self.task.pictures(batch, PICTURE_SAMPLES, generator)
         for name, figure in pictures.items():
             self.tracker.log_image(figure, name, self.state.step)
+        return loss
 
     def _collect_records(self, max_batches: int | None = None) -> dict[str, np.ndarray]:
         """The report over the validation split, or the first of its batches."""
