@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 from typing import TypeVar
 
@@ -38,6 +39,9 @@ class NonFiniteError(UserError):
         )
 
 
+# How much longer than the heartbeat a collective operation waits.
+_GROUP_GRACE = timedelta(minutes=2)
+
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,7 +64,9 @@ def start_accelerator(config: ExperimentConfig) -> Accelerator:
 
     # DeepSpeed scales an fp16 loss itself.
     scales_loss = precision == "fp16" and not deepspeed
-    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    # After the heartbeat's, which names the rank that is waited for.
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.hang_timeout) + _GROUP_GRACE)
+    handlers: list[KwargsHandler] = [group, DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if scales_loss:
         handlers.append(AutocastKwargs(enabled=False))
     if deepspeed:
@@ -68,7 +74,7 @@ def start_accelerator(config: ExperimentConfig) -> Accelerator:
         if on_cpu:
             # Without it DeepSpeed picks a backend that is not there, and every rank thinks that it is rank 0.
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+            group.backend = "gloo"
     accelerator = Accelerator(
         # Under DeepSpeed `cpu=True` would switch DeepSpeed off; its own variable above says it instead.
         cpu=on_cpu and not deepspeed,
@@ -145,6 +151,26 @@ def decide_on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> 
     if isinstance(decision, UserError):
         raise decision
     return decision  # type: ignore[return-value]
+
+
+def raise_together(accelerator: Accelerator, problem: str | None, error: type[UserError]) -> None:
+    """Raise `error` on all ranks if any has a problem, naming them; to be called on all ranks.
+
+    Args:
+        accelerator: the ranks.
+        problem: this rank's, or None.
+        error: what to raise.
+
+    Raises:
+        UserError: an `error`.
+    """
+    problems = [problem]
+    if accelerator.num_processes > 1:
+        problems = [None] * accelerator.num_processes
+        torch.distributed.all_gather_object(problems, problem)
+    told = [f"rank {rank}: {what}" for rank, what in enumerate(problems) if what is not None]
+    if told:
+        raise error("; ".join(told))
 
 
 class StopRequest:

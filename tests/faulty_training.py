@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -32,6 +33,26 @@ Fault = Callable[[], None]
 def die(*_: object) -> None:
     """What `kill -9` does, at this very place."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def replace(owner: Any, name: str, replacement: Callable[..., object], at_call: int) -> None:
+    """Have `owner.name` do what `replacement(original, *arguments)` does, in its call number `at_call`."""
+    original, calls = getattr(owner, name), []
+
+    def replaced(*arguments, **named):
+        calls.append(name)
+        if len(calls) == at_call:
+            return replacement(original, *arguments, **named)
+        return original(*arguments, **named)
+
+    setattr(owner, name, replaced)
+
+
+def die_before(module: str, name: str, at_call: int) -> None:
+    """Kill the process instead of a call, number `at_call`, of `module` or `module:Class`."""
+    path, _, owner = module.partition(":")
+    target = importlib.import_module(path)
+    replace(getattr(target, owner) if owner else target, name, die, at_call)
 
 
 @dataclass(frozen=True)

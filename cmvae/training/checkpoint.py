@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from cmvae.config import ExperimentConfig, flatten
-from cmvae.distributed import zero_stage
+from cmvae.distributed import decide_on_main, raise_together, zero_stage
 from cmvae.errors import UserError
 from cmvae.files import publish_folder
 from cmvae.tasks import Task
-from cmvae.training.checkpoint_folder import checkpoint_path, thin_out, write_manifest
+from cmvae.training.checkpoint_folder import checkpoint_path, list_checkpoints, thin_out, write_manifest
 from cmvae.training.ema import WeightAverage
 from cmvae.training.record import CheckpointRecord
 from cmvae.training.state import TrainState
+
+
+class CheckpointError(UserError):
+    """A checkpoint could not be written; those before it are intact. Raised on all ranks alike."""
 
 
 def save_checkpoint(
@@ -31,31 +37,75 @@ def save_checkpoint(
     It holds what `Accelerator.save_state` saves (weights, optimizer, scaler, random streams of every rank),
     the average of the weights if there is one, `state.json` (see `CheckpointRecord`) and the checksums of
     all of these. The newest `train.keep_checkpoints` are kept, and that of the best validation.
+
+    Raises:
+        CheckpointError: there is no room for it, or some rank could not write.
     """
     path = checkpoint_path(folder, state.step)
     partial = folder / f".{path.name}.partial"
-    if accelerator.is_main_process:
+    record = CheckpointRecord(
+        state=state,
+        world_size=accelerator.num_processes,
+        zero_stage=zero_stage(accelerator),
+        belongs_to=task.belongs_to,
+        settings=flatten(config),
+    )
+
+    def prepare() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+        _check_space(folder, task, config)
+
+    def complete() -> None:
         if average is not None:
             average.save(partial)
-        record = CheckpointRecord(
-            state=state,
-            world_size=accelerator.num_processes,
-            zero_stage=zero_stage(accelerator),
-            belongs_to=task.belongs_to,
-            settings=flatten(config),
-        )
         record.write(partial)
         write_manifest(partial)
         publish_folder(partial, path)
         thin_out(folder, config.train.keep_checkpoints, state.best_step)
-    accelerator.wait_for_everyone()
+
+    try:
+        decide_on_main(accelerator, lambda: _explaining(prepare))
+        raise_together(accelerator, _failure(lambda: accelerator.save_state(str(partial))), CheckpointError)
+        decide_on_main(accelerator, lambda: _explaining(complete))
+    except CheckpointError:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return path
+
+
+def _failure(write: Callable[[], object]) -> str | None:
+    """What a full disk or a folder that takes no files makes of writing, or None."""
+    try:
+        write()
+    # torch reports a failed write as a RuntimeError, and safetensors as one of its own.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _explaining(write: Callable[[], None]) -> None:
+    problem = _failure(write)
+    if problem is not None:
+        raise CheckpointError(f"rank 0: {problem}")
+
+
+def _check_space(folder: Path, task: Task, config: ExperimentConfig) -> None:
+    earlier = list_checkpoints(folder)
+    if earlier:
+        needed = sum(path.stat().st_size for path in earlier[-1].rglob("*") if path.is_file())
+    else:
+        # Weights, Adam's two states or three, ZeRO's own copy of the weights, their average: 4 bytes each.
+        # Under ZeRO-3 a parameter's own size is that of this rank's part.
+        numbers = sum(getattr(weights, "ds_numel", weights.numel()) for weights in task.parameters())
+        needed = 4 * numbers * (4 + config.optimizer.amsgrad + (config.train.ema_decay is not None))
+    free = shutil.disk_usage(folder).free
+    if free < 1.05 * needed:
+        raise OSError(
+            f"{folder}: {free / 1e6:,.1f} MB are free, but a checkpoint takes {needed / 1e6:,.1f} MB. Free "
+            "some disk, or set train.keep_checkpoints lower"
+        )
 
 
 def load_checkpoint(

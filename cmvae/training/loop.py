@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from cmvae.distributed import (
     StopRequest,
     agree,
     decide_on_main,
+    raise_together,
     start_accelerator,
     zero_stage,
 )
@@ -37,11 +39,14 @@ from cmvae.model import channels_last
 from cmvae.progress import progress_bar
 from cmvae.tasks import Task, build_task
 from cmvae.tracking import RUN_RECORD_NAME, Status, Tracker, open_tracker
-from cmvae.training.checkpoint import load_checkpoint, save_checkpoint
+from cmvae.training.advice import out_of_memory_advice
+from cmvae.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from cmvae.training.checkpoint_folder import find_newest
 from cmvae.training.ema import WeightAverage
+from cmvae.training.heartbeat import Heartbeat
 from cmvae.training.meter import Meter
 from cmvae.training.optimization import build_optimizer, learning_rate, set_learning_rate
+from cmvae.training.rank_log import rank_log
 from cmvae.training.state import TrainState
 from cmvae.training.validation import collect_records, evaluation_mode
 
@@ -49,6 +54,10 @@ from cmvae.training.validation import collect_records, evaluation_mode
 TRIAL_BATCHES = 2
 # Samples in a picture of reconstructions.
 PICTURE_SAMPLES = 8
+# Within the folder of the run: what each rank warns of, and where it stands.
+LOGS_NAME = "logs"
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def run_training(
@@ -85,31 +94,47 @@ def run_training(
     if newest is not None:
         state = load_checkpoint(accelerator, newest, config, task, average)
         accelerator.print(f"resumed from {newest} at epoch {state.epoch}, step {state.step}")
-    if accelerator.is_main_process:
-        if overwrite:
-            _delete_run(config.run_dir)
-        if newest is None:
+    resumed = newest is not None
+    decide_on_main(accelerator, lambda: _prepare_run_folder(config, resumed, overwrite))
+    _check_shared(accelerator, config.run_dir)
+    with rank_log(config.run_dir / LOGS_NAME, accelerator.process_index) as log_file:
+        tracker = open_tracker(config, config.run_dir, accelerator.is_main_process, task.name)
+        status: Status = "FAILED"
+        try:
+            trainer = Trainer(config, accelerator, task, module, optimizer, average, state, tracker)
+            with StopRequest.listening() as stop, trainer.heartbeat.watching(log_file):
+                stopped_by = trainer.fit(stop)
+            if stopped_by is None:
+                folder = trainer.export()
+                accelerator.print(f"{folder}: exported. Next: python launch/evaluate.py {config.run_dir}")
+            else:
+                accelerator.print(f"{stopped_by.name}: saved at step {state.step}. Go on with --resume")
+            status = "FINISHED" if stopped_by is None else "KILLED"
+        except torch.OutOfMemoryError as error:
+            raise UserError(out_of_memory_advice(config, zero_stage(accelerator))) from error
+        finally:
+            tracker.end(status)
+            accelerator.end_training()
+    return stopped_by
+
+
+def _prepare_run_folder(config: ExperimentConfig, resumed: bool, overwrite: bool) -> None:
+    if overwrite:
+        _delete_run(config.run_dir)
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        if not resumed:
             # A run that died before its first checkpoint starts again, not on top of its old curves.
             (config.run_dir / RUN_RECORD_NAME).unlink(missing_ok=True)
-        config.run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, config.run_dir / "config.yaml")
+    except OSError as error:
+        raise UserError(f"{config.run_dir}: cannot be written: {error}. Set output_dir=…") from error
 
-    tracker = open_tracker(config, config.run_dir, accelerator.is_main_process, task.name)
-    status: Status = "FAILED"
-    try:
-        trainer = Trainer(config, accelerator, task, module, optimizer, average, state, tracker)
-        with StopRequest.listening() as stop:
-            stopped_by = trainer.fit(stop)
-        if stopped_by is None:
-            folder = trainer.export()
-            accelerator.print(f"{folder}: exported. Next: python launch/evaluate.py {config.run_dir}")
-        else:
-            accelerator.print(f"{stopped_by.name}: saved at step {state.step}. Go on with --resume")
-        status = "FINISHED" if stopped_by is None else "KILLED"
-    finally:
-        tracker.end(status)
-        accelerator.end_training()
-    return stopped_by
+
+def _check_shared(accelerator: Accelerator, run_dir: Path) -> None:
+    sees_it = (run_dir / "config.yaml").is_file()
+    problem = None if sees_it else f"does not see {run_dir}, which rank 0 has made. Set output_dir=… to a "
+    raise_together(accelerator, problem and f"{problem}folder that all machines share", UserError)
 
 
 def _delete_run(run_dir: Path) -> None:
@@ -176,13 +201,15 @@ class Trainer:
         self.samples_per_batch = config.train.batch_size * world_size
         self.total_steps = self._count_steps()
         self.meter = Meter()
+        self.heartbeat = Heartbeat(config.run_dir / LOGS_NAME, rank, world_size, config.train.hang_timeout)
+        self.saved_step = state.step
 
     def fit(self, stop: StopRequest) -> signal.Signals | None:
         """Train to the last step, or to a signal; a checkpoint is there in either case."""
         self._collect_records(TRIAL_BATCHES)
-        every, caught, saved_at = self.config.train, None, self.state.step
+        every, caught = self.config.train, None
         if self._validate_if_due():
-            self._save_checkpoint()
+            self._save_if_possible()
         batches = self._batches()
         progress = self._progress_bar()
         while self.state.step < self.total_steps and caught is None:
@@ -196,9 +223,9 @@ class Trainer:
             # A signal does not wait for a validation: one that is due then follows on resume.
             is_best = caught is None and self._validate_if_due()
             if is_best or _is_due(self.state.step, every.checkpoint_every):
-                saved_at = self._save_checkpoint()
+                self._save_if_possible()
         progress.close()
-        if saved_at != self.state.step:
+        if self.saved_step != self.state.step:
             self._save_checkpoint()
         return caught
 
@@ -208,13 +235,17 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         caught = None
         for _ in range(self.accumulation):
+            self.heartbeat.beat("reading a batch")
             asked = time.perf_counter()
             raw = next(batches)
             waited = time.perf_counter() - asked
             batch = to_device(raw, self.task.schemas, self.accelerator.device)
             with self.accelerator.accumulate(self.module):
+                self.heartbeat.beat("in the forward pass")
                 loss, report = self.module(batch)
+                self.heartbeat.beat("waiting for the losses of the other ranks")
                 caught = agree(self.accelerator, loss, report, stop) or caught
+                self.heartbeat.beat("in the backward pass and the update")
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     self._clip_gradients()
@@ -269,10 +300,16 @@ class Trainer:
             self.accelerator,
             self.module,
             self.task.schemas,
-            self.validation_loader,
+            self._beating(self.validation_loader, "validating"),
             self.config.seed,
             max_batches,
         )
+
+    def _beating(self, batches: Iterable[dict[str, Any]], activity: str) -> Iterator[dict[str, Any]]:
+        """The same batches, each a sign of life."""
+        for batch in batches:
+            self.heartbeat.beat(activity)
+            yield batch
 
     def export(self) -> Path:
         """Validate a last time and write `export/`; on all ranks."""
@@ -323,10 +360,23 @@ class Trainer:
         self.tracker.log_metrics(curves, self.state.step)
         return {"epoch": f"{self.state.epoch}", self.task.headline: f"{readings[self.task.headline]:.5g}"}
 
-    def _save_checkpoint(self) -> int:
+    def _save_checkpoint(self) -> None:
+        self.heartbeat.beat("writing a checkpoint")
         folder = self.config.run_dir / "checkpoints"
         save_checkpoint(self.accelerator, folder, self.state, self.config, self.task, self.average)
-        return self.state.step
+        self.saved_step = self.state.step
+
+    def _save_if_possible(self) -> None:
+        """Save between updates: a training is worth more than one of its checkpoints."""
+        try:
+            self._save_checkpoint()
+        except CheckpointError as error:
+            _LOGGER.warning(
+                "no checkpoint of step %d: %s. The training goes on; the last checkpoint is that of step %d",
+                self.state.step,
+                error,
+                self.saved_step,
+            )
 
     def _progress_bar(self) -> tqdm:
         samples_per_step = self.samples_per_batch * self.accumulation

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cmvae.config import ExperimentConfig, flatten
 from cmvae.errors import UserError
+from cmvae.training.checkpoint_folder import list_checkpoints
 from cmvae.training.state import TrainState
 
 STATE_NAME = "state.json"
@@ -18,7 +20,7 @@ STATE_NAME = "state.json"
 _CHANGEABLE = re.compile(
     r"name|output_dir|cmvae|refiner\.sampler\..*|tracking\..*|evaluation\..*"
     r"|data\.(shards|num_workers|cache_megabytes)"
-    r"|train\.(log_every|validate_every|checkpoint_every|keep_checkpoints)"
+    r"|train\.(log_every|validate_every|checkpoint_every|keep_checkpoints|hang_timeout)"
 )
 _LENGTH = re.compile(r"train\.(epochs|max_steps)")
 
@@ -92,3 +94,21 @@ class CheckpointRecord:
                 f"Launch it with --num_processes {self.world_size} as before, or start a new run with "
                 "output_dir=…"
             )
+
+
+def check_newest(config: ExperimentConfig, world_size: int) -> None:
+    """Refuse in the first second what a resume would refuse after its imports.
+
+    A record that cannot be read is passed over: the checkpoint is damaged, and the one before it counts.
+
+    Raises:
+        UserError: the run cannot go on with this number of ranks, or with these settings.
+    """
+    for checkpoint in reversed(list_checkpoints(config.run_dir / "checkpoints")):
+        try:
+            record = CheckpointRecord.read(checkpoint)
+        except UserError:
+            continue
+        record.check_launch(checkpoint, world_size)
+        record.check_settings(checkpoint, flatten(config))
+        return

@@ -1,11 +1,10 @@
 """kill -9 at every kind of moment: what is resumed ends as the undisturbed run, to the bit and the sample."""
 
-import importlib
 import shutil
 from functools import partial
 
 import pytest
-from faulty_training import Training, assert_same_end, die
+from faulty_training import Training, assert_same_end, die, die_before, replace
 
 # Twelve steps of ten batches an epoch: kills fall before and after the turn of an epoch.
 SETTINGS = (
@@ -22,25 +21,6 @@ def undisturbed(tmp_path_factory, digits_shards):
     training = Training(tmp_path_factory.mktemp("undisturbed") / "run", digits_shards, SETTINGS)
     assert training.run() == 0, training.log
     return training
-
-
-def replace(owner, name, replacement, at_call):
-    """Have `owner.name` do what `replacement(original, *arguments)` does, in its call number `at_call`."""
-    original, calls = getattr(owner, name), []
-
-    def replaced(*arguments, **named):
-        calls.append(name)
-        if len(calls) == at_call:
-            return replacement(original, *arguments, **named)
-        return original(*arguments, **named)
-
-    setattr(owner, name, replaced)
-
-
-def die_before(module, name, at_call):
-    path, _, owner = module.partition(":")
-    target = importlib.import_module(path)
-    replace(getattr(target, owner) if owner else target, name, die, at_call)
 
 
 def die_in_weights():
