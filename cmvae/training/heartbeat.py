@@ -76,6 +76,7 @@ class Heartbeat:
         finally:
             self._done.set()
             thread.join()
+            self._write()
 
     def _watch(self, traceback_file: TextIO) -> None:
         while not self._done.wait(min(10.0, self._timeout / 4)):

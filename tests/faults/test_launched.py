@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,13 +18,13 @@ FAULTS = Path(__file__).with_name("rank_faults.py")
 TRAIN = ROOT / "launch/train.py"
 
 
-def launch(*arguments, ranks=2, options=()):
+def launch(*arguments, ranks=2, port=0, options=()):
     return [
         "accelerate",
         "launch",
         f"--config_file={ROOT}/configs/accelerate/ddp.yaml",
         f"--num_processes={ranks}",
-        "--main_process_port=0",
+        f"--main_process_port={port}",
         *options,
         *arguments,
     ]
@@ -52,9 +53,12 @@ def test_torchrun_restarts_ranks_that_go_on_by_themselves(tmp_path, experiment_f
     settings = ["train.batch_size=8", "train.checkpoint_every=1"]
     whole = run_command(launch(TRAIN, experiment_file, *settings, f"output_dir={tmp_path / 'whole'}"), ROOT)
     assert whole.returncode == 0, whole.stderr
-    done = run_command(
-        launch(FAULTS, "die", TRAIN, experiment_file, *settings, options=["--max_restarts=1"]), ROOT
-    )
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        # With port 0 the ranks that are restarted do not find each other.
+        port = chosen.getsockname()[1]
+    restarting = {"port": port, "options": ["--max_restarts=1"]}
+    done = run_command(launch(FAULTS, "die", TRAIN, experiment_file, *settings, **restarting), ROOT)
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
     assert_equal_weights(weights(tmp_path / "run", 6), weights(tmp_path / "whole", 6))
@@ -82,9 +86,9 @@ def test_a_rank_that_stands_still_is_named(tmp_path, experiment_file, fault, sta
     assert "nothing has moved for 8 s (train.hang_timeout)" in log
     assert "Rank 1 (" in log
     assert f", {state}" in log
-    assert "is behind: it is reading a batch" in log
-    assert "Rank 0 (" not in log
-    assert "This is rank 0, waiting for the losses of the other ranks." in log
+    assert ") is behind: it is " in log
+    assert "Rank 0 (" not in log, "that it waits is no fault of its own"
+    assert "This is rank 0, " in log
 
 
 @pytest.mark.faults
@@ -114,9 +118,7 @@ def test_sigterm_to_the_launcher_saves(tmp_path, experiment_file):
     assert not (tmp_path / "run/export").exists()
 
 
-def test_another_number_of_ranks_or_setting_is_refused_before_torch_is_imported(
-    tmp_path, experiment_file, monkeypatch
-):
+def test_another_number_of_ranks_or_setting_is_refused_before_torch_is_imported(tmp_path, experiment_file):
     trained = run_command([sys.executable, TRAIN, experiment_file, "train.max_steps=3"], ROOT)
     assert trained.returncode == 0, trained.stderr
     resume = [sys.executable, "-X", "importtime", TRAIN, experiment_file, "--resume"]
