@@ -1,5 +1,6 @@
 # make demo       the main job on embedded real data, in a virtual environment of its own
-# make test       all tests
+# make test       all tests but the longest: kills, hangs and cuts, see docs/reliability.md
+# make test-faults    those
 # make polymnist DATA=folder    the published PolyMNIST experiment
 # make cubicc DATA=folder       the published CUBICC experiment, birds with captions
 # make lint, make format        what CI checks; what mends most of it
@@ -12,7 +13,7 @@ ARGS ?=
 # The same for the refiner.
 REFINER_ARGS ?=
 
-.PHONY: demo polymnist cubicc test lint format
+.PHONY: demo polymnist cubicc test test-faults lint format
 
 # The stamp is newer than what it was installed from, or it is installed again.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -64,6 +65,10 @@ cubicc: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+# What kills, hangs and cuts trainings: a part of it, the quick ones, is in `make test`.
+test-faults: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m 'faults or not faults' tests/faults tests/training tests/distributed
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

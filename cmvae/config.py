@@ -223,6 +223,8 @@ class TrainConfig(_Settings):
     checkpoint_every: PositiveInt | None = None
     """Steps between checkpoints; null keeps only the one at the end."""
     keep_checkpoints: PositiveInt = 2
+    hang_timeout: float = Field(default=1800, gt=0)
+    """Seconds without a batch, step or checkpoint after which the run ends and names the rank in question."""
     ema_decay: float | None = Field(default=None, ge=0, lt=1)
     """Validate and export an exponential moving average of the weights with this decay; null the weights."""
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -23,6 +25,8 @@ from torch import Tensor
 from cmvae.config import ExperimentConfig
 from cmvae.errors import UserError
 
+Decision = TypeVar("Decision")
+
 
 class NonFiniteError(UserError):
     """A term of the loss, or the gradient, is not finite on some rank; raised on all ranks alike."""
@@ -34,6 +38,9 @@ class NonFiniteError(UserError):
             "train.mixed_precision=fp32 may help. Go on from the last checkpoint with --resume"
         )
 
+
+# How much longer than the heartbeat a collective operation waits.
+_GROUP_GRACE = timedelta(minutes=2)
 
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,7 +64,9 @@ def start_accelerator(config: ExperimentConfig) -> Accelerator:
 
     # DeepSpeed scales an fp16 loss itself.
     scales_loss = precision == "fp16" and not deepspeed
-    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    # After the heartbeat's, which names the rank that is waited for.
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.hang_timeout) + _GROUP_GRACE)
+    handlers: list[KwargsHandler] = [group, DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if scales_loss:
         handlers.append(AutocastKwargs(enabled=False))
     if deepspeed:
@@ -65,7 +74,7 @@ def start_accelerator(config: ExperimentConfig) -> Accelerator:
         if on_cpu:
             # Without it DeepSpeed picks a backend that is not there, and every rank thinks that it is rank 0.
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+            group.backend = "gloo"
     accelerator = Accelerator(
         # Under DeepSpeed `cpu=True` would switch DeepSpeed off; its own variable above says it instead.
         cpu=on_cpu and not deepspeed,
@@ -116,6 +125,52 @@ def _configure_deepspeed(accelerator: Accelerator, config: ExperimentConfig) -> 
     dtype = AUTOCAST_DTYPES[config.train.mixed_precision]
     if dtype is not None:
         settings["torch_autocast"] = {"enabled": True, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """ZeRO's stage, or 0 where every rank has all weights and the whole optimizer."""
+    plugin = accelerator.state.deepspeed_plugin
+    return 0 if plugin is None else plugin.zero_stage
+
+
+def decide_on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision:
+    """What rank 0 decides, on all ranks alike, so that they cannot disagree; to be called on all ranks.
+
+    Raises:
+        UserError: on all ranks, when `decide` raises one.
+    """
+    outcome: list[Decision | UserError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = decide()
+        except UserError as error:
+            outcome[0] = error
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(outcome, device=accelerator.device)
+    (decision,) = outcome
+    if isinstance(decision, UserError):
+        raise decision
+    return decision  # type: ignore[return-value]
+
+
+def raise_together(accelerator: Accelerator, problem: str | None, error: type[UserError]) -> None:
+    """Raise `error` on all ranks if any has a problem, naming them; to be called on all ranks.
+
+    Args:
+        accelerator: the ranks.
+        problem: this rank's, or None.
+        error: what to raise.
+
+    Raises:
+        UserError: an `error`.
+    """
+    problems = [problem]
+    if accelerator.num_processes > 1:
+        problems = [None] * accelerator.num_processes
+        torch.distributed.all_gather_object(problems, problem)
+    told = [f"rank {rank}: {what}" for rank, what in enumerate(problems) if what is not None]
+    if told:
+        raise error("; ".join(told))
 
 
 class StopRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -70,6 +71,27 @@ def publish_folder(partial: Path, path: Path) -> None:
     partial.rename(path)
     sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder that, should the deletion be interrupted, is gone all the same, and not half there.
+
+    What an interrupted deletion leaves has the name `.NAME.deleted`.
+    """
+    doomed = path.with_name(f".{path.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    # What cannot be deleted now, as a file open elsewhere on NFS, is no reason to stop.
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file of any size, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_folder(path: Path) -> None:

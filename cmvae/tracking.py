@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -39,6 +40,9 @@ _SQLITE = "sqlite:///"
 _FIRST_PAUSE = 60.0
 # MLflow refuses more parameters than this in one request.
 _MAX_PARAMS_PER_REQUEST = 100
+
+# How MLflow names the pictures of a series.
+_IMAGE_PATH = re.compile(r"(?P<series>images/[^+]*)\+step\+(?P<step>\d+)\+timestamp\+.*\.png")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -95,12 +99,22 @@ class MlflowTracker:
         run_id: MLflow's id of the run.
         monitor: the started monitor of CPU, memory and GPUs of a training; None where the run is only
             added to, by an evaluation, whose end is not the end of the run.
+        repeats: whether what is logged may be there already, because the training goes on from a checkpoint
+            before the moment at which it was killed. Then it is not logged again.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str, monitor: SystemMetricsMonitor | None) -> None:
+    def __init__(
+        self,
+        client: MlflowClient,
+        run_id: str,
+        monitor: SystemMetricsMonitor | None,
+        repeats: bool = False,
+    ) -> None:
         self.run_id = run_id
         self._client = client
         self._monitor = monitor
+        self._repeats = repeats
+        self._last_steps: dict[str, int] = {}
         self._pause = _FIRST_PAUSE
         self._silent_until = -np.inf
         self._warned = False
@@ -111,7 +125,20 @@ class MlflowTracker:
 
         now = int(time.time() * 1000)
         points = [Metric(key, float(value), now, step) for key, value in metrics.items()]
-        self._attempt(lambda: self._client.log_batch(self.run_id, metrics=points))
+
+        def log() -> None:
+            # One call is one transaction: where its first point is, all of them are.
+            if not self._repeats or step > self._last_step(points[0].key):
+                self._client.log_batch(self.run_id, metrics=points)
+
+        self._attempt(log)
+
+    def _last_step(self, key: str) -> int:
+        """The last step of a curve when this training began to go on with it, −1 if there is none."""
+        if key not in self._last_steps:
+            history = self._client.get_metric_history(self.run_id, key)
+            self._last_steps[key] = max((point.step for point in history), default=-1)
+        return self._last_steps[key]
 
     def log_figure(self, figure: Figure, name: str) -> None:
         """See `Tracker`."""
@@ -120,7 +147,24 @@ class MlflowTracker:
     def log_image(self, image: Figure | npt.NDArray[np.generic], key: str, step: int) -> None:
         """See `Tracker`."""
         pixels = _render(image) if isinstance(image, Figure) else image
-        self._attempt(lambda: self._client.log_image(self.run_id, pixels, key=key, step=step))
+
+        def log() -> None:
+            if not self._repeats or step > self._last_step_of_images(key):
+                self._client.log_image(self.run_id, pixels, key=key, step=step)
+
+        self._attempt(log)
+
+    def _last_step_of_images(self, key: str) -> int:
+        """The same of a series of pictures, whose steps MLflow keeps in the names of files alone."""
+        series = f"images/{key.replace('/', '~')}"
+        if series not in self._last_steps:
+            paths = [artifact.path for artifact in self._client.list_artifacts(self.run_id, "images")]
+            steps = [_IMAGE_PATH.fullmatch(path) for path in paths]
+            self._last_steps[series] = max(
+                (int(found["step"]) for found in steps if found is not None and found["series"] == series),
+                default=-1,
+            )
+        return self._last_steps[series]
 
     def log_artifact(self, path: Path) -> None:
         """See `Tracker`."""
@@ -168,7 +212,7 @@ def open_tracker(config: ExperimentConfig, run_dir: Path, is_main: bool, task: s
     A new run gets all settings as parameters, the YAML as `config.yaml`, and tags for task, world size
     (from the launcher's WORLD_SIZE), host and git commit; a refiner's run becomes a child of its CMVAE's. In
     a resumed run tags and YAML are those of the last start; MLflow's parameters cannot change, so a setting
-    that did stands in a tag `resumed.KEY`.
+    that did stands in a tag `resumed.KEY`; and points and pictures that are there are not logged again.
 
     Args:
         config: the experiment.
@@ -208,7 +252,7 @@ def _guarded(config: ExperimentConfig, is_main: bool, opened: Callable[[], Track
 
 
 def _open_for_training(config: ExperimentConfig, run_dir: Path, task: str) -> MlflowTracker:
-    client, run_id, _ = _continue_or_create_run(config, run_dir)
+    client, run_id, is_new = _continue_or_create_run(config, run_dir)
     # The monitor takes a run for ended, and stops, as long as its status is that of an earlier end.
     client.update_run(run_id, status="RUNNING")
     _describe(client, run_id, config)
@@ -224,7 +268,7 @@ def _open_for_training(config: ExperimentConfig, run_dir: Path, task: str) -> Ml
 
     monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=client.tracking_uri)
     monitor.start()
-    return MlflowTracker(client, run_id, monitor)
+    return MlflowTracker(client, run_id, monitor, repeats=not is_new)
 
 
 def _open_for_evaluation(config: ExperimentConfig, run_dir: Path) -> MlflowTracker:

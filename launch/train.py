@@ -4,18 +4,26 @@ r"""Train one experiment.
         [key=value …] [--resume | --overwrite]
 
 Settings, data and run folder are checked before anything heavy is imported, so that a mistake is told in the
-first second. Exit codes: 0 trained and exported, 2 something that you can mend, 128 + n stopped by signal n
-after a checkpoint.
+first second. A worker that torchrun restarts (--max_restarts N of accelerate launch) goes on from the newest
+checkpoint by itself. Exit codes: 0 trained and exported; 2 something that you can mend; 75 stopped by SIGTERM
+after a checkpoint, to be queued again with --resume; 130 the same by Ctrl-C; 70 a rank stood still. Launchers
+of several ranks turn every code but 0 into 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 
 from cmvae.config import ExperimentConfig, check_against_shards, load_config
 from cmvae.data.schema import ShardIndex
 from cmvae.errors import UserError
+from cmvae.training.record import check_newest
+
+# Of sysexits.h: a failure for now, after which to try again.
+EX_TEMPFAIL = 75
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,15 +62,21 @@ def main() -> int:
         config = load_config(arguments.config, arguments.overrides)
         index = ShardIndex.load(config.data.shards)
         check_against_shards(config, index, arguments.config)
-        check_run_folder(config, arguments.resume, arguments.overwrite)
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        resume, overwrite = arguments.resume or restarted, arguments.overwrite and not restarted
+        check_run_folder(config, resume, overwrite)
+        if resume:
+            check_newest(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
 
         from cmvae.training.loop import run_training
 
-        stopped_by = run_training(config, index, arguments.resume, arguments.overwrite)
+        stopped_by = run_training(config, index, resume, overwrite)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0 if stopped_by is None else 128 + stopped_by
+    if stopped_by is None:
+        return 0
+    return EX_TEMPFAIL if stopped_by == signal.SIGTERM else 128 + stopped_by
 
 
 if __name__ == "__main__":

@@ -183,6 +183,14 @@ def test_a_modality_that_the_shards_lack_is_named():
         check_against_shards(config, index_with("m0", "m1"), "digits.yaml")
 
 
+def test_a_likelihood_that_does_not_fit_the_kind_is_named():
+    config = load_config(DIGITS, ["model.modalities.m1.likelihood.family=categorical"])
+    with pytest.raises(UserError) as caught:
+        check_against_shards(config, index_with("m0", "m1", "m2"), "my.yaml")
+    for part in ("my.yaml", "model.modalities.m1.likelihood.family", "categorical", "image", "laplace or"):
+        assert part in str(caught.value)
+
+
 def test_a_refiner_reads_the_modalities_of_its_cmvae(tmp_path):
     run = tmp_path / "cmvae"
     config = load_config(REFINER, [f"cmvae={run}"])

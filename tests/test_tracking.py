@@ -148,6 +148,43 @@ def test_a_resumed_training_goes_on_in_its_run(tmp_path: Path, run_dir: Path) ->
     assert not [key for key in run.data.tags if key.startswith("resumed.model")]
 
 
+def test_what_a_killed_training_had_logged_is_not_logged_again(tmp_path: Path, run_dir: Path) -> None:
+    """A training that goes on from a checkpoint passes the steps again that it had done before the kill."""
+
+    def log(tracker: Tracker, steps: range) -> None:
+        for step in steps:
+            tracker.log_metrics({"train/loss": float(step), "train/epoch": 0.0}, step)
+            if step % 2 == 0:
+                tracker.log_metrics({"validation/loss": float(step)}, step)
+                tracker.log_image(draw(), "cross/modal", step)
+
+    log(open_tracker(make_config(), run_dir, is_main=True), range(1, 6))
+    # Killed between the curve and the picture of a step.
+    killed = open_tracker(make_config(), run_dir, is_main=True)
+    killed.log_metrics({"train/loss": 6.0, "train/epoch": 0.0}, 6)
+    killed.log_metrics({"validation/loss": 6.0}, 6)
+    log(open_tracker(make_config(), run_dir, is_main=True), range(3, 9))
+
+    reader = client(tmp_path)
+
+    def logged(key: str) -> list[tuple[int, float]]:
+        return [(point.step, point.value) for point in reader.get_metric_history(run_id(run_dir), key)]
+
+    assert logged("train/loss") == [(step, float(step)) for step in range(1, 9)]
+    assert logged("train/epoch") == [(step, 0.0) for step in range(1, 9)]
+    assert logged("validation/loss") == [(step, float(step)) for step in (2, 4, 6, 8)]
+    pictures = [file.path for file in reader.list_artifacts(run_id(run_dir), "images")]
+    steps = [int(path.split("+step+")[1].split("+")[0]) for path in pictures if path.endswith(".png")]
+    assert sorted(steps) == [2, 4, 6, 8]
+
+
+def test_an_evaluation_of_a_resumed_run_is_logged_each_time(tmp_path: Path, run_dir: Path) -> None:
+    open_tracker(make_config(), run_dir, is_main=True).end("FINISHED")
+    for _ in range(2):
+        resume_tracker(make_config(), run_dir, is_main=True).log_metrics({"evaluation/acc": 1.0}, 10)
+    assert len(client(tmp_path).get_metric_history(run_id(run_dir), "evaluation/acc")) == 2
+
+
 def test_an_evaluation_adds_to_the_run_and_leaves_its_status(
     tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a checkout that is not installed
@@ -14,7 +15,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a ch
 from cmvae.data.schema import ShardIndex, ShardSchema
 from cmvae.errors import UserError
 
-SHEET_COLUMNS = 16
+SHEET_COLUMNS = 12
+_CELL, _LABELS = 1.1, 1.4
+"""Inches: a cell of the contact sheet, and the names beside it."""
+
+
+@dataclass
+class Tally:
+    """What was counted in one split."""
+
+    labels: Counter[int] = field(default_factory=Counter)
+    """Samples of each class, −1 where there are no labels."""
+    missing: Counter[str] = field(default_factory=Counter)
+    """Samples that lack each modality."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -24,7 +37,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "folder", type=Path, help="what tools/make_shards.py wrote, for example shards/digits"
     )
     parser.add_argument(
-        "--no-verify", action="store_true", help="do not read all shards; no class counts then"
+        "--no-verify",
+        action="store_true",
+        help="do not read all shards; no counts of classes and missing modalities then",
     )
     parser.add_argument(
         "--sheet", type=Path, metavar="PATH", help="contact sheet (default: contact_sheet.png in the folder)"
@@ -39,42 +54,68 @@ def describe(index: ShardIndex) -> str:
     for name, split in index.splits.items():
         num_bytes = sum(shard.num_bytes for shard in split.shards)
         lines.append(f"{name:<12}{split.num_samples:>10,}{len(split.shards):>8,}{num_bytes:>15,}")
-    lines.append(f"{'modality':<12}{'kind':>10}{'dtype':>8}{'shape':>15}")
+    lines.append(f"{'modality':<12}{'kind':>12}{'dtype':>8}{'shape':>15}")
     for modality_name, modality in index.modalities.items():
-        shape = "×".join(str(size) for size in modality.shape)
-        lines.append(f"{modality_name:<12}{modality.kind:>10}{modality.dtype:>8}{shape:>15}")
+        shape = "×".join(str(size) for size in modality.shape) or "scalar"
+        line = f"{modality_name:<12} {modality.kind:>11}{modality.dtype:>8}{shape:>15}"
+        if modality.categories is not None:
+            line += f"  {len(modality.categories):,} {'words' if modality.kind == 'text' else 'categories'}"
+        lines.append(line)
     for modality_name, classifier in index.classifiers.items():
         lines.append(f"classifier of {modality_name}: {classifier.accuracy:.1%} right on test")
     return "\n".join(lines)
 
 
-def verify(folder: Path, index: ShardIndex) -> dict[str, Counter[int]]:
+def verify(folder: Path, index: ShardIndex) -> dict[str, Tally]:
     """Compare checksums and sample counts of all shards with the index.
 
     Returns:
-        Of each split the number of samples of each class, −1 where there are no labels.
+        Of each split what was counted.
 
     Raises:
         UserError: a shard is not what the index says; all bad shards are named.
     """
-    from cmvae.data.reader import SplitReader
+    from cmvae.data.reader import SplitReader, member_suffix
     from cmvae.progress import progress_bar
 
-    counts: dict[str, Counter[int]] = {}
+    tallies: dict[str, Tally] = {}
     problems = []
+    # What every sample has need not be kept to count the samples.
+    optional = {
+        name: member_suffix(name, schema) for name, schema in index.modalities.items() if schema.optional
+    }
     for name, split in index.splits.items():
-        counts[name] = Counter()
-        # No modality is asked for: the images need not be kept to count the samples.
-        reader = SplitReader(folder, name, modalities=())
+        tally = tallies[name] = Tally()
+        reader = SplitReader(folder, name, modalities=tuple(optional))
         for shard in progress_bar(split.shards, desc=f"verify {name}", unit=" shards", leave=False):
             try:
                 check_sum(folder, shard)
-                counts[name].update(reader.label(sample) for sample in reader.read_shard(shard))
+                for sample in reader.read_shard(shard):
+                    tally.labels[reader.label(sample)] += 1
+                    tally.missing.update(key for key, suffix in optional.items() if suffix not in sample)
             except UserError as problem:
                 problems.append(str(problem))
     if problems:
         raise UserError("\n".join(problems))
-    return counts
+    return tallies
+
+
+def describe_tallies(index: ShardIndex, tallies: dict[str, Tally]) -> str:
+    """Samples of every class and without every optional modality, as tables."""
+    lines = []
+    if index.class_names is not None:
+        width = max(12, *(len(name) + 1 for name in index.class_names))
+        lines.append(f"{'class':<{width}}" + "".join(f"{name:>12}" for name in tallies))
+        for label, class_name in enumerate(index.class_names):
+            counts = (tally.labels[label] for tally in tallies.values())
+            lines.append(f"{class_name:<{width}}" + "".join(f"{count:>12,}" for count in counts))
+    optional = [name for name, schema in index.modalities.items() if schema.optional]
+    if optional:
+        lines.append(f"{'without':<12}" + "".join(f"{name:>12}" for name in tallies))
+        for modality in optional:
+            counts = (tally.missing[modality] for tally in tallies.values())
+            lines.append(f"{modality:<11} " + "".join(f"{count:>12,}" for count in counts))
+    return "\n".join(lines)
 
 
 def check_sum(folder: Path, shard: ShardSchema) -> None:
@@ -100,40 +141,44 @@ def draw_sheet(folder: Path, index: ShardIndex, path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("agg")
-    import numpy as np
     from matplotlib import pyplot as plt
 
     from cmvae.data.reader import EvaluationLoader
+    from cmvae.kinds import KINDS
 
-    rows = len(index.modalities)
-    figure, axes = plt.subplots(
-        len(index.splits),
-        figsize=(SHEET_COLUMNS * 0.7, len(index.splits) * (rows * 0.7 + 0.6)),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis, name in zip(axes[:, 0], index.splits, strict=True):
+    height = _CELL * len(index.modalities) + 0.7
+    figure = plt.figure(figsize=(SHEET_COLUMNS * _CELL + _LABELS, len(index.splits) * height))
+    panels = figure.subfigures(len(index.splits), squeeze=False)[:, 0]
+    for panel, name in zip(panels, index.splits, strict=True):
         loader = EvaluationLoader(
             folder, split=name, modalities=list(index.modalities), batch_size=SHEET_COLUMNS
         )
         batch = next(iter(loader))
-        strips = []
-        for modality in index.modalities:
-            images = batch[modality].numpy()
-            if images.shape[1] == 1:
-                images = images.repeat(3, axis=1)
-            strips.append(np.concatenate(images.transpose(0, 2, 3, 1), axis=1))
-        # Modalities may differ in size: each row is drawn into its own unit of height.
-        for row, strip in enumerate(strips):
-            axis.imshow(strip, extent=(0, SHEET_COLUMNS, row + 1, row), interpolation="nearest")
-        axis.set(xlim=(0, SHEET_COLUMNS), ylim=(rows, 0), title=f"{index.name}, {name}")
-        axis.set_yticks(np.arange(rows) + 0.5, list(index.modalities))
-        labels = [
-            index.class_names[label] if index.class_names is not None else key
-            for label, key in zip(batch["label"].tolist(), batch["key"], strict=True)
-        ]
-        axis.set_xticks(np.arange(SHEET_COLUMNS) + 0.5, labels)
-        axis.tick_params(length=0)
+        panel.suptitle(f"{index.name}, {name}", fontsize=9)
+        rows = panel.subplots(
+            len(index.modalities),
+            SHEET_COLUMNS,
+            squeeze=False,
+            gridspec_kw={
+                "left": _LABELS / (SHEET_COLUMNS * _CELL + _LABELS),
+                "right": 0.99,
+                "top": 1 - 0.3 / height,
+                "bottom": 0.3 / height,
+            },
+        )
+        for row, (modality, schema) in zip(rows, index.modalities.items(), strict=True):
+            place = list(index.modalities).index(modality)
+            row[0].set_ylabel(modality, rotation=0, ha="right", va="center", fontsize=8)
+            for sample, ax in enumerate(row):
+                ax.set(xticks=[], yticks=[])
+                # A split of fewer samples is filled up with its last one.
+                if batch["valid"][sample] and batch["mask"][sample, place]:
+                    KINDS[schema.kind].draw(ax, batch[modality][sample].numpy(), schema)
+                else:
+                    ax.set_facecolor("#dee2e6")
+        for ax, label, key in zip(rows[-1], batch["label"].tolist(), batch["key"], strict=True):
+            text = index.class_names[label] if index.class_names is not None else key
+            ax.set_xlabel(text if len(text) <= 24 else f"{text[:23]}…", fontsize=6)
     figure.savefig(path, dpi=120)
 
 
@@ -146,11 +191,7 @@ def main() -> int:
         index = ShardIndex.load(folder)
         print(describe(index))
         if not arguments.no_verify:
-            counts = verify(folder, index)
-            if index.class_names is not None:
-                print(f"{'class':<12}" + "".join(f"{name:>12}" for name in counts))
-                for label, class_name in enumerate(index.class_names):
-                    print(f"{class_name:<12}" + "".join(f"{count[label]:>12,}" for count in counts.values()))
+            print(describe_tallies(index, verify(folder, index)))
             print("All shards have the checksums and sample counts of the index.")
         draw_sheet(folder, index, sheet)
     except UserError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a checkout that is not installed
 
 from cmvae.arguments import non_negative_integer, positive_integer
+from cmvae.data.schema import ShardIndex
 from cmvae.data.sources import SOURCES
 from cmvae.errors import UserError
 
@@ -56,11 +57,17 @@ def main() -> int:
     arguments = parse_arguments()
     # Slow to import; after the flags, so that a mistake in them shows at once.
     from cmvae.data.writer import write_shards
+    from cmvae.files import write_whole
     from cmvae.progress import progress_bar
+    from cmvae.starter import write_starter_config
 
     started = time.perf_counter()
+    module = SOURCES[arguments.source]
+    config = module.CONFIG if module.CONFIG is not None else arguments.config
     try:
-        source = SOURCES[arguments.source].from_arguments(arguments)
+        if module.CONFIG is None and config is not None and config.exists() and not arguments.force:
+            raise UserError(f"--config {config}: is there already. Choose another, or add --force")
+        source = module.from_arguments(arguments)
         with progress_bar(desc=str(arguments.out), unit=" samples") as bar:
 
             def report(done: int, total: int) -> None:
@@ -77,20 +84,36 @@ def main() -> int:
                 force=arguments.force,
                 report=report,
             )
+        if module.CONFIG is None:
+            starter = write_starter_config(index, arguments.out)
+            if config is None:
+                print(f"A config to start from; --config PATH writes it:\n\n{starter}")
+            else:
+                config.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(config, starter.encode())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    seconds = time.perf_counter() - started
+    print_summary(index, time.perf_counter() - started)
+    print(f"Look at it: python tools/inspect_shards.py {arguments.out}")
+    if config is not None:
+        print(
+            "Train on it: accelerate launch --config_file configs/accelerate/cpu.yaml launch/train.py "
+            f"{config}" + (f" data.shards={arguments.out}" if module.CONFIG is not None else "")
+        )
+    return 0
+
+
+def print_summary(index: ShardIndex, seconds: float) -> None:
+    """Samples and shards of every split, and how long it took."""
     num_samples = sum(split.num_samples for split in index.splits.values())
     num_bytes = sum(shard.num_bytes for split in index.splits.values() for shard in split.shards)
     for name, split in index.splits.items():
         print(f"{name:>10}  {split.num_samples:>7,} samples in {len(split.shards)} shards")
     rate = num_samples / seconds
     print(f"{num_samples:,} samples, {num_bytes:,} bytes in {seconds:.1f} s: {rate:,.0f} samples/s")
-    print(f"Look at it: python tools/inspect_shards.py {arguments.out}")
-    return 0
 
 
 if __name__ == "__main__":

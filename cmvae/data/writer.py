@@ -57,8 +57,9 @@ def write_shards(
 ) -> ShardIndex:
     """Pack `source` into `folder`.
 
-    Samples lie in an order shuffled by the seed; a key says the sample's number in the source. The index is
-    written last, so that an interrupted run leaves no folder that looks whole; the next run cleans up.
+    Samples lie in an order shuffled by the seed; a key is what the source calls the sample, or its number
+    there. The index is written last, so that an interrupted run leaves no folder that looks whole; the next
+    run cleans up.
 
     Args:
         source: what to pack. Reaches the writer processes by fork or by pickling.
@@ -175,8 +176,9 @@ def _write_shard(task: _ShardTask) -> ShardSchema:
     # The numbers that tar adds are fixed, so that equal samples make equal bytes.
     with webdataset.TarWriter(buffer, user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
         for index in task.indices.tolist():
-            members = _encode(_source, _source.sample(task.split, index))
-            tar.write({"__key__": f"{task.split}-{index:06d}", **members})
+            sample = _source.sample(task.split, index)
+            key = sample.key if sample.key is not None else f"{task.split}-{index:06d}"
+            tar.write({"__key__": key, **_encode(_source, sample)})
     content = buffer.getvalue()
     try:
         write_whole(task.path, content)

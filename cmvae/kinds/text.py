@@ -61,7 +61,7 @@ class Text(ArrayKind):
         # Where lines break between words, the last sixth of them stays empty.
         num_lines = math.ceil(characters / _LINE_LENGTH * 6 / 5)
         width = min(characters, _LINE_LENGTH) * _CHARACTER_WIDTH
-        return max(0.4, width), max(0.3, (num_lines + 0.5) * _LINE_HEIGHT)
+        return max(0.4, width), max(0.3, (num_lines + 1.2) * _LINE_HEIGHT)
 
     def to_text(self, stored: np.ndarray, schema: ModalitySchema) -> str:
         """As `Kind.to_text`: the words up to the first `<eos>`."""

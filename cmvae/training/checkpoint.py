@@ -1,33 +1,27 @@
-"""Checkpoints that are whole or absent: written beside, flushed, renamed; found, loaded, thinned out."""
+"""Checkpoints that are whole or absent: written beside, flushed, renamed; and loaded."""
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from cmvae.config import ExperimentConfig, flatten
+from cmvae.distributed import decide_on_main, raise_together, zero_stage
 from cmvae.errors import UserError
 from cmvae.files import publish_folder
 from cmvae.tasks import Task
+from cmvae.training.checkpoint_folder import checkpoint_path, list_checkpoints, thin_out, write_manifest
 from cmvae.training.ema import WeightAverage
+from cmvae.training.record import CheckpointRecord
 from cmvae.training.state import TrainState
 
-STATE_NAME = "state.json"
-_CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
 
-# What a run may change when it goes on: what it reports, and how long it trains. A CMVAE may move: whether it
-# is the same is told by its hash.
-_CHANGEABLE = re.compile(
-    r"name|output_dir|cmvae|refiner\.sampler\..*|tracking\..*|evaluation\..*"
-    r"|data\.(shards|num_workers|cache_megabytes)"
-    r"|train\.(log_every|validate_every|checkpoint_every|keep_checkpoints)"
-)
-_LENGTH = re.compile(r"train\.(epochs|max_steps)")
+class CheckpointError(UserError):
+    """A checkpoint could not be written; those before it are intact. Raised on all ranks alike."""
 
 
 def save_checkpoint(
@@ -38,43 +32,80 @@ def save_checkpoint(
     task: Task,
     average: WeightAverage | None,
 ) -> Path:
-    """Write `folder/step-XXXXXXXX` and remove the oldest ones; to be called on all ranks.
+    """Write `folder/step-XXXXXXXX` and remove those no longer wanted; to be called on all ranks.
 
     It holds what `Accelerator.save_state` saves (weights, optimizer, scaler, random streams of every rank),
-    the average of the weights if there is one, and `state.json`: the counters, the world size, the settings
-    and the hashes of what the task belongs to.
+    the average of the weights if there is one, `state.json` (see `CheckpointRecord`) and the checksums of
+    all of these. The newest `train.keep_checkpoints` are kept, and that of the best validation.
+
+    Raises:
+        CheckpointError: there is no room for it, or some rank could not write.
     """
-    path = folder / f"step-{state.step:08d}"
+    path = checkpoint_path(folder, state.step)
     partial = folder / f".{path.name}.partial"
-    if accelerator.is_main_process:
+    record = CheckpointRecord(
+        state=state,
+        world_size=accelerator.num_processes,
+        zero_stage=zero_stage(accelerator),
+        belongs_to=task.belongs_to,
+        settings=flatten(config),
+    )
+
+    def prepare() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        content = {
-            "state": asdict(state),
-            **_describe_launch(accelerator),
-            "belongs_to": task.belongs_to,
-            "settings": flatten(config),
-        }
+        _check_space(folder, task, config)
+
+    def complete() -> None:
         if average is not None:
             average.save(partial)
-        (partial / STATE_NAME).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        record.write(partial)
+        write_manifest(partial)
         publish_folder(partial, path)
-        for old in list_checkpoints(folder)[: -config.train.keep_checkpoints]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+        thin_out(folder, config.train.keep_checkpoints, state.best_step)
+
+    try:
+        decide_on_main(accelerator, lambda: _explaining(prepare))
+        raise_together(accelerator, _failure(lambda: accelerator.save_state(str(partial))), CheckpointError)
+        decide_on_main(accelerator, lambda: _explaining(complete))
+    except CheckpointError:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return path
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, the newest last."""
-    if not folder.is_dir():
-        return []
-    named = [path for path in folder.iterdir() if _CHECKPOINT_NAME.fullmatch(path.name)]
-    return sorted(path for path in named if (path / STATE_NAME).is_file())
+def _failure(write: Callable[[], object]) -> str | None:
+    """What a full disk or a folder that takes no files makes of writing, or None."""
+    try:
+        write()
+    # torch reports a failed write as a RuntimeError, and safetensors as one of its own.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _explaining(write: Callable[[], None]) -> None:
+    problem = _failure(write)
+    if problem is not None:
+        raise CheckpointError(f"rank 0: {problem}")
+
+
+def _check_space(folder: Path, task: Task, config: ExperimentConfig) -> None:
+    earlier = list_checkpoints(folder)
+    if earlier:
+        needed = sum(path.stat().st_size for path in earlier[-1].rglob("*") if path.is_file())
+    else:
+        # Weights, Adam's two states or three, ZeRO's own copy of the weights, their average: 4 bytes each.
+        # Under ZeRO-3 a parameter's own size is that of this rank's part.
+        numbers = sum(getattr(weights, "ds_numel", weights.numel()) for weights in task.parameters())
+        needed = 4 * numbers * (4 + config.optimizer.amsgrad + (config.train.ema_decay is not None))
+    free = shutil.disk_usage(folder).free
+    if free < 1.05 * needed:
+        raise OSError(
+            f"{folder}: {free / 1e6:,.1f} MB are free, but a checkpoint takes {needed / 1e6:,.1f} MB. Free "
+            "some disk, or set train.keep_checkpoints lower"
+        )
 
 
 def load_checkpoint(
@@ -90,45 +121,28 @@ def load_checkpoint(
         UserError: the checkpoint was written by another number of ranks, under another way of distributing,
             with settings that cannot change within a run, or for another CMVAE.
     """
-    content = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
-    for key, value in _describe_launch(accelerator).items():
-        if content[key] != value:
-            raise UserError(
-                f"{path}: written with {key} {content[key]}, but this run has {value}. Launch it as it was "
-                "launched before, or start a new run with output_dir=…"
-            )
-    _check_settings(path, content["settings"], flatten(config))
-    if content["belongs_to"] != task.belongs_to:
+    record = CheckpointRecord.read(path)
+    record.check_launch(path, accelerator.num_processes)
+    record.check_settings(path, flatten(config))
+    _check_zero_stage(path, record.zero_stage, zero_stage(accelerator))
+    if record.belongs_to != task.belongs_to:
         raise UserError(
-            f"{path}: belongs to {content['belongs_to']}, but this run has {task.belongs_to}: the CMVAE is "
+            f"{path}: belongs to {record.belongs_to}, but this run has {task.belongs_to}: the CMVAE is "
             "another than the one that this training began with. Bring that back, or start a new run with "
             "output_dir=…"
         )
     accelerator.load_state(str(path))
     if average is not None:
         average.load(path)
-    return TrainState(**content["state"])
+    return record.state
 
 
-def _describe_launch(accelerator: Accelerator) -> dict[str, int | str]:
-    """What must be the same again for a checkpoint to fit."""
-    return {
-        "world_size": accelerator.num_processes,
-        "distributed_type": str(accelerator.distributed_type.value),
-    }
-
-
-def _check_settings(path: Path, before: dict[str, object], now: dict[str, object]) -> None:
-    schedule = now["optimizer.schedule"]
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key) or _CHANGEABLE.fullmatch(key):
-            continue
-        reason = ""
-        if _LENGTH.fullmatch(key):
-            if schedule == "constant":
-                continue
-            reason = f"; with optimizer.schedule: {schedule} the length decides every learning rate"
-        raise UserError(
-            f"{path}: {key} was {before.get(key)!r} and is now {now.get(key)!r}{reason}. Set it back to go "
-            "on, or start a new run with output_dir=…"
-        )
+def _check_zero_stage(path: Path, before: int, now: int) -> None:
+    if before == now:
+        return
+    names = {stage: f"ZeRO-{stage}" if stage else "plain data parallelism" for stage in (before, now)}
+    remedy = f"configs/accelerate/zero{before}.yaml" if before else "configs/accelerate/ddp.yaml"
+    raise UserError(
+        f"{path}: written under {names[before]}, but this run has {names[now]}. Launch it with {remedy} as "
+        "before, or start a new run with output_dir=…"
+    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,25 @@ from cmvae.distributed import (
     NonFiniteError,
     StopRequest,
     agree,
+    decide_on_main,
+    raise_together,
     start_accelerator,
+    zero_stage,
 )
 from cmvae.errors import UserError
+from cmvae.files import remove_folder
 from cmvae.model import channels_last
 from cmvae.progress import progress_bar
 from cmvae.tasks import Task, build_task
 from cmvae.tracking import RUN_RECORD_NAME, Status, Tracker, open_tracker
-from cmvae.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from cmvae.training.advice import out_of_memory_advice
+from cmvae.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from cmvae.training.checkpoint_folder import find_newest
 from cmvae.training.ema import WeightAverage
+from cmvae.training.heartbeat import Heartbeat
 from cmvae.training.meter import Meter
 from cmvae.training.optimization import build_optimizer, learning_rate, set_learning_rate
+from cmvae.training.rank_log import rank_log
 from cmvae.training.state import TrainState
 from cmvae.training.validation import collect_records, evaluation_mode
 
@@ -45,6 +54,10 @@ from cmvae.training.validation import collect_records, evaluation_mode
 TRIAL_BATCHES = 2
 # Samples in a picture of reconstructions.
 PICTURE_SAMPLES = 8
+# Within the folder of the run: what each rank warns of, and where it stands.
+LOGS_NAME = "logs"
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def run_training(
@@ -76,35 +89,59 @@ def run_training(
     set_seed(config.seed + 1 + accelerator.process_index)
 
     state = TrainState()
-    checkpoints = list_checkpoints(config.run_dir / "checkpoints") if resume else []
-    if checkpoints:
-        state = load_checkpoint(accelerator, checkpoints[-1], config, task, average)
-        accelerator.print(f"resumed from {checkpoints[-1]} at epoch {state.epoch}, step {state.step}")
-    if accelerator.is_main_process:
-        if overwrite:
-            shutil.rmtree(config.run_dir, ignore_errors=True)
-        if not checkpoints:
+    checkpoints = config.run_dir / "checkpoints"
+    newest = decide_on_main(accelerator, lambda: find_newest(checkpoints)) if resume else None
+    if newest is not None:
+        state = load_checkpoint(accelerator, newest, config, task, average)
+        accelerator.print(f"resumed from {newest} at epoch {state.epoch}, step {state.step}")
+    resumed = newest is not None
+    decide_on_main(accelerator, lambda: _prepare_run_folder(config, resumed, overwrite))
+    _check_shared(accelerator, config.run_dir)
+    with rank_log(config.run_dir / LOGS_NAME, accelerator.process_index) as log_file:
+        tracker = open_tracker(config, config.run_dir, accelerator.is_main_process, task.name)
+        status: Status = "FAILED"
+        try:
+            trainer = Trainer(config, accelerator, task, module, optimizer, average, state, tracker)
+            with StopRequest.listening() as stop, trainer.heartbeat.watching(log_file):
+                stopped_by = trainer.fit(stop)
+            if stopped_by is None:
+                folder = trainer.export()
+                accelerator.print(f"{folder}: exported. Next: python launch/evaluate.py {config.run_dir}")
+            else:
+                accelerator.print(f"{stopped_by.name}: saved at step {state.step}. Go on with --resume")
+            status = "FINISHED" if stopped_by is None else "KILLED"
+        except torch.OutOfMemoryError as error:
+            raise UserError(out_of_memory_advice(config, zero_stage(accelerator))) from error
+        finally:
+            tracker.end(status)
+            accelerator.end_training()
+    return stopped_by
+
+
+def _prepare_run_folder(config: ExperimentConfig, resumed: bool, overwrite: bool) -> None:
+    if overwrite:
+        _delete_run(config.run_dir)
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        if not resumed:
             # A run that died before its first checkpoint starts again, not on top of its old curves.
             (config.run_dir / RUN_RECORD_NAME).unlink(missing_ok=True)
-        config.run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, config.run_dir / "config.yaml")
+    except OSError as error:
+        raise UserError(f"{config.run_dir}: cannot be written: {error}. Set output_dir=…") from error
 
-    tracker = open_tracker(config, config.run_dir, accelerator.is_main_process, task.name)
-    status: Status = "FAILED"
-    try:
-        trainer = Trainer(config, accelerator, task, module, optimizer, average, state, tracker)
-        with StopRequest.listening() as stop:
-            stopped_by = trainer.fit(stop)
-        if stopped_by is None:
-            folder = trainer.export()
-            accelerator.print(f"{folder}: exported. Next: python launch/evaluate.py {config.run_dir}")
-        else:
-            accelerator.print(f"{stopped_by.name}: saved at step {state.step}. Go on with --resume")
-        status = "FINISHED" if stopped_by is None else "KILLED"
-    finally:
-        tracker.end(status)
-        accelerator.end_training()
-    return stopped_by
+
+def _check_shared(accelerator: Accelerator, run_dir: Path) -> None:
+    sees_it = (run_dir / "config.yaml").is_file()
+    problem = None if sees_it else f"does not see {run_dir}, which rank 0 has made. Set output_dir=… to a "
+    raise_together(accelerator, problem and f"{problem}folder that all machines share", UserError)
+
+
+def _delete_run(run_dir: Path) -> None:
+    # The checkpoints first and at once: what is left of them must not look like something to resume from.
+    if (run_dir / "checkpoints").exists():
+        remove_folder(run_dir / "checkpoints")
+    shutil.rmtree(run_dir, ignore_errors=True)
 
 
 def average_weights(accelerator: Accelerator, module: nn.Module, decay: float | None) -> WeightAverage | None:
@@ -115,8 +152,7 @@ def average_weights(accelerator: Accelerator, module: nn.Module, decay: float | 
     """
     if decay is None:
         return None
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
+    if zero_stage(accelerator) == 3:
         raise UserError(
             "train.ema_decay: under ZeRO-3 no rank has whole weights to average. Launch with "
             "configs/accelerate/zero2.yaml, or set train.ema_decay=null"
@@ -165,11 +201,15 @@ class Trainer:
         self.samples_per_batch = config.train.batch_size * world_size
         self.total_steps = self._count_steps()
         self.meter = Meter()
+        self.heartbeat = Heartbeat(config.run_dir / LOGS_NAME, rank, world_size, config.train.hang_timeout)
+        self.saved_step = state.step
 
     def fit(self, stop: StopRequest) -> signal.Signals | None:
         """Train to the last step, or to a signal; a checkpoint is there in either case."""
         self._collect_records(TRIAL_BATCHES)
-        every, caught, saved_at = self.config.train, None, self.state.step
+        every, caught = self.config.train, None
+        if self._validate_if_due():
+            self._save_if_possible()
         batches = self._batches()
         progress = self._progress_bar()
         while self.state.step < self.total_steps and caught is None:
@@ -180,13 +220,12 @@ class Trainer:
             progress.update(self.samples_per_batch * self.accumulation)
             if _is_due(self.state.step, every.log_every):
                 progress.set_postfix(self._log_curves())
-            if _is_due(self.state.step, every.validate_every) and self.state.step < self.total_steps:
-                with self._final_weights():
-                    self.validate()
-            if _is_due(self.state.step, every.checkpoint_every):
-                saved_at = self._save_checkpoint()
+            # A signal does not wait for a validation: one that is due then follows on resume.
+            is_best = caught is None and self._validate_if_due()
+            if is_best or _is_due(self.state.step, every.checkpoint_every):
+                self._save_if_possible()
         progress.close()
-        if saved_at != self.state.step:
+        if self.saved_step != self.state.step:
             self._save_checkpoint()
         return caught
 
@@ -196,13 +235,17 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         caught = None
         for _ in range(self.accumulation):
+            self.heartbeat.beat("reading a batch")
             asked = time.perf_counter()
             raw = next(batches)
             waited = time.perf_counter() - asked
             batch = to_device(raw, self.task.schemas, self.accelerator.device)
             with self.accelerator.accumulate(self.module):
+                self.heartbeat.beat("in the forward pass")
                 loss, report = self.module(batch)
+                self.heartbeat.beat("waiting for the losses of the other ranks")
                 caught = agree(self.accelerator, loss, report, stop) or caught
+                self.heartbeat.beat("in the backward pass and the update")
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     self._clip_gradients()
@@ -220,10 +263,25 @@ class Trainer:
         if norm is not None and not fp16 and not math.isfinite(norm):
             raise NonFiniteError("the gradient, though the loss is")
 
-    def validate(self) -> None:
-        """Log metrics and pictures of the validation split; on all ranks."""
+    def _validate_if_due(self) -> bool:
+        """Validate between updates, once a step, whatever came between; whether it was the best so far."""
+        state = self.state
+        is_due = _is_due(state.step, self.config.train.validate_every) and state.step < self.total_steps
+        if not is_due or state.validated_step == state.step:
+            return False
+        with self._final_weights():
+            loss = self.validate()
+        state.validated_step = state.step
+        if state.best_loss is not None and loss >= state.best_loss:
+            return False
+        state.best_step, state.best_loss = state.step, loss
+        return True
+
+    def validate(self) -> float:
+        """Log metrics and pictures of the validation split, on all ranks; returns the mean loss."""
         records = self._collect_records()
-        metrics = self.task.validation_metrics(records)
+        loss = float(records["loss"].mean())
+        metrics = {"loss": loss, **self.task.validation_metrics(records)}
         self.tracker.log_metrics(
             {f"validation/{name}": value for name, value in metrics.items()}, self.state.step
         )
@@ -234,6 +292,7 @@ class Trainer:
             pictures = self.task.pictures(batch, PICTURE_SAMPLES, generator)
         for name, figure in pictures.items():
             self.tracker.log_image(figure, name, self.state.step)
+        return loss
 
     def _collect_records(self, max_batches: int | None = None) -> dict[str, np.ndarray]:
         """The report over the validation split, or the first of its batches."""
@@ -241,10 +300,16 @@ class Trainer:
             self.accelerator,
             self.module,
             self.task.schemas,
-            self.validation_loader,
+            self._beating(self.validation_loader, "validating"),
             self.config.seed,
             max_batches,
         )
+
+    def _beating(self, batches: Iterable[dict[str, Any]], activity: str) -> Iterator[dict[str, Any]]:
+        """The same batches, each a sign of life."""
+        for batch in batches:
+            self.heartbeat.beat(activity)
+            yield batch
 
     def export(self) -> Path:
         """Validate a last time and write `export/`; on all ranks."""
@@ -295,10 +360,23 @@ class Trainer:
         self.tracker.log_metrics(curves, self.state.step)
         return {"epoch": f"{self.state.epoch}", self.task.headline: f"{readings[self.task.headline]:.5g}"}
 
-    def _save_checkpoint(self) -> int:
+    def _save_checkpoint(self) -> None:
+        self.heartbeat.beat("writing a checkpoint")
         folder = self.config.run_dir / "checkpoints"
         save_checkpoint(self.accelerator, folder, self.state, self.config, self.task, self.average)
-        return self.state.step
+        self.saved_step = self.state.step
+
+    def _save_if_possible(self) -> None:
+        """Save between updates: a training is worth more than one of its checkpoints."""
+        try:
+            self._save_checkpoint()
+        except CheckpointError as error:
+            _LOGGER.warning(
+                "no checkpoint of step %d: %s. The training goes on; the last checkpoint is that of step %d",
+                self.state.step,
+                error,
+                self.saved_step,
+            )
 
     def _progress_bar(self) -> tqdm:
         samples_per_step = self.samples_per_batch * self.accumulation

@@ -45,5 +45,14 @@ class Meter:
         readings = dict(zip(self._names, means, strict=True))
         readings["samples_per_second"] = self._samples / seconds
         readings["data_wait_share"] = self._waited / seconds
+        if accelerator.device.type == "cuda":
+            readings["gpu_memory_gib"] = self._peak_memory(accelerator)
         self._restart()
         return readings
+
+    @staticmethod
+    def _peak_memory(accelerator: Accelerator) -> float:
+        """GiB that tensors took at most on the fullest of all GPUs; then the peak is forgotten."""
+        peak = torch.tensor([torch.cuda.max_memory_allocated()], device=accelerator.device)
+        torch.cuda.reset_peak_memory_stats()
+        return float(accelerator.gather(peak).max()) / 2**30

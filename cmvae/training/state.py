@@ -15,3 +15,8 @@ class TrainState:
     step: int = 0
     samples: int = 0
     """Samples consumed by all ranks together."""
+    validated_step: int = 0
+    """Step of the last validation between updates."""
+    best_step: int | None = None
+    """Step of the validation with the lowest loss."""
+    best_loss: float | None = None

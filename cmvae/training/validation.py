@@ -47,15 +47,19 @@ def collect_records(
         max_batches: stop early; None reads everything.
 
     Returns:
-        By name (N, ...), the report and `label`, without padding; rank by rank, the same on every rank.
+        By name (N, ...), the report, `label` and the `loss` of each sample's batch, without padding; rank by
+        rank, the same on every rank.
     """
     collected: dict[str, list[np.ndarray]] = {}
     with evaluation_mode(module), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed + accelerator.process_index)
         for raw in itertools.islice(batches, max_batches):
             batch = to_device(raw, schemas, accelerator.device)
-            _, report = module(batch)
-            gathered = accelerator.gather({**report, "label": batch["label"], "valid": batch["valid"]})
+            loss, report = module(batch)
+            valid = batch["valid"]
+            # The loss is a mean over the batch's valid samples: given to each, the split's mean is right.
+            per_sample = {**report, "loss": loss.expand(len(valid))}
+            gathered = accelerator.gather({**per_sample, "label": batch["label"], "valid": valid})
             valid = gathered.pop("valid")
             for name, values in gathered.items():
                 collected.setdefault(name, []).append(values[valid].cpu().numpy())

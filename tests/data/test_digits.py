@@ -103,3 +103,32 @@ def test_a_sample_depends_on_seed_split_and_index_alone(source):
             (other.sample("train", index).values[name] != image).any()
             for name, image in expected.values.items()
         )
+
+
+@pytest.mark.parametrize("share", [0.2, 0.8])
+def test_modalities_are_missing_as_often_as_asked_and_never_all(source, share):
+    sparse = DigitsSource(seed=1, pairings=1, held_out_pairings=3, missing=share)
+    for split in ("train", "validation"):
+        held = np.array(
+            [
+                [name in sparse.sample(split, index).values for name in sparse.modalities]
+                for index in range(sparse.split_sizes[split])
+            ]
+        )
+        assert held.any(axis=1).all()
+        # One comes back where all were drawn: share³ of the samples, evenly over the three.
+        error = 4 * np.sqrt(share * (1 - share) / len(held))
+        assert np.abs(1 - held.mean(axis=0) - (share - share**3 / 3)).max() < error
+        kept = sparse.sample(split, 7).values
+        for name, image in kept.items():
+            np.testing.assert_array_equal(image, source.sample(split, 7).values[name])
+    assert all(len(sparse.sample("test", index).values) == 3 for index in range(100))
+    assert all(schema.optional for schema in sparse.modalities.values())
+    assert not any(schema.optional for schema in source.modalities.values())
+
+
+def test_more_missing_leaves_out_the_same_and_more():
+    few, many = (DigitsSource(pairings=1, missing=share) for share in (0.3, 0.6))
+    for index in range(200):
+        kept = few.sample("train", index).values.keys()
+        assert many.sample("train", index).values.keys() <= kept

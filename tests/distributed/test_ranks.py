@@ -40,11 +40,12 @@ def one_rank(tmp_path_factory, digits_shards):
     return json.loads((folder / "result.json").read_text())
 
 
-def steps_arguments(folder, shards, batch_size, precision="fp32"):
+def steps_arguments(folder, shards, batch_size, precision="fp32", missing="none"):
     return [
         ROOT / "configs/digits.yaml",
         folder,
         STEPS,
+        missing,
         f"data.shards={shards}",
         f"train.batch_size={batch_size}",
         f"train.mixed_precision={precision}",
@@ -68,6 +69,29 @@ def test_two_ranks_give_the_losses_of_one_at_twice_the_batch(
     # The losses fall, so that equal losses mean equal updates.
     assert result["losses"][-1] < result["losses"][0] - 50
     assert result["export_difference"] < 1e-5
+
+
+@pytest.fixture(scope="module")
+def one_rank_with_gaps(tmp_path_factory, digits_shards):
+    """As `one_rank`, half of every batch without m1."""
+    folder = tmp_path_factory.mktemp("gaps")
+    arguments = steps_arguments(folder, digits_shards, batch_size=16, missing="m1")
+    done = run_command([sys.executable, SCRIPT, *arguments], ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("configuration", ["ddp", "zero3"])
+def test_a_modality_that_one_rank_never_sees_hangs_nothing(
+    tmp_path, digits_shards, one_rank, one_rank_with_gaps, configuration
+):
+    """Items 10 and 7 of the design: DDP waits for every gradient, ZeRO-3 for every module."""
+    arguments = steps_arguments(tmp_path, digits_shards, batch_size=8, missing="m1")
+    done = launch(configuration, SCRIPT, *arguments)
+    assert done.returncode == 0, done.stderr
+    losses = json.loads((tmp_path / "result.json").read_text())["losses"]
+    assert losses == pytest.approx(one_rank_with_gaps["losses"], rel=1e-5)
+    assert losses[0] < 0.95 * one_rank["losses"][0], "a missing modality costs nothing"
 
 
 def test_densities_stay_fp32_under_deepspeeds_bf16(tmp_path, digits_shards, one_rank):

@@ -1,9 +1,11 @@
 """Run by test_ranks.py under a launcher: a few updates on one fixed global batch sequence and noise.
 
-    train_steps.py CONFIG OUTPUT STEPS [key=value …]
+    train_steps.py CONFIG OUTPUT STEPS MISSING [key=value …]
 
 Every rank reads the same global batches and draws the same global noise, then takes its own part, so that the
-result must not depend on how many ranks there are. Rank 0 writes the losses and the export to OUTPUT.
+result must not depend on how many ranks there are. The second half of every global batch lacks the modality
+MISSING, if there is one of that name: of two ranks, all that the second one reads. Rank 0 writes the losses
+and the export to OUTPUT.
 """
 
 import json
@@ -24,8 +26,8 @@ from cmvae.training.optimization import build_optimizer
 
 
 def main() -> None:
-    config = load_config(sys.argv[1], sys.argv[4:])
-    output, steps = Path(sys.argv[2]), int(sys.argv[3])
+    config = load_config(sys.argv[1], sys.argv[5:])
+    output, steps, missing = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     accelerator = start_accelerator(config)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     per_rank = config.train.batch_size
@@ -54,6 +56,8 @@ def main() -> None:
     losses = []
     with StopRequest.listening() as stop:
         for raw, _ in zip(loader.epoch_batches(0), range(steps), strict=False):
+            if missing in model.modality_names:
+                raw["mask"][len(raw["mask"]) // 2 :, model.modality_names.index(missing)] = False
             batch = to_device(
                 {name: value[mine] for name, value in raw.items()}, task.schemas, accelerator.device
             )

@@ -203,7 +203,7 @@ def test_sigterm_saves_leaves_and_resumes(experiment_file, tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 128 + signal.SIGTERM
+        assert process.wait(60) == 75
     (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
     reached = int(checkpoint.name.removeprefix("step-"))
     assert reached > 0

@@ -11,6 +11,7 @@ import pytest
 from commands import ROOT, run_tool
 from PIL import Image
 
+from cmvae.config import load_config, read_modalities
 from cmvae.data.schema import ShardIndex
 
 
@@ -97,6 +98,41 @@ def test_inspection_without_verification_only_looks(packed, monkeypatch):
         runpy.run_path(str(ROOT / "tools" / "inspect_shards.py"), run_name="__main__")
     assert end.value.code == 0
     assert sheet.is_file()
+
+
+def test_a_table_becomes_shards_a_config_and_a_sheet_of_every_kind(tmp_path):
+    rows = ["note,x,y,ok,colour,kind"]
+    for n in range(40):
+        note = "" if n % 4 == 0 else f"number {n % 3} is here"
+        rows.append(f"{note},{n},{-n},{n % 2},{('red', 'blue')[n % 2]},{('odd', 'even')[n % 2]}")
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    flags = [
+        "make_shards.py", "table", "t.csv", "--text", "note", "--vector", "place=x,y", "--binary", "ok",
+        "--categorical", "colour", "--label", "kind", "--out", "shards/t", "--config", "configs/t.yaml",
+    ]  # fmt: skip
+    result = run_tool(*flags, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "note is missing in 10 of 40 samples" in result.stderr
+    assert "launch/train.py configs/t.yaml" in result.stdout
+    config = load_config(tmp_path / "configs" / "t.yaml")
+    assert read_modalities(config) == ("note", "place", "ok", "colour")
+    again = run_tool(*flags, folder=tmp_path)
+    assert again.returncode == 2
+    assert "configs/t.yaml: is there already" in again.stderr
+
+    result = run_tool("inspect_shards.py", "shards/t", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines() if line.strip()]
+    assert ["note", "text", "int64", "8", "9", "words"] in lines
+    assert ["colour", "categorical", "int64", "scalar", "2", "categories"] in lines
+    (missing,) = (line[1:] for line in lines if line[0] == "note" and line[1].isdigit())
+    assert sum(map(int, missing)) == 10
+    assert ["odd", "16", "2", "2"] in lines
+    sheet = Image.open(tmp_path / "shards" / "t" / "contact_sheet.png").convert("RGB")
+    # The grey of what is missing, the vectors' bars.
+    colours = {colour: count for count, colour in sheet.getcolors(maxcolors=1 << 20) or []}
+    assert colours[(0xDE, 0xE2, 0xE6)] > 3000
+    assert (0x22, 0x33, 0x3B) in colours
 
 
 def test_inspecting_nothing_says_how_to_pack(tmp_path):

@@ -16,7 +16,7 @@ from cmvae.errors import UserError
 from cmvae.tasks import CMVAETask
 from cmvae.tasks import cmvae as cmvae_task
 from cmvae.training import loop
-from cmvae.training.checkpoint import list_checkpoints
+from cmvae.training.checkpoint_folder import list_checkpoints
 from cmvae.training.loop import run_training
 
 
@@ -51,6 +51,9 @@ def test_a_run_leaves_checkpoints_config_and_an_export(experiment):
         "batch": 6,
         "step": 6,
         "samples": 96,
+        "validated_step": 0,
+        "best_step": None,
+        "best_loss": None,
     }
     assert (config.run_dir / "config.yaml").is_file()
     exported = CMVAE.from_pretrained(config.run_dir / "export")
@@ -86,10 +89,47 @@ def test_stop_and_resume_is_bit_equal(experiment, tmp_path, accumulation):
     train(parts)
     parts = experiment(*settings, f"output_dir={tmp_path / 'parts'}", "train.validate_every=2")
     train(parts, resume=True)
-    assert read_state(list_checkpoints(parts.run_dir / "checkpoints")[-1]) == read_state(
-        list_checkpoints(whole.run_dir / "checkpoints")[-1]
-    )
+    reached = [read_state(list_checkpoints(run.run_dir / "checkpoints")[-1]) for run in (parts, whole)]
+    for counter in ("epoch", "batch", "step", "samples"):
+        assert reached[0][counter] == reached[1][counter]
     assert_equal(final_weights(parts), final_weights(whole))
+
+
+def test_the_best_checkpoint_is_kept_and_survives_a_resume(experiment, monkeypatch):
+    losses = iter([5.0, 3.0, 4.0, 3.5, 9.0, 9.0])
+    original = loop.Trainer.validate
+    monkeypatch.setattr(loop.Trainer, "validate", lambda trainer: (original(trainer), next(losses))[1])
+    often = ["train.validate_every=2", "train.checkpoint_every=1", "train.keep_checkpoints=1"]
+    config = experiment(*often, "train.max_steps=7")
+    folder = config.run_dir / "checkpoints"
+    train(config)
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000004", "step-00000007"]
+    config = experiment(*often, "train.max_steps=9")
+    train(config, resume=True)
+    # The validation after seven steps was that of the export; the one after eight is the fifth.
+    state = read_state(folder / "step-00000009")
+    assert (state["best_step"], state["best_loss"], state["validated_step"]) == (4, 3.0, 8)
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000004", "step-00000009"]
+
+
+def test_a_signal_does_not_wait_for_a_validation_which_follows_on_resume(experiment, monkeypatch):
+    validated = []
+    validate, update = loop.Trainer.validate, loop.Trainer._update
+    monkeypatch.setattr(
+        loop.Trainer, "validate", lambda trainer: (validated.append(trainer.state.step), validate(trainer))[1]
+    )
+
+    def signal_in_third_step(trainer, *arguments):
+        if trainer.state.step == 3 and not validated.count(4):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(trainer, *arguments)
+
+    monkeypatch.setattr(loop.Trainer, "_update", signal_in_third_step)
+    config = experiment("train.validate_every=2")
+    assert train(config) == signal.SIGTERM
+    assert validated == [2]
+    assert train(config, resume=True) is None
+    assert validated == [2, 4, 6]
 
 
 def test_the_same_seed_gives_the_same_run_for_any_number_of_workers(experiment, tmp_path):
@@ -114,7 +154,9 @@ def test_accumulation_equals_one_large_batch(experiment, tmp_path, monkeypatch):
         draw = original(task, 1, device) if not noise else noise["drawn"]
         noise["drawn"] = draw
         return type(draw)(
-            draw.shared.expand(-1, -1, batch_size, -1), draw.private.expand(-1, -1, -1, batch_size, -1)
+            draw.shared.expand(-1, -1, batch_size, -1),
+            draw.private.expand(-1, -1, -1, batch_size, -1),
+            draw.cross_shifts,
         )
 
     original = CMVAETask.draw_noise
@@ -231,8 +273,10 @@ def test_resume_without_a_checkpoint_starts_anew(experiment):
 def test_only_the_newest_checkpoints_are_kept_and_unfinished_ones_do_not_count(experiment):
     config = experiment("train.checkpoint_every=1", "train.keep_checkpoints=2")
     folder = config.run_dir / "checkpoints"
-    (folder / "step-00009999").mkdir(parents=True)
-    train(config)
+    for unfinished in (".step-00009999.partial", ".step-00009998.deleted"):
+        (folder / unfinished).mkdir(parents=True)
+    train(config, resume=True)
+    assert all(path.name.startswith("step-") for path in folder.iterdir())
     assert [path.name for path in list_checkpoints(folder)] == ["step-00000005", "step-00000006"]
 
 

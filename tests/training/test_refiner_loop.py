@@ -15,7 +15,7 @@ from cmvae.exports import WEIGHTS_NAME, weights_sha256
 from cmvae.refiner import Refiner
 from cmvae.tasks.refiner import RefinerTask
 from cmvae.training import loop
-from cmvae.training.checkpoint import list_checkpoints
+from cmvae.training.checkpoint_folder import list_checkpoints
 from cmvae.training.ema import EMA_NAME
 from cmvae.training.loop import average_weights, run_training
 
@@ -182,11 +182,11 @@ def test_a_training_goes_on_with_the_cmvae_that_it_began_with_alone(
 def test_a_checkpoint_without_its_average_is_refused(refiner_experiment):
     train(refiner_experiment("train.max_steps=3"))
     config = refiner_experiment()
-    (config.run_dir / "checkpoints/step-00000003" / EMA_NAME).unlink()
-    with pytest.raises(UserError, match=r"step-00000003/ema\.safetensors: missing"):
-        train(config, resume=True)
     with pytest.raises(UserError, match=r"train\.ema_decay was 0\.9 and is now None"):
         train(refiner_experiment("train.ema_decay=null"), resume=True)
+    (config.run_dir / "checkpoints/step-00000003" / EMA_NAME).unlink()
+    with pytest.raises(UserError, match=r"step-00000003: ema\.safetensors is missing"):
+        train(config, resume=True)
 
 
 def test_a_damaged_average_is_refused(refiner_experiment):
@@ -195,7 +195,7 @@ def test_a_damaged_average_is_refused(refiner_experiment):
     path = config.run_dir / "checkpoints/step-00000003" / EMA_NAME
     whole = load_file(path)
     save_file(dict(list(whole.items())[1:]), path)
-    with pytest.raises(UserError, match=r"step-00000003/ema\.safetensors"):
+    with pytest.raises(UserError, match=r"step-00000003: ema\.safetensors"):
         train(config, resume=True)
 
 

@@ -3,7 +3,14 @@
 Importing this imports no library that is slow to import: the modules import theirs when a source is opened.
 """
 
-from cmvae.data.sources import digits, polymnist
+from cmvae.data.sources import cubicc, digits, digits_mixed, folder, polymnist, table
 from cmvae.data.sources.source import SourceModule
 
-SOURCES: dict[str, SourceModule] = {"digits": digits, "polymnist": polymnist}
+SOURCES: dict[str, SourceModule] = {
+    "digits": digits,
+    "digits_mixed": digits_mixed,
+    "polymnist": polymnist,
+    "cubicc": cubicc,
+    "table": table,
+    "folder": folder,
+}

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import argparse
 import colorsys
+from pathlib import Path
 
 import numpy as np
 
+from cmvae.arguments import share_below_one
 from cmvae.data.schema import ModalitySchema, SplitName
 from cmvae.data.sources.pairing import invert_under, pair_within_classes
 from cmvae.data.sources.source import SPLIT_NUMBERS, Sample, random_stream
 from cmvae.errors import UserError
 
 DESCRIPTION = "scikit-learn's 1,797 digits in three colour modalities of 3×16×16; needs no download"
+CONFIG = Path("configs/digits.yaml")
 
 NUM_MODALITIES = 3
 PALETTE_SIZE = 8
@@ -27,11 +30,24 @@ NOISE_STD = 4.0
 """Standard deviation of the background's noise, in grey levels out of 255."""
 
 # First word of each random stream.
-_SPLIT_STREAM, _PARTNER_STREAM, _BACKGROUND_STREAM = range(3)
+_SPLIT_STREAM, _PARTNER_STREAM, _BACKGROUND_STREAM, _MISSING_STREAM = range(4)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `make_shards.py digits`."""
+    add_pairing_arguments(parser)
+    parser.add_argument(
+        "--missing",
+        type=share_below_one,
+        default=0.0,
+        metavar="SHARE",
+        help="each modality of a train or validation sample is left out with this probability, at least one "
+        "stays; test is complete (default: 0)",
+    )
+
+
+def add_pairing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say how many samples are made of an original."""
     parser.add_argument(
         "--pairings",
         type=int,
@@ -50,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def from_arguments(arguments: argparse.Namespace) -> DigitsSource:
     """The source that the flags describe."""
-    return DigitsSource(arguments.seed, arguments.pairings, arguments.held_out_pairings)
+    return DigitsSource(arguments.seed, arguments.pairings, arguments.held_out_pairings, arguments.missing)
 
 
 def make_palettes() -> np.ndarray:
@@ -76,6 +92,9 @@ class DigitsSource:
         seed: seed of the splits, the partners and the backgrounds.
         pairings: samples made of each train image.
         held_out_pairings: samples made of each validation or test image.
+        missing: probability of each modality of a sample to be left out, in train and validation: clusters
+            are selected on data as complete as what trains, and measured on complete data. Of a sample that
+            would have none one stays, so that the share that is missing is missing − missing³/3.
 
     Raises:
         UserError: a number of pairings is below 1.
@@ -84,7 +103,9 @@ class DigitsSource:
     name = "digits"
     class_names = tuple(str(digit) for digit in range(10))
 
-    def __init__(self, seed: int = 0, pairings: int = 4, held_out_pairings: int = 5) -> None:
+    def __init__(
+        self, seed: int = 0, pairings: int = 4, held_out_pairings: int = 5, missing: float = 0.0
+    ) -> None:
         if min(pairings, held_out_pairings) < 1:
             raise UserError(
                 f"--pairings {pairings}, --held-out-pairings {held_out_pairings}: give at least 1"
@@ -95,18 +116,24 @@ class DigitsSource:
 
         digits = load_digits()
         self.seed = seed
+        self.missing = missing
+        self.grey = digits.images
+        """(1797, 8, 8): the originals, ink between 0 and 16."""
         self.labels = digits.target.astype(np.int64)
         self.masks = (digits.images > INK_THRESHOLD).repeat(2, axis=1).repeat(2, axis=2)
         """(1797, 16, 16) bool: where the ink is."""
         self.palettes = make_palettes()
         self.modalities = {
-            f"m{modality}": ModalitySchema(kind="image", shape=(3, *self.masks.shape[1:]), dtype="uint8")
+            f"m{modality}": ModalitySchema(
+                kind="image", shape=(3, *self.masks.shape[1:]), dtype="uint8", optional=missing > 0
+            )
             for modality in range(NUM_MODALITIES)
         }
         self.settings: dict[str, str | int | float | bool | None] = {
             "source": "sklearn.datasets.load_digits",
             "pairings": pairings,
             "held_out_pairings": held_out_pairings,
+            "missing": missing,
         }
 
         split_seeds = random_stream(seed, _SPLIT_STREAM).integers(2**32, size=2).tolist()
@@ -128,10 +155,11 @@ class DigitsSource:
         self.split_sizes = {split: partners.shape[1] for split, partners in self.partners.items()}
 
     def sample(self, split: SplitName, index: int) -> Sample:
-        """Three images of one class, each on a colour of its modality's palette."""
+        """Three images of one class, each on a colour of its modality's palette, or fewer."""
         images = {}
         underlying = self.partners[split][:, index]
-        for modality, image in enumerate(underlying.tolist()):
+        for modality in self._present(split, index):
+            image = int(underlying[modality])
             rng = random_stream(self.seed, _BACKGROUND_STREAM, SPLIT_NUMBERS[split], modality, index)
             colour = self.palettes[modality, rng.integers(PALETTE_SIZE)]
             mask = self.masks[image]
@@ -139,6 +167,14 @@ class DigitsSource:
             background = noisy.round().clip(0, 255).astype(np.uint8)
             images[f"m{modality}"] = invert_under(background, mask)
         return Sample(images, label=int(self.labels[underlying[0]]))
+
+    def _present(self, split: SplitName, index: int) -> list[int]:
+        """The modalities that a sample has. A larger share leaves out those of a smaller one, and more."""
+        if split == "test":
+            return list(range(NUM_MODALITIES))
+        luck = random_stream(self.seed, _MISSING_STREAM, SPLIT_NUMBERS[split], index).random(NUM_MODALITIES)
+        kept = np.flatnonzero(luck >= self.missing)
+        return kept.tolist() if len(kept) else [int(luck.argmax())]
 
     def _pair(self, split: SplitName, images: np.ndarray, pairings: int) -> np.ndarray:
         rng = random_stream(self.seed, _PARTNER_STREAM, SPLIT_NUMBERS[split])

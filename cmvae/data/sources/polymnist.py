@@ -10,27 +10,22 @@ from __future__ import annotations
 import argparse
 import gzip
 import re
-import shutil
-import urllib.error
-import urllib.request
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from cmvae.data.schema import ModalitySchema, SplitName
+from cmvae.data.sources.download import fetch_and_unpack
 from cmvae.data.sources.pairing import invert_under, pair_within_classes
 from cmvae.data.sources.source import SPLIT_NUMBERS, Sample, Source, random_stream
 from cmvae.errors import UserError
-from cmvae.files import publish_folder
-from cmvae.progress import progress_bar
 
 DESCRIPTION = "PolyMNIST: MNIST digits over photographs, 60,000 samples of five modalities of 3×28×28"
+CONFIG = Path("configs/polymnist.yaml")
 
 RELEASE_URL = "https://polybox.ethz.ch/index.php/s/DvIsHiopIoPnKXI/download"
 IMAGE_SIZE = 28
@@ -300,57 +295,14 @@ def download_release(cache: Path) -> Path:
         The released folder `PolyMNIST`.
 
     Raises:
-        UserError: there is no network, or the archive is damaged; the message says what to put where.
+        UserError: as `fetch_and_unpack`.
     """
-    folder = cache / "PolyMNIST"
-    if folder.is_dir():
-        return folder
-    archive = cache / "PolyMNIST.zip"
-    if not archive.is_file():
-        _fetch(RELEASE_URL, archive)
-    _unpack_release(archive, folder)
-    return folder
 
+    def place(member: str) -> str | None:
+        match = _RELEASED_MEMBER.fullmatch(member)
+        return None if match is None else "/".join(match.groups())
 
-def _fetch(url: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response, part.open("wb") as file:  # noqa: S310 (our own https URL)
-            size = int(response.headers.get("Content-Length", 0)) or None
-            with tqdm.wrapattr(response, "read", total=size, desc=path.name) as body:
-                shutil.copyfileobj(body, file, length=1 << 20)
-    except (urllib.error.URLError, OSError) as error:
-        raise UserError(
-            f"{url}: cannot be downloaded: {error}. Fetch it on a machine with a network, for example with "
-            f"curl -L -o PolyMNIST.zip {url}, put it at {path}, and give the same command again"
-        ) from error
-    if size is not None and part.stat().st_size != size:
-        raise UserError(f"{url}: the connection ended early. Give the same command again")
-    part.replace(path)
-
-
-def _unpack_release(archive: Path, folder: Path) -> None:
-    """Unpack only the members that are images of PolyMNIST, under names made here, not the archive's."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with zipfile.ZipFile(archive) as members:
-            for name in progress_bar(members.namelist(), desc=f"unpack {archive.name}"):
-                match = _RELEASED_MEMBER.fullmatch(name)
-                if match is None:
-                    continue
-                split, modality, file_name = match.groups()
-                target = partial / split / modality / file_name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(members.read(name))
-    except (OSError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{archive}: cannot be unpacked: {error}. Remove it and fetch it again") from error
-    if not partial.is_dir():
-        raise UserError(
-            f"{archive}: holds no PolyMNIST/train/m0/INDEX.DIGIT.png. Remove it and fetch {RELEASE_URL} again"
-        )
-    publish_folder(partial, folder)
+    return fetch_and_unpack(RELEASE_URL, cache / "PolyMNIST.zip", cache / "PolyMNIST", place)
 
 
 def _halve(num_test: int, seed: int) -> Mapping[SplitName, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,8 @@ class Sample:
     """Modality to what is stored of it, see `cmvae.kinds`; without those optional ones that it lacks."""
     label: int | None
     """Number of the class, null where the data has no labels."""
+    key: str | None = None
+    """What it is called in the shards, without dots and slashes; None is the split and its number there."""
 
 
 class Source(Protocol):
@@ -59,7 +62,17 @@ class Source(Protocol):
 class SourceModule(Protocol):
     """What a module in `cmvae.data.sources` offers to `tools/make_shards.py`."""
 
-    DESCRIPTION: str
+    @property
+    def DESCRIPTION(self) -> str:  # noqa: N802 (a constant of the module)
+        """What it is, in a line."""
+
+    @property
+    def CONFIG(self) -> Path | None:  # noqa: N802
+        """The experiment in configs/ that goes with it, if there is one.
+
+        None for people's own data: there a config to start from is made of what was packed, and a flag
+        `--config PATH` says where to.
+        """
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the source's own flags to its sub-command."""

@@ -1,0 +1,114 @@
+"""What a checkpoint says of itself, and whether a run may go on from it; read without torch, in no time."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cmvae.config import ExperimentConfig, flatten
+from cmvae.errors import UserError
+from cmvae.training.checkpoint_folder import list_checkpoints
+from cmvae.training.state import TrainState
+
+STATE_NAME = "state.json"
+
+# What a run may change when it goes on: what it reports, and how long it trains. A CMVAE may move: whether it
+# is the same is told by its hash.
+_CHANGEABLE = re.compile(
+    r"name|output_dir|cmvae|refiner\.sampler\..*|tracking\..*|evaluation\..*"
+    r"|data\.(shards|num_workers|cache_megabytes)"
+    r"|train\.(log_every|validate_every|checkpoint_every|keep_checkpoints|hang_timeout)"
+)
+_LENGTH = re.compile(r"train\.(epochs|max_steps)")
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """`state.json` of a checkpoint."""
+
+    state: TrainState
+    world_size: int
+    """Ranks that wrote it."""
+    zero_stage: int
+    """ZeRO's stage; 0 where every rank has all weights and the whole optimizer."""
+    belongs_to: dict[str, str]
+    """Hashes of what is not trained but must be the same, by name."""
+    settings: dict[str, object]
+    """The experiment, flattened."""
+
+    def write(self, checkpoint: Path) -> None:
+        """Write `state.json` into a checkpoint."""
+        (checkpoint / STATE_NAME).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> CheckpointRecord:
+        """Read the record of a checkpoint.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        path = checkpoint / STATE_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**content | {"state": TrainState(**content["state"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: cannot be read: {error}. Delete this checkpoint") from error
+
+    def check_settings(self, checkpoint: Path, now: Mapping[str, object]) -> None:
+        """Refuse to go on with settings that cannot change within a run.
+
+        Args:
+            checkpoint: where the record is from, for the message.
+            now: the experiment that wants to go on, flattened.
+
+        Raises:
+            UserError: names the first such setting.
+        """
+        schedule = now["optimizer.schedule"]
+        for key in sorted(self.settings.keys() | now.keys()):
+            before = self.settings.get(key)
+            if before == now.get(key) or _CHANGEABLE.fullmatch(key):
+                continue
+            reason = ""
+            if _LENGTH.fullmatch(key):
+                if schedule == "constant":
+                    continue
+                reason = f"; with optimizer.schedule: {schedule} the length decides every learning rate"
+            raise UserError(
+                f"{checkpoint}: {key} was {before!r} and is now {now.get(key)!r}{reason}. Set it back to go "
+                "on, or start a new run with output_dir=…"
+            )
+
+    def check_launch(self, checkpoint: Path, world_size: int) -> None:
+        """Refuse to go on with another number of ranks.
+
+        Raises:
+            UserError: says how to launch.
+        """
+        if self.world_size != world_size:
+            raise UserError(
+                f"{checkpoint}: written with world_size {self.world_size}, but this run has {world_size}. "
+                f"Launch it with --num_processes {self.world_size} as before, or start a new run with "
+                "output_dir=…"
+            )
+
+
+def check_newest(config: ExperimentConfig, world_size: int) -> None:
+    """Refuse in the first second what a resume would refuse after its imports.
+
+    A record that cannot be read is passed over: the checkpoint is damaged, and the one before it counts.
+
+    Raises:
+        UserError: the run cannot go on with this number of ranks, or with these settings.
+    """
+    for checkpoint in reversed(list_checkpoints(config.run_dir / "checkpoints")):
+        try:
+            record = CheckpointRecord.read(checkpoint)
+        except UserError:
+            continue
+        record.check_launch(checkpoint, world_size)
+        record.check_settings(checkpoint, flatten(config))
+        return
