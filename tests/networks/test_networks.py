@@ -166,6 +166,28 @@ def test_cubicc_images_have_the_released_number_of_parameters():
     assert count(decoder) == linear(d_z + d_w, 256 * 2 * 2) + layers
 
 
+@pytest.mark.parametrize("size", [(28, 28), (16, 16), (32, 32)])
+def test_small_images_keep_the_weights_that_older_exports_have(size):
+    encoder, decoder = build("resnet", image(*size), 4)
+    block = {"branch.1.weight", "branch.1.bias", "branch.3.weight", "branch.3.bias"}
+    wider = block | {"shortcut.weight"}
+
+    def under(prefix, names):
+        return {f"{prefix}.{name}" for name in names}
+
+    both = {"weight", "bias"}
+    expected = set()
+    for part in ("shared", "private"):
+        expected |= under(f"{part}_heads.loc", both) | under(f"{part}_heads.raw_scale", both)
+        layers = f"{part}_trunk.layers"
+        expected |= under(f"{layers}.0", both) | under(f"{layers}.1", block)
+        expected |= under(f"{layers}.3", wider) | under(f"{layers}.5", wider)
+    assert encoder.state_dict().keys() == expected
+    expected = under("stem", both) | under("layers.0", wider) | under("layers.2", wider)
+    assert decoder.state_dict().keys() == expected | under("layers.4", block) | under("layers.6", both)
+    assert decoder.stem.out_features == 16 * (size[0] // 4) * (size[1] // 4)
+
+
 @pytest.mark.parametrize("name", ["cubicc", "cub_mini"])
 def test_the_configs_of_the_birds_have_the_published_settings(name):
     config = load_config(ROOT / f"configs/{name}.yaml")
