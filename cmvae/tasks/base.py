@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,6 +49,19 @@ class Task(nn.Module, ABC):
             batch: by modality data (B, *shape), see `cmvae.kinds`; `mask` (B, M), false where a sample
                 lacks a modality; and `valid` (B,), false where a sample only pads the batch.
         """
+
+    def restart(
+        self, step: int, train_batches: Callable[[int], Iterable[Mapping[str, Any]]]
+    ) -> Mapping[nn.Parameter, Tensor]:
+        """Parameters that start anew before the update that follows `step` updates, and their new values.
+
+        Called on all ranks before every update; the first rank's values count. By default none start anew.
+
+        Args:
+            step: number of updates so far.
+            train_batches: reads the first so many samples of the train split, the same on every rank.
+        """
+        return {}
 
     @abstractmethod
     def validation_metrics(self, records: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy.special import entr
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmvae.clustering import clustering_metrics, responsibilities, vote
 from cmvae.config import ObjectiveConfig
@@ -30,6 +30,10 @@ from cmvae.objectives import (
     mixture_log_prob,
 )
 from cmvae.tasks.base import Task
+
+# Of a refit of the clusters: samples that k-means sees, and how often it starts.
+REFIT_SAMPLES = 2000
+REFIT_STARTS = 4
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,32 @@ class CMVAETask(Task):
             "log_weights": log_cluster_weights.expand(len(shared_loc), -1),
             "log_density": log_density,
             "shared_loc": shared_loc,
+        }
+
+    def restart(
+        self, step: int, train_batches: Callable[[int], Iterable[Mapping[str, Any]]]
+    ) -> Mapping[nn.Parameter, Tensor]:
+        """Cluster means at the centres of k-means and uniform weights, at the step that the objective says.
+
+        k-means sees the posterior locations of every modality on its own, as the clusters do.
+        """
+        if step != self.objective.refit_clusters_at:
+            return {}
+        # Takes a second to import.
+        from sklearn.cluster import KMeans
+
+        self.eval()
+        split = encode_split(self.model, train_batches(REFIT_SAMPLES))
+        self.train()
+        prior = self.model.cluster_prior
+        num_clusters = self.model.config.num_clusters
+        centres = KMeans(num_clusters, n_init=REFIT_STARTS, random_state=0).fit(
+            split.shared_loc[split.present]
+        )
+        device = self.model.private_scale.device
+        return {
+            prior.means: torch.from_numpy(centres.cluster_centers_).to(device),
+            prior.logits: torch.zeros(num_clusters, device=device),
         }
 
     def validation_metrics(self, records: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from torch import nn, optim
 from tqdm import tqdm
 
-from cmvae.config import ExperimentConfig, save_config
+from cmvae.config import CMVAEExperiment, ExperimentConfig, save_config
 from cmvae.data.batch import to_device
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
 from cmvae.data.schema import ShardIndex
@@ -45,7 +45,12 @@ from cmvae.training.checkpoint_folder import find_newest
 from cmvae.training.ema import WeightAverage
 from cmvae.training.heartbeat import Heartbeat
 from cmvae.training.meter import Meter
-from cmvae.training.optimization import build_optimizer, learning_rate, set_learning_rate
+from cmvae.training.optimization import (
+    build_optimizer,
+    learning_rate,
+    restart_parameters,
+    set_learning_rate,
+)
 from cmvae.training.rank_log import rank_log
 from cmvae.training.state import TrainState
 from cmvae.training.validation import collect_records, evaluation_mode
@@ -84,6 +89,7 @@ def run_training(
     if task.channels_last and accelerator.distributed_type != DistributedType.DEEPSPEED:
         # DeepSpeed broadcasts and flattens weights as bytes and so needs them in the default layout.
         channels_last(task)
+    _check_refit(accelerator, config)
     module, optimizer = accelerator.prepare(task, build_optimizer(task, config.optimizer))
     average = average_weights(accelerator, module, config.train.ema_decay)
     set_seed(config.seed + 1 + accelerator.process_index)
@@ -135,6 +141,15 @@ def _check_shared(accelerator: Accelerator, run_dir: Path) -> None:
     sees_it = (run_dir / "config.yaml").is_file()
     problem = None if sees_it else f"does not see {run_dir}, which rank 0 has made. Set output_dir=… to a "
     raise_together(accelerator, problem and f"{problem}folder that all machines share", UserError)
+
+
+def _check_refit(accelerator: Accelerator, config: ExperimentConfig) -> None:
+    refits = isinstance(config, CMVAEExperiment) and config.objective.refit_clusters_at is not None
+    if refits and zero_stage(accelerator) == 3:
+        raise UserError(
+            "objective.refit_clusters_at: under ZeRO-3 no rank has whole parameters to set. Launch with "
+            "configs/accelerate/zero2.yaml, or set objective.refit_clusters_at=null"
+        )
 
 
 def _delete_run(run_dir: Path) -> None:
@@ -213,6 +228,7 @@ class Trainer:
         batches = self._batches()
         progress = self._progress_bar()
         while self.state.step < self.total_steps and caught is None:
+            self._restart_if_due()
             caught = self._update(batches, stop)
             if self.average is not None:
                 self.average.update(self.state.step)
@@ -228,6 +244,21 @@ class Trainer:
         if self.saved_step != self.state.step:
             self._save_checkpoint()
         return caught
+
+    def _restart_if_due(self) -> None:
+        """Let parameters start anew where the task says so."""
+        values = self.task.restart(self.state.step, self._first_train_batches)
+        restart_parameters(self.accelerator, self.optimizer, values)
+
+    def _first_train_batches(self, num_samples: int) -> Iterator[dict[str, Any]]:
+        loader = EvaluationLoader(
+            self.config.data.shards,
+            split="train",
+            modalities=self.task.modality_names,
+            batch_size=self.config.evaluation.batch_size,
+            num_samples=num_samples,
+        )
+        return self._beating(loader, "refitting")
 
     def _update(self, batches: Iterator[dict[str, Any]], stop: StopRequest) -> signal.Signals | None:
         """One optimizer update from as many batches as are accumulated."""

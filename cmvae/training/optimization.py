@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast
+from torch import Tensor, nn
 
 from cmvae.config import OptimizerConfig
 
@@ -21,6 +24,37 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.A
         # One kernel for all parameters; the default loops over them in Python on a CPU.
         fused=True,
     )
+
+
+@torch.no_grad()
+def restart_parameters(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, values: Mapping[nn.Parameter, Tensor]
+) -> None:
+    """Give parameters the first rank's values, and let the optimizer forget their past; on all ranks.
+
+    Args:
+        accelerator: the ranks.
+        optimizer: prepared.
+        values: by parameter, which must be whole on this rank: not under ZeRO-3.
+    """
+    for parameter, value in values.items():
+        parameter.copy_(broadcast(value.to(parameter.dtype)))
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            _restart_partitions(parameter)
+            continue
+        for past in optimizer.state[parameter].values():
+            # Adam's count of steps is a scalar, and stays.
+            if isinstance(past, Tensor) and past.ndim:
+                past.zero_()
+
+
+def _restart_partitions(parameter: nn.Parameter) -> None:
+    """DeepSpeed updates parts of a copy of its own: bring that copy and its states in line."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    safe_set_full_fp32_param(parameter, parameter.data)
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        safe_set_full_optimizer_state(parameter, torch.zeros_like(parameter), key)
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:

@@ -11,6 +11,9 @@ from commands import ROOT, run_command
 from safetensors.torch import load_file
 
 from cmvae import CMVAE
+from cmvae.config import load_config
+from cmvae.data.reader import EvaluationLoader
+from cmvae.evaluation.clustering import encode_split
 from cmvae.refiner import Refiner
 
 STEPS = 4
@@ -128,6 +131,30 @@ def test_the_documented_training_runs_and_resumes_on_two_ranks(tmp_path, experim
     )
     assert refused.returncode == 2
     assert "world_size 2, but this run has 1" in refused.stderr
+
+
+@pytest.mark.parametrize("configuration", ["ddp", "zero2"])
+def test_refitted_clusters_reach_the_export_on_two_ranks(tmp_path, experiment_file, configuration):
+    settings = ["train.max_steps=2", "optimizer.learning_rate=1e-9", "objective.refit_clusters_at=1"]
+    train = [ROOT / "launch/train.py", experiment_file, "train.batch_size=8", *settings]
+    done = launch(configuration, *train)
+    assert done.returncode == 0, done.stderr
+    config = load_config(tmp_path / "run/config.yaml")
+    model = CMVAE.from_pretrained(tmp_path / "run/export")
+    loader = EvaluationLoader(
+        config.data.shards, split="train", modalities=model.modality_names, batch_size=64
+    )
+    points = torch.from_numpy(encode_split(model, loader).shared_loc).flatten(0, 1)
+    centres = model.cluster_prior.means.detach()
+    nearest = torch.cdist(points, centres).argmin(1)
+    for cluster, centre in enumerate(centres):
+        torch.testing.assert_close(points[nearest == cluster].mean(0), centre, rtol=0, atol=2e-3)
+
+
+def test_clusters_spread_over_ranks_are_not_refitted(experiment_file):
+    refused = launch("zero3", ROOT / "launch/train.py", experiment_file, "objective.refit_clusters_at=1")
+    assert refused.returncode != 0
+    assert "error: objective.refit_clusters_at: under ZeRO-3 no rank has whole parameters" in refused.stderr
 
 
 @pytest.mark.parametrize("configuration", ["ddp", "zero2"])

@@ -17,7 +17,7 @@ SCHEMA = ModalitySchema(kind="image", shape=(3, 8, 8), dtype="uint8")
 NAMES = ("a", "b", "c")
 
 
-def make_task(autocast_dtype=None, num_samples=2, cross_sources="all"):
+def make_task(autocast_dtype=None, num_samples=2, cross_sources="all", refit_clusters_at=None):
     torch.manual_seed(0)
     config = ModelConfig(
         shared_dim=5,
@@ -26,7 +26,13 @@ def make_task(autocast_dtype=None, num_samples=2, cross_sources="all"):
         modalities={name: ModalityConfig(width=4) for name in NAMES},
     )
     model = CMVAE(config, dict.fromkeys(NAMES, SCHEMA), autocast_dtype)
-    return CMVAETask(model, ObjectiveConfig(num_samples=num_samples, beta=1.5, cross_sources=cross_sources))
+    objective = ObjectiveConfig(
+        num_samples=num_samples,
+        beta=1.5,
+        cross_sources=cross_sources,
+        refit_clusters_at=refit_clusters_at,
+    )
+    return CMVAETask(model, objective)
 
 
 @pytest.fixture
@@ -139,6 +145,27 @@ def test_validation_metrics_know_occupancy_and_agreement():
     assert metrics["clustering/acc"] == metrics["clustering/nmi"] == 1
     assert metrics["bound"] == 0
     assert metrics["log_likelihood/b"] == 2
+
+
+def test_a_refit_is_k_means_of_what_is_there_and_only_when_it_is_due(batch):
+    task = make_task(refit_clusters_at=4)
+    read = {name: (batch[name] * 255).byte() for name in NAMES} | {
+        key: batch[key] for key in ("valid", "label")
+    }
+    read["mask"] = torch.rand(9, 3, generator=torch.Generator().manual_seed(0)) < 0.8
+    read["mask"][:, 0] = True
+    assert task.restart(3, lambda size: [read]) == {}
+    values = task.restart(4, lambda size: [read])
+    assert task.training
+    prior = task.model.cluster_prior
+    assert set(values) == {prior.means, prior.logits}
+    assert (values[prior.logits] == 0).all()
+    task.eval()
+    posteriors = task.model.encode({name: read[name] / 255 for name in NAMES})
+    points = torch.stack([posterior.shared.loc for posterior in posteriors.values()], 1)[read["mask"]]
+    nearest = torch.cdist(points, values[prior.means]).argmin(1)
+    for cluster, centre in enumerate(values[prior.means]):
+        torch.testing.assert_close(points[nearest == cluster].mean(0), centre, rtol=1e-3, atol=1e-4)
 
 
 def test_without_labels_there_is_no_agreement():

@@ -13,6 +13,7 @@ from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
 from cmvae.distributed import NonFiniteError, StopRequest
 from cmvae.errors import UserError
+from cmvae.evaluation.clustering import encode_split
 from cmvae.tasks import CMVAETask
 from cmvae.tasks import cmvae as cmvae_task
 from cmvae.training import loop
@@ -80,9 +81,18 @@ def test_training_lowers_the_loss(experiment, monkeypatch):
     assert sum(bounds[-10:]) / 10 > sum(bounds[:10]) / 10 + 100
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_stop_and_resume_is_bit_equal(experiment, tmp_path, accumulation):
-    settings = ["train.max_steps=8", "train.epochs=null", f"train.gradient_accumulation_steps={accumulation}"]
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "train.gradient_accumulation_steps=1",
+        "train.gradient_accumulation_steps=2",
+        # Between a checkpoint and the update that follows it, and later.
+        "objective.refit_clusters_at=3",
+        "objective.refit_clusters_at=5",
+    ],
+)
+def test_stop_and_resume_is_bit_equal(experiment, tmp_path, setting):
+    settings = ["train.max_steps=8", "train.epochs=null", setting]
     whole = experiment(*settings, f"output_dir={tmp_path / 'whole'}", "train.checkpoint_every=null")
     train(whole)
     parts = experiment(*settings, f"output_dir={tmp_path / 'parts'}", "train.max_steps=3")
@@ -93,6 +103,30 @@ def test_stop_and_resume_is_bit_equal(experiment, tmp_path, accumulation):
     for counter in ("epoch", "batch", "step", "samples"):
         assert reached[0][counter] == reached[1][counter]
     assert_equal(final_weights(parts), final_weights(whole))
+
+
+def test_clusters_are_refitted_at_the_step_that_is_asked_for(experiment, monkeypatch):
+    config = experiment("train.max_steps=3", "objective.refit_clusters_at=2", "optimizer.learning_rate=1e-9")
+    seen = []
+    update = loop.Trainer._update
+
+    def watched(self, *arguments):
+        seen.append(self.task.model.cluster_prior.means.detach().clone())
+        return update(self, *arguments)
+
+    monkeypatch.setattr(loop.Trainer, "_update", watched)
+    train(config)
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-6)
+    assert (seen[2] - seen[1]).abs().max() > 0.01
+    model = CMVAE.from_pretrained(config.run_dir / "export")
+    loader = EvaluationLoader(
+        config.data.shards, split="train", modalities=model.modality_names, batch_size=64
+    )
+    points = torch.from_numpy(encode_split(model, loader).shared_loc).flatten(0, 1)
+    # What k-means is: every centre is the mean of the points that are nearer to it than to any other.
+    nearest = torch.cdist(points, seen[2]).argmin(1)
+    for cluster, centre in enumerate(seen[2]):
+        torch.testing.assert_close(points[nearest == cluster].mean(0), centre, rtol=0, atol=2e-3)
 
 
 def test_the_best_checkpoint_is_kept_and_survives_a_resume(experiment, monkeypatch):

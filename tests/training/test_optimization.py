@@ -4,9 +4,15 @@ import itertools
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from cmvae.config import OptimizerConfig
-from cmvae.training.optimization import build_optimizer, learning_rate, set_learning_rate
+from cmvae.training.optimization import (
+    build_optimizer,
+    learning_rate,
+    restart_parameters,
+    set_learning_rate,
+)
 
 
 def test_constant_rate_after_a_linear_warm_up():
@@ -21,6 +27,23 @@ def test_cosine_falls_to_zero_at_the_end():
     assert rates[7] == pytest.approx(1.0)
     assert rates[12] == pytest.approx(0.0)
     assert all(earlier > later for earlier, later in itertools.pairwise(rates[2:]))
+
+
+def test_what_starts_anew_has_no_past_and_the_rest_keeps_its_own():
+    module = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(module, OptimizerConfig())
+    for _ in range(3):
+        module(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+    kept = {key: value.clone() for key, value in optimizer.state[module.bias].items()}
+    bias = module.bias.detach().clone()
+    restart_parameters(Accelerator(cpu=True), optimizer, {module.weight: torch.full((2, 3), 7.0)})
+    assert (module.weight == 7).all()
+    past = optimizer.state[module.weight]
+    assert all((past[key] == 0).all() for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+    assert past["step"] == 3
+    assert torch.equal(module.bias, bias)
+    assert all(torch.equal(value, kept[key]) for key, value in optimizer.state[module.bias].items())
 
 
 def test_adam_takes_the_settings_and_frozen_parameters_stay_out():
