@@ -113,13 +113,15 @@ def test_the_documented_training_runs_and_resumes_on_two_ranks(tmp_path, experim
     stopped = launch(configuration, *train, "train.max_steps=3")
     assert stopped.returncode == 0, stopped.stderr
     run = tmp_path / "run"
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
+    # The first validation is the best so far.
+    saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert saved == ["step-00000002", "step-00000003"]
     shutil.rmtree(run / "export")
     done = launch(configuration, *train, "--resume")
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
     state = json.loads((run / "checkpoints/step-00000006/state.json").read_text())
-    assert state["state"] == {"epoch": 0, "batch": 6, "step": 6, "samples": 96}
+    assert state["state"].items() >= {"epoch": 0, "batch": 6, "step": 6, "samples": 96}.items()
     assert state["world_size"] == 2
     exported = CMVAE.from_pretrained(run / "export")
     assert all(weight.isfinite().all() for weight in exported.parameters())

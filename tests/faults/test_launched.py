@@ -55,10 +55,11 @@ def test_torchrun_restarts_ranks_that_go_on_by_themselves(tmp_path, experiment_f
     assert whole.returncode == 0, whole.stderr
     with socket.socket() as chosen:
         chosen.bind(("127.0.0.1", 0))
-        # With port 0 the ranks that are restarted do not find each other.
+        # With the store of the first start, restarted ranks look for those that are gone.
         port = chosen.getsockname()[1]
-    restarting = {"port": port, "options": ["--max_restarts=1"]}
-    done = run_command(launch(FAULTS, "die", TRAIN, experiment_file, *settings, **restarting), ROOT)
+    restarting = {"port": port, "options": ["--max_restarts=1", "--rdzv_backend=c10d"]}
+    command = launch(FAULTS, "die", TRAIN, experiment_file, *settings, **restarting)
+    done = run_command(command, ROOT, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
     assert_equal_weights(weights(tmp_path / "run", 6), weights(tmp_path / "whole", 6))
@@ -133,6 +134,7 @@ def test_another_number_of_ranks_or_setting_is_refused_before_torch_is_imported(
         assert not [line for line in done.stderr.splitlines() if line.endswith(" torch")]
 
 
+@pytest.mark.faults
 def test_a_restarted_worker_resumes_and_does_not_overwrite(tmp_path, experiment_file):
     train = [sys.executable, TRAIN, experiment_file]
     assert run_command([*train, "train.max_steps=3"], ROOT).returncode == 0
