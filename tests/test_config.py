@@ -54,7 +54,7 @@ def test_overrides_change_one_key_and_share_no_anchor():
     assert config.train.batch_size == 32
     assert not config.tracking.enabled
     # m0 to m2 are one YAML anchor; only m0 may change.
-    assert [modality.width for modality in config.model.modalities.values()] == [4, 8, 8]
+    assert [modality.width for modality in config.model.modalities.values()] == [4, 16, 16]
 
 
 def test_a_saved_config_reads_back_equal(tmp_path):

@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from torch import nn, optim
 from tqdm import tqdm
 
-from cmvae.config import CMVAEExperiment, ExperimentConfig, save_config
+from cmvae.config import ExperimentConfig, save_config
 from cmvae.data.batch import to_device
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
 from cmvae.data.schema import ShardIndex
@@ -89,7 +89,6 @@ def run_training(
     if task.channels_last and accelerator.distributed_type != DistributedType.DEEPSPEED:
         # DeepSpeed broadcasts and flattens weights as bytes and so needs them in the default layout.
         channels_last(task)
-    _check_refit(accelerator, config)
     module, optimizer = accelerator.prepare(task, build_optimizer(task, config.optimizer))
     average = average_weights(accelerator, module, config.train.ema_decay)
     set_seed(config.seed + 1 + accelerator.process_index)
@@ -141,15 +140,6 @@ def _check_shared(accelerator: Accelerator, run_dir: Path) -> None:
     sees_it = (run_dir / "config.yaml").is_file()
     problem = None if sees_it else f"does not see {run_dir}, which rank 0 has made. Set output_dir=… to a "
     raise_together(accelerator, problem and f"{problem}folder that all machines share", UserError)
-
-
-def _check_refit(accelerator: Accelerator, config: ExperimentConfig) -> None:
-    refits = isinstance(config, CMVAEExperiment) and config.objective.refit_clusters_at is not None
-    if refits and zero_stage(accelerator) == 3:
-        raise UserError(
-            "objective.refit_clusters_at: under ZeRO-3 no rank has whole parameters to set. Launch with "
-            "configs/accelerate/zero2.yaml, or set objective.refit_clusters_at=null"
-        )
 
 
 def _delete_run(run_dir: Path) -> None:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from cmvae.config import OptimizerConfig
 
+# What torch's Adam with amsgrad remembers of a parameter, besides the number of steps.
+_ADAM_STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Adam:
     """Adam over all parameters that require a gradient."""
@@ -35,26 +38,36 @@ def restart_parameters(
     Args:
         accelerator: the ranks.
         optimizer: prepared.
-        values: by parameter, which must be whole on this rank: not under ZeRO-3.
+        values: by parameter.
     """
     for parameter, value in values.items():
-        parameter.copy_(broadcast(value.to(parameter.dtype)))
+        value = broadcast(value.to(parameter.dtype))
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            _restart_partitions(parameter)
+            _restart_under_deepspeed(parameter, value)
             continue
+        parameter.copy_(value)
         for past in optimizer.state[parameter].values():
             # Adam's count of steps is a scalar, and stays.
             if isinstance(past, Tensor) and past.ndim:
                 past.zero_()
 
 
-def _restart_partitions(parameter: nn.Parameter) -> None:
-    """DeepSpeed updates parts of a copy of its own: bring that copy and its states in line."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+def _restart_under_deepspeed(parameter: nn.Parameter, value: Tensor) -> None:
+    """DeepSpeed updates parts of a copy of its own: set that copy and its states, too."""
+    from deepspeed import utils, zero
 
-    safe_set_full_fp32_param(parameter, parameter.data)
-    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-        safe_set_full_optimizer_state(parameter, torch.zeros_like(parameter), key)
+    if hasattr(parameter, "ds_id"):  # ZeRO-3: a part of the parameter on each rank
+        with zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+        part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        utils.safe_set_local_fp32_param(parameter, part)
+        for key in _ADAM_STATES:
+            utils.safe_set_local_optimizer_state(parameter, torch.zeros_like(part), key)
+    else:
+        parameter.copy_(value)
+        utils.safe_set_full_fp32_param(parameter, value)
+        for key in _ADAM_STATES:
+            utils.safe_set_full_optimizer_state(parameter, torch.zeros_like(value), key)
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
