@@ -64,7 +64,7 @@ cubicc: $(VENV)/installed
 	$(BIN)/python launch/evaluate.py runs/cubicc
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # What kills, hangs and cuts trainings: a part of it, the quick ones, is in `make test`.
 test-faults: $(VENV)/installed-dev
