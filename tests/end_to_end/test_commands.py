@@ -45,6 +45,7 @@ def demo(tmp_path_factory):
             "REFINER_ARGS=train.max_steps=20 evaluation.num_generated=100 refiner.sampler.num_steps=2",
         ],
         copy,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return copy, done
