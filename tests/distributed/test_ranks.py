@@ -135,7 +135,7 @@ def test_the_documented_training_runs_and_resumes_on_two_ranks(tmp_path, experim
     assert "world_size 2, but this run has 1" in refused.stderr
 
 
-@pytest.mark.parametrize("configuration", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("configuration", ["zero2", "zero3"])
 def test_refitted_clusters_reach_the_export_on_two_ranks(tmp_path, experiment_file, configuration):
     settings = ["train.max_steps=2", "optimizer.learning_rate=1e-9", "objective.refit_clusters_at=1"]
     train = [ROOT / "launch/train.py", experiment_file, "train.batch_size=8", *settings]
