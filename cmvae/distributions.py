@@ -72,7 +72,7 @@ class Normal(LocationScale):
         """Log-density in nats, summed over the last `event_dims` axes."""
         standardised = (value - self.loc) / self.scale
         density = -0.5 * standardised.square() - self.scale.log() - 0.5 * math.log(2 * math.pi)
-        return _sum_last(density, event_dims)
+        return sum_event_axes(density, event_dims)
 
 
 class Laplace(LocationScale):
@@ -96,10 +96,11 @@ class Laplace(LocationScale):
     def log_prob(self, value: Tensor, event_dims: int = 1) -> Tensor:
         """Log-density in nats, summed over the last `event_dims` axes."""
         density = -(value - self.loc).abs() / self.scale - (2 * self.scale).log()
-        return _sum_last(density, event_dims)
+        return sum_event_axes(density, event_dims)
 
 
-def _sum_last(density: Tensor, event_dims: int) -> Tensor:
+def sum_event_axes(density: Tensor, event_dims: int) -> Tensor:
+    """The sum over the last `event_dims` axes, which may be none."""
     return density.flatten(-event_dims).sum(-1) if event_dims else density
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmvae.distributions import LocationScale
+from cmvae.distributions import LocationScale, sum_event_axes
 from cmvae.likelihoods import Likelihood
 
 
@@ -77,9 +77,7 @@ def data_log_prob(likelihood: Likelihood, scale: float, x: Tensor, parameters: T
     Returns:
         The leading axes of `parameters`, B included.
     """
-    density = likelihood.log_prob(x, parameters, scale)
-    event_dims = x.ndim - 1
-    return density.flatten(-event_dims).sum(-1) if event_dims else density
+    return sum_event_axes(likelihood.log_prob(x, parameters, scale), event_dims=x.ndim - 1)
 
 
 def log_weights(terms: LogWeightTerms, likelihood_weights: Mapping[str, float], beta: float) -> Tensor:
