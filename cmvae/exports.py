@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cmvae.errors import UserError
-from cmvae.files import whole_folder
+from cmvae.files import sha256_of, whole_folder
 
 WEIGHTS_NAME = "model.safetensors"
 EXPORT_CONFIG_NAME = "config.yaml"
@@ -90,4 +89,4 @@ def weights_sha256(folder: Path) -> str:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise UserError(f"{path}: missing, so {folder} is no export. Train the run to its end")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return sha256_of(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a ch
 
 from cmvae.data.schema import ShardIndex, ShardSchema
 from cmvae.errors import UserError
+from cmvae.files import sha256_of
 
 SHEET_COLUMNS = 12
 _CELL, _LABELS = 1.1, 1.4
@@ -125,13 +125,10 @@ def check_sum(folder: Path, shard: ShardSchema) -> None:
         UserError: it differs.
     """
     path = folder / shard.name
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != shard.sha256:
+    found = sha256_of(path)
+    if found != shard.sha256:
         raise UserError(
-            f"{path}: its SHA-256 is {digest.hexdigest()}, its index says {shard.sha256}. The shard was "
+            f"{path}: its SHA-256 is {found}, its index says {shard.sha256}. The shard was "
             "changed or damaged: pack the data set again with tools/make_shards.py"
         )
 
