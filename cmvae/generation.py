@@ -247,16 +247,11 @@ def write_generated(
             for name in modalities:
                 _start_modality(partial, name, schemas[name])
             for batch in generated:
-                for name in modalities:
-                    _write_values(
-                        partial,
-                        name,
-                        schemas[name],
-                        batch.names,
-                        as_stored(batch.values[name], schemas[name]),
-                    )
+                made = {name: as_stored(batch.values[name], schemas[name]) for name in modalities}
+                for name, values in made.items():
+                    _write_values(partial, name, schemas[name], batch.names, values)
                 shown = rows.setdefault(batch.group, [])
-                shown += _first_samples(batch, modalities, schemas, _GRID_ROWS * _GRID_COLUMNS - len(shown))
+                shown += _first_samples(batch, made, schemas, _GRID_ROWS * _GRID_COLUMNS - len(shown))
                 num_samples += len(batch.names)
             _draw_grid(partial / GRID_NAME, rows, schemas)
             text = json.dumps({**record, "num_samples": num_samples}, indent=2, ensure_ascii=False)
@@ -302,12 +297,14 @@ _Shown = Mapping[str, tuple[str, np.ndarray | None]]
 
 
 def _first_samples(
-    batch: Generated, modalities: Sequence[str], schemas: Mapping[str, ModalitySchema], limit: int
+    batch: Generated, made: Mapping[str, np.ndarray], schemas: Mapping[str, ModalitySchema], limit: int
 ) -> list[_Shown]:
-    """The first samples of a batch: what was given beside what was made."""
+    """The first samples of a batch: what was given beside what was made, as stored by modality."""
+    if limit <= 0:
+        return []
     blocks = {f"given {name}": (name, as_stored(x, schemas[name])) for name, x in batch.given.items()}
-    for name in modalities:
-        blocks[f"→ {name}" if batch.given else name] = (name, as_stored(batch.values[name], schemas[name]))
+    for name, values in made.items():
+        blocks[f"→ {name}" if batch.given else name] = (name, values)
     lacking = {f"given {name}": (~there).tolist() for name, there in batch.present.items()}
     return [
         {
