@@ -119,22 +119,23 @@ class CMVAETask(Task):
             evaluation mode also `log_weights` (B, C), `log_density` (B, M, C) of the clusters and
             `shared_loc` (B, M, D_z), at the locations of the posteriors, and `present` (B, M).
         """
+        mask = batch["mask"]
         inputs = {name: batch[name] for name in self.model.modality_names}
         if self.training:
-            columns = batch["mask"].unbind(1)
-            inputs = {
-                name: fill_missing(x, mask) for (name, x), mask in zip(inputs.items(), columns, strict=True)
-            }
+            for place, (name, x) in enumerate(inputs.items()):
+                if self.model.schemas[name].optional:
+                    inputs[name] = fill_missing(x, mask[:, place])
         # A sample may have modalities, but none of this model's: it counts for nothing, and must stay finite.
-        valid = batch["valid"] & batch["mask"].any(1)
-        present = (batch["mask"] | ~batch["mask"].any(1, keepdim=True)).T  # (M, B)
+        counted = mask.any(1)
+        valid = batch["valid"] & counted
+        present = (mask | ~counted[:, None]).T  # (M, B)
         # Whatever precision a launcher switched on around this call is for networks, never for densities.
         with torch.autocast(valid.device.type, enabled=False):
             posteriors = self.model.encode(inputs)
             noise = self.draw_noise(len(valid), valid.device)
             bound, report = self._bound(inputs, posteriors, present, noise)
             if not self.training:
-                report |= {**self._cluster_report(posteriors), "present": batch["mask"]}
+                report |= {**self._cluster_report(posteriors), "present": mask}
             loss = -(bound * valid).sum() / valid.sum().clamp(min=1)
         return loss, report
 

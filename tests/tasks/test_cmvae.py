@@ -192,7 +192,7 @@ def test_batch_norm_sees_texts_that_are_there_only():
     vocabulary = (*SPECIAL_TOKENS, "red", "green", "blue")
     schemas = {
         "a": SCHEMA,
-        "text": ModalitySchema(kind="text", shape=(8,), dtype="int64", categories=vocabulary),
+        "text": ModalitySchema(kind="text", shape=(8,), dtype="int64", categories=vocabulary, optional=True),
     }
     config = ModelConfig(
         shared_dim=3, private_dim=2, modalities={name: ModalityConfig(width=4) for name in schemas}
