@@ -37,7 +37,7 @@ _LOGGER = logging.getLogger(__name__)
 NUM_FEATURES = 32
 """F. Small, so that a Gaussian can be fitted to the features of some hundred test images."""
 MIN_ACCURACY, GOOD_ACCURACY = 0.80, 0.95
-"""On real test images: below the first a classifier is not used, below the second it is with a warning."""
+"""On real test data: below the first a classifier is not used, below the second it is with a warning."""
 DEFAULT_WIDTH = 16
 
 # The last feature map is flattened, so it must be small whatever the images' size is.

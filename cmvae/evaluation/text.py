@@ -21,6 +21,7 @@ from cmvae.clustering import IntArray
 from cmvae.data.batch import as_stored
 from cmvae.data.schema import ModalitySchema
 from cmvae.errors import UserError
+from cmvae.evaluation.classifiers import MIN_ACCURACY
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.generations import Pair, generate_pairs
 from cmvae.evaluation.result import GroupResult
@@ -35,8 +36,6 @@ COLOURS = frozenset(
     {"black", "white", "red", "green", "yellow", "blue", "brown", "orange", "pink", "purple", "grey", "gray"}
 )
 """The basic colour terms of English (Berlin & Kay, 1969), with both spellings of grey."""
-MIN_ACCURACY = 0.80
-"""On real texts: as of images, below it a classifier is not used."""
 _MAX_BLEU_ORDER = 4
 _MAX_ITERATIONS = 1000
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cmvae.kinds.kind import ArrayKind, column_names
+from cmvae.kinds.kind import ColumnsKind, column_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,21 +15,12 @@ if TYPE_CHECKING:
     from cmvae.data.schema import ModalitySchema
 
 
-class Binary(ArrayKind):
+class Binary(ColumnsKind):
     """(dimensions,) uint8, 0 or 1; as data fp32."""
 
     name = "binary"
     dtype = "uint8"
     likelihoods = ("bernoulli",)
-    network = "mlp"
-    metrics = frozenset({"prediction"})
-
-    def check(self, schema: ModalitySchema) -> None:
-        """As `Kind.check`."""
-        if len(schema.shape) != 1 or schema.shape[0] < 1:
-            raise ValueError(f"shape {schema.shape} is no (dimensions,)")
-        if schema.columns is not None and len(schema.columns) != schema.shape[0]:
-            raise ValueError(f"columns: must have one entry for each of the {schema.shape[0]} dimensions")
 
     def check_values(self, stored: np.ndarray, schema: ModalitySchema) -> None:
         """As `ArrayKind.check_values`."""
@@ -52,11 +43,3 @@ class Binary(ArrayKind):
         """As `Kind.to_text`: the columns that are set."""
         columns = column_names(schema)
         return ", ".join(columns[place] for place in np.flatnonzero(stored)) or "none"
-
-    def table_columns(self, schema: ModalitySchema) -> tuple[str, ...]:
-        """As `Kind.table_columns`: one a dimension."""
-        return column_names(schema)
-
-    def table_cells(self, stored: np.ndarray, schema: ModalitySchema) -> tuple[str, ...]:
-        """As `Kind.table_cells`."""
-        return tuple(str(value) for value in stored)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -132,3 +133,35 @@ class ArrayKind(Kind):
         """
         if schema.categories is not None and (stored.min() < 0 or stored.max() >= len(schema.categories)):
             raise ValueError(f"{stored.min()}..{stored.max()}, its index has {len(schema.categories)} names")
+
+
+class ColumnsKind(ArrayKind):
+    """A kind of several named numbers, one a column of a table."""
+
+    network = "mlp"
+    metrics = frozenset({"prediction"})
+
+    def check(self, schema: ModalitySchema) -> None:
+        """As `Kind.check`."""
+        if len(schema.shape) != 1 or schema.shape[0] < 1:
+            raise ValueError(f"shape {schema.shape} is no (dimensions,)")
+        check_lengths(schema, columns=schema.columns)
+
+    def table_columns(self, schema: ModalitySchema) -> tuple[str, ...]:
+        """As `Kind.table_columns`: one a dimension."""
+        return column_names(schema)
+
+    def table_cells(self, stored: np.ndarray, schema: ModalitySchema) -> tuple[str, ...]:
+        """As `Kind.table_cells`."""
+        return tuple(str(value) for value in stored)
+
+
+def check_lengths(schema: ModalitySchema, **entries: Sequence[object] | None) -> None:
+    """Refuse what has not one entry a dimension, where it is given.
+
+    Raises:
+        ValueError: with the key.
+    """
+    for key, values in entries.items():
+        if values is not None and len(values) != schema.shape[0]:
+            raise ValueError(f"{key}: must have one entry for each of the {schema.shape[0]} dimensions")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cmvae.kinds.kind import ArrayKind, column_names
+from cmvae.kinds.kind import ColumnsKind, check_lengths, column_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,24 +15,19 @@ if TYPE_CHECKING:
     from cmvae.data.schema import ModalitySchema
 
 
-class Vector(ArrayKind):
+class Vector(ColumnsKind):
     """(dimensions,) float32 in the units of the data; as data fp32 with mean 0 and deviation 1 on train."""
 
     name = "vector"
     dtype = "float32"
     likelihoods = ("normal", "laplace")
-    network = "mlp"
-    metrics = frozenset({"prediction"})
 
     def check(self, schema: ModalitySchema) -> None:
         """As `Kind.check`."""
-        if len(schema.shape) != 1 or schema.shape[0] < 1:
-            raise ValueError(f"shape {schema.shape} is no (dimensions,)")
+        super().check(schema)
         if schema.mean is None or schema.std is None:
             raise ValueError("mean and std: a vector is standardised, so that it needs both")
-        for key, values in (("mean", schema.mean), ("std", schema.std), ("columns", schema.columns)):
-            if values is not None and len(values) != schema.shape[0]:
-                raise ValueError(f"{key}: must have one entry for each of the {schema.shape[0]} dimensions")
+        check_lengths(schema, mean=schema.mean, std=schema.std)
         if not np.isfinite([*schema.mean, *schema.std]).all() or min(schema.std) <= 0:
             raise ValueError("mean and std: must be finite numbers, std above 0")
 
@@ -60,11 +55,3 @@ class Vector(ArrayKind):
         """As `Kind.to_text`."""
         named = zip(column_names(schema), stored, strict=True)
         return ", ".join(f"{column}: {value:.4g}" for column, value in named)
-
-    def table_columns(self, schema: ModalitySchema) -> tuple[str, ...]:
-        """As `Kind.table_columns`: one a dimension."""
-        return column_names(schema)
-
-    def table_cells(self, stored: np.ndarray, schema: ModalitySchema) -> tuple[str, ...]:
-        """As `Kind.table_cells`."""
-        return tuple(str(value) for value in stored)
