@@ -82,6 +82,13 @@ class Soak:
         sums: dict[str, str] = json.loads(manifest.read_text(encoding="utf-8"))
         return {file: checksum for file, checksum in sums.items() if file != STATE_NAME}
 
+    def differences(self, name: str, other: str) -> list[str]:
+        """Files of the last checkpoint of `other` that `name` has not, or has otherwise."""
+        found = self.outcome(name)
+        return [
+            f"{name}: {file}" for file, checksum in self.outcome(other).items() if found.get(file) != checksum
+        ]
+
 
 def _train(config_file: str, settings: list[str], log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -107,8 +114,7 @@ def soak(trial: Soak, kills: int, moments: random.Random) -> tuple[int, list[str
     began = time.monotonic()
     trial.finish("undisturbed")
     seconds = time.monotonic() - began
-    expected = trial.outcome("undisturbed")
-    print(f"undisturbed: {seconds:.1f} s; compared: {', '.join(sorted(expected))}")
+    print(f"undisturbed: {seconds:.1f} s; compared: {', '.join(sorted(trial.outcome('undisturbed')))}")
 
     differences: list[str] = []
     ended = killed = 0
@@ -124,15 +130,12 @@ def soak(trial: Soak, kills: int, moments: random.Random) -> tuple[int, list[str
                 progress.update()
                 continue
             trial.check(process)
-            found = trial.outcome(name)
-            differences += [f"{name}: {file}" for file in expected if found.get(file) != expected[file]]
+            differences += trial.differences(name, "undisturbed")
             ended += 1
     # The last one was killed, too, and has to show how it ends.
     name = f"killed-{ended}"
     trial.finish(name)
-    found = trial.outcome(name)
-    differences += [f"{name}: {file}" for file in expected if found.get(file) != expected[file]]
-    return ended + 1, differences
+    return ended + 1, differences + trial.differences(name, "undisturbed")
 
 
 def main() -> int:

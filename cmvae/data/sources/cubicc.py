@@ -20,9 +20,9 @@ import numpy as np
 
 from cmvae.data.schema import ModalitySchema, SplitName
 from cmvae.data.sources.columns import ColumnSource, ImageColumn, TextColumn
-from cmvae.data.sources.download import fetch_and_unpack
+from cmvae.data.sources.download import add_download_arguments, fetch_and_unpack
 from cmvae.data.sources.source import random_stream
-from cmvae.data.sources.splits import Splits, draw_splits, fractions
+from cmvae.data.sources.splits import Splits, draw_splits, fractions, fractions_text
 from cmvae.errors import UserError
 from cmvae.kinds.text import EOS, PAD, SPECIAL_TOKENS, UNKNOWN
 
@@ -78,9 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     origin.add_argument(
         "--released", type=Path, metavar="FOLDER", help="the released folder: images.pt, captions.pt, …"
     )
-    origin.add_argument(
-        "--download", action="store_true", help="fetch the released archive into --cache and read that"
-    )
+    add_download_arguments(parser, origin, Path("data/cubicc"))
     origin.add_argument(
         "--cub",
         type=Path,
@@ -102,13 +100,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=(0.7, 0.15, 0.15),
         metavar="TRAIN,VALIDATION,TEST",
         help="shares of the images of every subspecies; the release has its own (default: 0.7,0.15,0.15)",
-    )
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        default=Path("data/cubicc"),
-        metavar="FOLDER",
-        help="where downloads are kept (default: data/cubicc)",
     )
 
 
@@ -351,7 +342,7 @@ class _CaptionRows:
                     self.image_of_row.tolist(), self._number_of_row.tolist(), strict=True
                 )
             ],
-            settings={**settings, "fractions": ",".join(f"{share:g}" for share in shares)},
+            settings={**settings, "fractions": fractions_text(shares)},
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import urllib.error
 import urllib.request
@@ -15,6 +16,22 @@ from tqdm import tqdm
 from cmvae.errors import UserError
 from cmvae.files import publish_folder
 from cmvae.progress import progress_bar
+
+
+def add_download_arguments(
+    parser: argparse.ArgumentParser, origin: argparse._MutuallyExclusiveGroup, cache: Path
+) -> None:
+    """`--download`, one of the origins that exclude each other, and `--cache`, where that is kept."""
+    origin.add_argument(
+        "--download", action="store_true", help="fetch the released archive into --cache and read that"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=cache,
+        metavar="FOLDER",
+        help=f"where downloads are kept (default: {cache})",
+    )
 
 
 def fetch_and_unpack(url: str, archive: Path, folder: Path, place: Callable[[str], str | None]) -> Path:

@@ -22,7 +22,7 @@ from cmvae.data.sources.columns import (
 )
 from cmvae.data.sources.own_data import add_shared_arguments, check_columns, check_keys, make_name
 from cmvae.data.sources.source import random_stream
-from cmvae.data.sources.splits import draw_splits
+from cmvae.data.sources.splits import draw_splits, fractions_text
 from cmvae.data.sources.table import read_table
 from cmvae.errors import UserError
 
@@ -85,7 +85,7 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
         settings={
             "source": "folder",
             "folder": str(folder),
-            "fractions": ",".join(f"{share:g}" for share in arguments.fractions),
+            "fractions": fractions_text(arguments.fractions),
         },
     )
 

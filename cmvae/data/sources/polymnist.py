@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from cmvae.data.schema import ModalitySchema, SplitName
-from cmvae.data.sources.download import fetch_and_unpack
+from cmvae.data.sources.download import add_download_arguments, fetch_and_unpack
 from cmvae.data.sources.pairing import invert_under, pair_within_classes
 from cmvae.data.sources.source import SPLIT_NUMBERS, Sample, Source, random_stream
 from cmvae.errors import UserError
@@ -59,22 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     origin.add_argument(
         "--released", type=Path, metavar="FOLDER", help="the released folder PolyMNIST/{train,test}/m{0..4}"
     )
-    origin.add_argument(
-        "--download", action="store_true", help="fetch the released archive into --cache and read that"
-    )
+    add_download_arguments(parser, origin, Path("data/polymnist"))
     parser.add_argument(
         "--mnist",
         type=Path,
         metavar="PATH",
         help="with --backgrounds: mnist.npz, or the folder of the four idx files, plain or .gz "
         "(default: torchvision's download into --cache)",
-    )
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        default=Path("data/polymnist"),
-        metavar="FOLDER",
-        help="where downloads are kept (default: data/polymnist)",
     )
 
 

@@ -26,6 +26,11 @@ def fractions(text: str) -> tuple[float, float, float]:
     return train, validation, test
 
 
+def fractions_text(shares: tuple[float, float, float]) -> str:
+    """What `fractions` reads."""
+    return ",".join(f"{share:g}" for share in shares)
+
+
 def draw_splits(
     groups: np.ndarray,
     shares: tuple[float, float, float],

@@ -35,7 +35,7 @@ from cmvae.data.sources.own_data import (
     read_split,
 )
 from cmvae.data.sources.source import random_stream
-from cmvae.data.sources.splits import Splits, draw_splits
+from cmvae.data.sources.splits import Splits, draw_splits, fractions_text
 from cmvae.errors import UserError
 
 DESCRIPTION = "your own table, CSV or Parquet: columns of values, texts and paths to pictures"
@@ -149,7 +149,7 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
             "label": arguments.label,
             "split": arguments.split,
             "group": arguments.group,
-            "fractions": ",".join(f"{share:g}" for share in arguments.fractions),
+            "fractions": fractions_text(arguments.fractions),
         },
     )
 
