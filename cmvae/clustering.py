@@ -7,6 +7,7 @@ arithmetic on it. CMVAE is Palumbo et al., ICLR 2024.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,12 +15,19 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 from scipy.special import entr, logsumexp
+from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.integer]
 BoolArray = npt.NDArray[np.bool_]
+
+CENTRES_SHARE = 0.6
+"""Centres of k-means a cluster, in `find_cluster_means`."""
+MEANS_SPREAD = 0.1
+"""How far its means are moved from their centres, where the scale of p(z|c) is 1."""
+_STARTS = 4
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,30 @@ def confidence(
     """
     agreement = np.take_along_axis(responsibilities, assignments[:, None, None], axis=2)[:, :, 0]
     return np.average(agreement, axis=1, weights=present)
+
+
+def find_cluster_means(points: FloatArray, num_clusters: int) -> FloatArray:
+    """Means for C clusters where the data is: centres of k-means, fewer than C, some of them shared.
+
+    With as many centres as clusters, of which there are more than classes, k-means cuts classes into pieces,
+    and a decoder that is trained on keeps the pieces apart, so that the selection sees too many clusters.
+    With fewer, clusters start side by side: a class that has a use for two of them pulls them apart, and of
+    those that stay together all but one are dropped in the selection.
+
+    Args:
+        points: (N, D) locations in the shared space.
+        num_clusters: C.
+
+    Returns:
+        (C, D) float32: the centres, largest first, over and over until there are C, each moved by up to
+        `MEANS_SPREAD` in every dimension. The same for the same points.
+    """
+    num_centres = math.ceil(CENTRES_SHARE * num_clusters)
+    found = KMeans(num_centres, n_init=_STARTS, random_state=0).fit(points)
+    largest_first = np.argsort(-np.bincount(found.labels_, minlength=num_centres), kind="stable")
+    offsets = np.random.default_rng(0).uniform(-MEANS_SPREAD, MEANS_SPREAD, (num_clusters, points.shape[1]))
+    means = found.cluster_centers_[np.resize(largest_first, num_clusters)] + offsets
+    return means.astype(np.float32)
 
 
 def select_clusters(

@@ -81,9 +81,10 @@ class ObjectiveConfig(_Settings):
     """Other modalities that each is decoded from in a training step: all, or so many, drawn anew every step
     and weighted to keep the bound's expectation. Takes time linear in the number of modalities."""
     refit_clusters_at: PositiveInt | None = None
-    """Before the update that follows so many, the cluster means become the centres of k-means on encoded
-    train data, and π uniform; null never does. A cluster that took two classes early on seldom lets one go.
-    VaDE (Jiang et al., 2017) sets its mixture up like this, after pretraining."""
+    """Before the update that follows so many, the cluster means are found anew by k-means on encoded train
+    data, see `cmvae.clustering.find_cluster_means`, and π becomes uniform; null never does. A cluster that
+    took two classes early on seldom lets one go. VaDE (Jiang et al., 2017) sets its mixture up by k-means,
+    too, after pretraining."""
 
     @model_validator(mode="after")
     def _terms_add_up(self) -> ObjectiveConfig:

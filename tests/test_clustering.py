@@ -9,9 +9,11 @@ import torch
 from torch.distributions import Laplace, Normal
 
 from cmvae.clustering import (
+    MEANS_SPREAD,
     clustering_metrics,
     confidence,
     confusion,
+    find_cluster_means,
     responsibilities,
     select_clusters,
     vote,
@@ -336,3 +338,18 @@ def test_what_is_missing_neither_votes_nor_counts(num_modalities):
         assert (clusters != vote(probabilities)).any(), "otherwise the mask says nothing here"
     everything = np.ones_like(present)
     np.testing.assert_array_equal(vote(probabilities, everything), vote(probabilities))
+
+
+def test_cluster_means_lie_on_the_data_and_share_its_largest_groups():
+    rng = np.random.default_rng(0)
+    places = np.array([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    sizes = [50, 400, 150]
+    points = np.repeat(places, sizes, axis=0) + 0.01 * rng.standard_normal((600, 2))
+    means = find_cluster_means(rng.permutation(points), num_clusters=5)
+    assert means.shape == (5, 2)
+    assert means.dtype == np.float32
+    distances = np.abs(means[:, None] - places).max(axis=2)
+    assert (distances.min(axis=1) < MEANS_SPREAD + 0.01).all()
+    assert np.bincount(distances.argmin(axis=1)).tolist() == [1, 2, 2], "of five, three centres, two shared"
+    assert len(np.unique(means, axis=0)) == 5, "what shares a centre must be able to part"
+    assert (find_cluster_means(points, 5) == find_cluster_means(points, 5)).all()

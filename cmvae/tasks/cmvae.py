@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from scipy.special import entr
 from torch import Tensor, nn
 
-from cmvae.clustering import clustering_metrics, responsibilities, vote
+from cmvae.clustering import clustering_metrics, find_cluster_means, responsibilities, vote
 from cmvae.config import ObjectiveConfig
 from cmvae.data.schema import ModalitySchema
 from cmvae.evaluation.clustering import encode_split, select_model_clusters
@@ -31,9 +31,8 @@ from cmvae.objectives import (
 )
 from cmvae.tasks.base import Task
 
-# Of a refit of the clusters: samples that k-means sees, and how often it starts.
 REFIT_SAMPLES = 2000
-REFIT_STARTS = 4
+"""Train samples that a refit of the clusters sees."""
 
 
 @dataclass(frozen=True)
@@ -211,26 +210,22 @@ class CMVAETask(Task):
     def restart(
         self, step: int, train_batches: Callable[[int], Iterable[Mapping[str, Any]]]
     ) -> Mapping[nn.Parameter, Tensor]:
-        """Cluster means at the centres of k-means and uniform weights, at the step that the objective says.
+        """Cluster means found anew and uniform weights, at the step that the objective says.
 
-        k-means sees the posterior locations of every modality on its own, as the clusters do.
+        The means are found among the posterior locations of every modality on its own, as the clusters see
+        them.
         """
         if step != self.objective.refit_clusters_at:
             return {}
-        # Takes a second to import.
-        from sklearn.cluster import KMeans
-
         self.eval()
         split = encode_split(self.model, train_batches(REFIT_SAMPLES))
         self.train()
         prior = self.model.cluster_prior
         num_clusters = self.model.config.num_clusters
-        centres = KMeans(num_clusters, n_init=REFIT_STARTS, random_state=0).fit(
-            split.shared_loc[split.present]
-        )
+        means = find_cluster_means(split.shared_loc[split.present], num_clusters)
         device = self.model.private_scale.device
         return {
-            prior.means: torch.from_numpy(centres.cluster_centers_).to(device),
+            prior.means: torch.from_numpy(means).to(device),
             prior.logits: torch.zeros(num_clusters, device=device),
         }
 
