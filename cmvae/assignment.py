@@ -16,6 +16,7 @@ from torch import Tensor
 from cmvae.data.batch import to_device
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
+from cmvae.data.store import Location
 from cmvae.errors import UserError
 from cmvae.files import write_whole
 from cmvae.model import CMVAE
@@ -23,7 +24,12 @@ from cmvae.progress import progress_bar
 
 
 def assign_to_file(
-    export: Path, shards: Path, splits: Sequence[str], modalities: Sequence[str], batch_size: int, out: Path
+    export: Path,
+    shards: Location,
+    splits: Sequence[str],
+    modalities: Sequence[str],
+    batch_size: int,
+    out: Path,
 ) -> dict[int | None, int]:
     """Assign every sample to a cluster and write the table, whole or not at all, with a progress bar.
 

@@ -186,8 +186,8 @@ class RefinerConfig(_Settings):
 class DataConfig(_Settings):
     """Which shards are read, and how."""
 
-    shards: Path
-    """Folder that tools/make_shards.py wrote."""
+    shards: str
+    """Folder that tools/make_shards.py wrote, or the URL of a copy of it: `https://`, `s3://`, …"""
     num_workers: int = Field(default=1, ge=0)
     """Reader processes a rank; the order of samples does not depend on it."""
     shuffle_window: PositiveInt = 4096

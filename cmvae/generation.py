@@ -21,6 +21,7 @@ from cmvae.config import ExperimentConfig, RefinerExperiment
 from cmvae.data.batch import as_stored, to_device
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ModalitySchema, ShardIndex
+from cmvae.data.store import Location
 from cmvae.errors import UserError
 from cmvae.evaluation.figures import sample_rows
 from cmvae.files import holds_earlier, whole_folder
@@ -144,7 +145,7 @@ def generate_clusters(
 def generate_given(
     model: CMVAE,
     generate: Generate,
-    shards: Path,
+    shards: Location,
     request: GenerationRequest,
     batch_size: int,
     generator: torch.Generator,

@@ -22,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Clusters of packed data by a trained run, as a table.")
     parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/digits")
-    parser.add_argument("shards", type=Path, help="packed data, e.g. shards/digits")
+    parser.add_argument("shards", help="packed data, e.g. shards/digits, or its URL")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="the table to write")
     parser.add_argument("--split", default="all", help="one split of the data, or all (default)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file --out")

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a ch
 
 from cmvae.arguments import non_negative_integer, positive_integer
 from cmvae.data.schema import ShardIndex
+from cmvae.data.store import is_remote
 from cmvae.errors import UserError
 
 
@@ -21,9 +22,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description="Train one small image classifier a modality on the labelled train split, once per "
         "packed data set, and save them beside the shards. Evaluation reads generated images with them."
     )
-    parser.add_argument(
-        "folder", type=Path, help="what tools/make_shards.py wrote, for example shards/digits"
-    )
+    parser.add_argument("folder", help="what tools/make_shards.py wrote, for example shards/digits")
     parser.add_argument(
         "--epochs", type=positive_integer, metavar="N", help="default: about 30,000 images, at least 5 epochs"
     )
@@ -44,6 +43,11 @@ def main() -> int:
     started = time.perf_counter()
     try:
         # A wrong folder is reported before the slow imports.
+        if is_remote(arguments.folder):
+            raise UserError(
+                f"{arguments.folder}: classifiers are kept with the data. Train them on the folder that it "
+                "is a copy of, and copy its classifiers/ and index.json there, too"
+            )
         ShardIndex.load(arguments.folder)
 
         import torch
@@ -60,7 +64,7 @@ def main() -> int:
                 bar.update()
 
             classifiers = train_classifiers(
-                arguments.folder,
+                Path(arguments.folder),
                 device=torch.accelerator.current_accelerator() or torch.device("cpu"),
                 width=arguments.width,
                 epochs=arguments.epochs,

@@ -13,7 +13,7 @@ import tarfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from cmvae.data.plan import EvaluationPlan, Plan, RankPlan, TrainingPlan
 from cmvae.data.schema import ModalitySchema, ShardIndex, ShardSchema
+from cmvae.data.store import Location, is_remote, open_file
 from cmvae.errors import UserError
 from cmvae.kinds import KINDS
 
@@ -55,7 +56,7 @@ class TrainingLoader:
     have `batches_per_epoch` full batches. Reader processes start with the first epoch and stay.
 
     Args:
-        folder: what tools/make_shards.py wrote.
+        location: what tools/make_shards.py wrote, a folder or a URL.
         split: which split.
         modalities: the modalities to read.
         batch_size: B, samples of a batch on this rank.
@@ -74,7 +75,7 @@ class TrainingLoader:
 
     def __init__(
         self,
-        folder: str | Path,
+        location: Location,
         *,
         modalities: Sequence[str],
         batch_size: int,
@@ -86,7 +87,7 @@ class TrainingLoader:
         shuffle_window: int = 4096,
         cache_bytes: int = 0,
     ) -> None:
-        shards = SplitReader(folder, split, modalities)
+        shards = SplitReader(location, split, modalities)
         self._plan = TrainingPlan(shards.sizes, batch_size, world_size, seed, shuffle_window)
         self._dataset = _PlannedDataset(
             shards, self._plan, rank, keep_decoded=shards.num_bytes <= cache_bytes
@@ -113,7 +114,7 @@ class EvaluationLoader:
     All ranks have `len(loader)` batches of B samples. What fills up the last ones has `valid` False.
 
     Args:
-        folder: what tools/make_shards.py wrote.
+        location: what tools/make_shards.py wrote, a folder or a URL.
         split: which split.
         modalities: the modalities to read.
         batch_size: B, samples of a batch on this rank.
@@ -129,7 +130,7 @@ class EvaluationLoader:
 
     def __init__(
         self,
-        folder: str | Path,
+        location: Location,
         *,
         split: str,
         modalities: Sequence[str],
@@ -139,7 +140,7 @@ class EvaluationLoader:
         num_workers: int = 0,
         num_samples: int | None = None,
     ) -> None:
-        shards = SplitReader(folder, split, modalities)
+        shards = SplitReader(location, split, modalities)
         self._plan = EvaluationPlan(shards.sizes, batch_size, world_size, num_samples)
         self._loader = _make_loader(_PlannedDataset(shards, self._plan, rank), num_workers)
 
@@ -154,23 +155,23 @@ class SplitReader:
     """Raw and decoded samples of one split.
 
     Args:
-        folder: what tools/make_shards.py wrote.
+        location: what tools/make_shards.py wrote, a folder or a URL.
         split: which split.
         modalities: the modalities to read.
 
     Raises:
-        UserError: the folder lacks the split or a modality, or a shard is missing or has another size than
-            the index says.
+        UserError: the data set lacks the split or a modality, or, in a folder, a shard is missing or has
+            another size than the index says.
     """
 
-    def __init__(self, folder: str | Path, split: str, modalities: Sequence[str]) -> None:
-        self.folder = Path(folder)
-        self.index = ShardIndex.load(folder)
-        self.shards = self.index.split(split, folder).shards
+    def __init__(self, location: Location, split: str, modalities: Sequence[str]) -> None:
+        self.location = location
+        self.index = ShardIndex.load(location)
+        self.shards = self.index.split(split, location).shards
         for name in modalities:
             if name not in self.index.modalities:
                 raise UserError(
-                    f"{folder}: no modality {name!r}; it has {', '.join(self.index.modalities)}. Ask for "
+                    f"{location}: no modality {name!r}; it has {', '.join(self.index.modalities)}. Ask for "
                     "those, or pack a data set that has it"
                 )
         self.modalities = {name: self.index.modalities[name] for name in modalities}
@@ -179,17 +180,18 @@ class SplitReader:
             math.prod(schema.shape) * np.dtype(schema.dtype).itemsize for schema in self.modalities.values()
         )
         """Bytes of the whole split, decoded."""
-        for shard in self.shards:
-            self._check_size(shard)
+        if not is_remote(location):
+            for shard in self.shards:
+                _check_size(Path(location), shard)
 
     def read_shard(self, shard: ShardSchema) -> Iterator[RawSample]:
         """All samples of a shard in its order, undecoded, only the members that are asked for.
 
         Raises:
-            UserError: the tar is damaged, holds members of a kind that is not in the index, or another number
-                of samples.
+            UserError: the tar cannot be fetched, is damaged, or holds another number of samples or members of
+                a kind that is not in the index.
         """
-        path = self.folder / shard.name
+        path = f"{self.location}/{shard.name}"
         suffixes = {name: member_suffix(name, schema) for name, schema in self.modalities.items()}
         required = {suffix for name, suffix in suffixes.items() if not self.modalities[name].optional}
         if self.index.class_names is not None:
@@ -197,7 +199,7 @@ class SplitReader:
         wanted = required | set(suffixes.values())
         count = 0
         try:
-            with path.open("rb") as stream:
+            with self._open(shard) as stream:
                 members = self._check_members(tar_file_iterator(stream, skip_meta=None), path)
                 for sample in group_by_keys(members, lcase=False, suffixes=wanted):
                     if count == shard.num_samples:
@@ -260,18 +262,13 @@ class SplitReader:
         batch["valid"] = torch.from_numpy(valid.copy())
         return batch
 
-    def _check_size(self, shard: ShardSchema) -> None:
-        """The cheap part of verification, so that a half-copied data set is noticed in the first second."""
-        path = self.folder / shard.name
-        if not path.is_file():
-            raise UserError(
-                f"{path}: missing, though the index lists it. Copy it here or pack the data again"
-            )
-        size = path.stat().st_size
-        if size != shard.num_bytes:
-            raise _damaged(path, f"has {size} bytes, its index says {shard.num_bytes}")
+    def _open(self, shard: ShardSchema) -> BinaryIO:
+        try:
+            return open_file(self.location, shard.name, num_bytes=shard.num_bytes, sha256=shard.sha256)
+        except FileNotFoundError as error:
+            raise _missing(f"{self.location}/{shard.name}") from error
 
-    def _check_members(self, members: Iterable[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
+    def _check_members(self, members: Iterable[dict[str, Any]], path: str) -> Iterator[dict[str, Any]]:
         """Let only members pass that the index speaks of: anything else, say a pickle, is an error."""
         known = {member_suffix(name, schema) for name, schema in self.index.modalities.items()} | {"cls"}
         for member in members:
@@ -282,7 +279,17 @@ class SplitReader:
                     f"member {member['fname']!r} is none of KEY.{', KEY.'.join(sorted(known))}, and no other "
                     "kind is read",
                 )
-            yield {**member, "__url__": str(path)}
+            yield {**member, "__url__": path}
+
+
+def _check_size(folder: Path, shard: ShardSchema) -> None:
+    """The cheap part of verification, so that a half-copied data set is noticed in the first second."""
+    path = folder / shard.name
+    if not path.is_file():
+        raise _missing(str(path))
+    size = path.stat().st_size
+    if size != shard.num_bytes:
+        raise _damaged(str(path), f"has {size} bytes, its index says {shard.num_bytes}")
 
 
 def member_suffix(modality: str, schema: ModalitySchema) -> str:
@@ -399,8 +406,12 @@ def _raise_errors(items: Iterable[Batch | str]) -> Iterator[Batch]:
         yield item
 
 
-def _damaged(path: str | Path, what: str) -> UserError:
+def _missing(path: str) -> UserError:
+    return UserError(f"{path}: missing, though the index lists it. Copy it there or pack the data again")
+
+
+def _damaged(path: str, what: str) -> UserError:
     return UserError(
         f"{path}: {what}. The shard is damaged or of another packing than its index: "
-        f"see tools/inspect_shards.py {Path(path).parent}, or pack the data set again"
+        f"see tools/inspect_shards.py {path.rpartition('/')[0]}, or pack the data set again"
     )

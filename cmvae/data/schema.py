@@ -14,6 +14,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cmvae.data.store import Location, is_remote, read_file
 from cmvae.errors import UserError
 from cmvae.kinds import KINDS
 
@@ -146,36 +147,26 @@ class ShardIndex(_Schema):
     """By modality; tools/train_classifiers.py adds them to an index that is already there."""
 
     @classmethod
-    def load(cls, folder: str | Path) -> ShardIndex:
-        """Read `folder/index.json`.
+    def load(cls, location: Location) -> ShardIndex:
+        """Read the `index.json` of a folder or a URL.
 
         Raises:
-            UserError: the folder or its index is missing or damaged.
+            UserError: the data set or its index is missing or damaged, or cannot be fetched.
         """
-        folder = Path(folder)
-        path = folder / INDEX_NAME
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder}: no such shard folder. Pack a data set first, "
-                f"for example: python tools/make_shards.py digits --out {folder}"
-            )
-        if not path.is_file():
-            raise UserError(
-                f"{path}: missing, so {folder} is no finished shard folder (packing may have been "
-                f"interrupted). Run tools/make_shards.py again with --out {folder}"
-            )
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(read_file(location, INDEX_NAME))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(_missing_index(location)) from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise UserError(
-                f"{path}: {where}: {first['msg']}. Pack the data set again with this version of "
-                "tools/make_shards.py"
+                f"{location}/{INDEX_NAME}: {where}: {first['msg']}. Pack the data set again with this "
+                "version of tools/make_shards.py"
             ) from error
 
-    def split(self, name: str, folder: str | Path) -> SplitSchema:
-        """The split called `name`; `folder` only names the data set in the error message.
+    def split(self, name: str, location: Location) -> SplitSchema:
+        """The split called `name`; `location` only names the data set in the error message.
 
         Raises:
             UserError: the data set has no such split.
@@ -183,19 +174,19 @@ class ShardIndex(_Schema):
         for known, split in self.splits.items():
             if known == name:
                 return split
-        raise UserError(f"{folder}: no split {name!r}; it has {', '.join(self.splits)}")
+        raise UserError(f"{location}: no split {name!r}; it has {', '.join(self.splits)}")
 
-    def check_modalities(self, trained_on: Mapping[str, ModalitySchema], folder: str | Path) -> None:
+    def check_modalities(self, trained_on: Mapping[str, ModalitySchema], location: Location) -> None:
         """Refuse data that is not of the kind and shape that a model was trained on.
 
         Args:
             trained_on: the modalities that are to be read, as the model knows them.
-            folder: names the data set in the error message.
+            location: names the data set in the error message.
 
         Raises:
             UserError: a modality is missing or has another kind, shape, dtype or other names.
         """
-        path = Path(folder) / INDEX_NAME
+        path = f"{location}/{INDEX_NAME}"
         for name, expected in trained_on.items():
             found = self.modalities.get(name)
             if found is None:
@@ -210,6 +201,23 @@ class ShardIndex(_Schema):
                         f"{path}: modalities.{name}.{key}: {_shorten(now)}, but the model was trained on "
                         f"{_shorten(before)}. Pack the data in that form, or train a model on this data"
                     )
+
+
+def _missing_index(location: Location) -> str:
+    if is_remote(location):
+        return (
+            f"{location}: has no {INDEX_NAME}. Give the address of a copy of a whole shard folder, as "
+            "tools/make_shards.py writes it"
+        )
+    if not Path(location).is_dir():
+        return (
+            f"{location}: no such shard folder. Pack a data set first, "
+            f"for example: python tools/make_shards.py digits --out {location}"
+        )
+    return (
+        f"{location}/{INDEX_NAME}: missing, so {location} is no finished shard folder (packing may have been "
+        f"interrupted). Run tools/make_shards.py again with --out {location}"
+    )
 
 
 def _shorten(value: object) -> str:

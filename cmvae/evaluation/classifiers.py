@@ -28,6 +28,7 @@ from cmvae.data.schema import (
     ModalitySchema,
     ShardIndex,
 )
+from cmvae.data.store import Location, open_file
 from cmvae.errors import UserError
 from cmvae.files import write_whole
 from cmvae.kinds import KINDS
@@ -252,12 +253,12 @@ def train_classifiers(
 
 
 def load_classifiers(
-    folder: Path, index: ShardIndex, modalities: Sequence[str], device: torch.device
+    location: Location, index: ShardIndex, modalities: Sequence[str], device: torch.device
 ) -> dict[str, ImageClassifier]:
     """The classifiers of some modalities, in evaluation mode; a warning is logged for one that reads badly.
 
     Args:
-        folder: the shard folder.
+        location: the shard folder, or its URL.
         index: its index.
         modalities: which.
         device: where to.
@@ -267,46 +268,52 @@ def load_classifiers(
             below `MIN_ACCURACY`.
     """
     if index.class_names is None:
-        raise UserError(f"{folder}: has no labels, so there are no classifiers to read images with")
+        raise UserError(f"{location}: has no labels, so there are no classifiers to read images with")
     missing = [name for name in modalities if name not in index.classifiers]
     if missing:
         raise UserError(
-            f"{folder}: no classifier for modality {', '.join(missing)}. Train them once: {_command(folder)}"
+            f"{location}: no classifier for modality {', '.join(missing)}. Train them once: "
+            f"{_command(location)}"
         )
     return {
-        name: _load_classifier(folder, index.classifiers[name], index.modalities[name], index, device)
+        name: _load_classifier(location, index.classifiers[name], index.modalities[name], index, device)
         for name in modalities
     }
 
 
 def _load_classifier(
-    folder: Path, entry: ClassifierSchema, schema: ModalitySchema, index: ShardIndex, device: torch.device
+    location: Location,
+    entry: ClassifierSchema,
+    schema: ModalitySchema,
+    index: ShardIndex,
+    device: torch.device,
 ) -> ImageClassifier:
-    path = folder / entry.file
+    path = f"{location}/{entry.file}"
     if entry.accuracy < MIN_ACCURACY:
         raise UserError(
             f"{path}: reads only {entry.accuracy:.1%} of the real test images right, below "
             f"{MIN_ACCURACY:.0%}, so what it says of generated ones means nothing. Train it longer or wider: "
-            f"{_command(folder)} --epochs {2 * entry.epochs} --width {2 * entry.width}"
+            f"{_command(location)} --epochs {2 * entry.epochs} --width {2 * entry.width}"
         )
     try:
-        content = path.read_bytes()
+        with open_file(location, entry.file, num_bytes=None, sha256=entry.sha256) as file:
+            content = file.read()
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}), though the index lists it. Train it again: "
-            f"{_command(folder)}"
+            f"{path}: cannot be read ({error.strerror or error}), though the index lists it. Train it again: "
+            f"{_command(location)}"
         ) from error
     if hashlib.sha256(content).hexdigest() != entry.sha256:
         raise UserError(
             f"{path}: its SHA-256 is not what the index says, so it was changed or damaged. Train it again: "
-            f"{_command(folder)}"
+            f"{_command(location)}"
         )
     classifier = ImageClassifier(schema.shape, len(index.class_names or ()), entry.width)
     try:
         classifier.load_state_dict(load(content))
     except (SafetensorError, RuntimeError) as error:
         raise UserError(
-            f"{path}: does not fit this version's classifier: {error}. Train it again: {_command(folder)}"
+            f"{path}: does not fit this version's classifier: {error}. Train it again: {_command(location)}"
         ) from error
     if entry.accuracy < GOOD_ACCURACY:
         _LOGGER.warning(
@@ -363,5 +370,5 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return 0.5 + (moved - 0.5) * contrast + uniform(_BRIGHTNESS, channels, 1, 1)
 
 
-def _command(folder: Path) -> str:
-    return f"python tools/train_classifiers.py {folder}"
+def _command(location: Location) -> str:
+    return f"python tools/train_classifiers.py {location}"

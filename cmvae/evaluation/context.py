@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from cmvae.data.batch import to_device
 from cmvae.data.plan import EvaluationPlan
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
+from cmvae.data.store import Location
 from cmvae.kinds import KINDS
 from cmvae.kinds.kind import MetricName
 from cmvae.model import CMVAE
@@ -37,7 +37,7 @@ class EvaluationContext:
 
     model: CMVAE
     """The export, in evaluation mode, on `accelerator.device`."""
-    shards: Path
+    shards: Location
     index: ShardIndex
     settings: EvaluationConfig
     accelerator: Accelerator
