@@ -241,11 +241,13 @@ def _filesystem(url: str) -> Any:
         timeout = ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=STALL_SECONDS)
         options = {"client_kwargs": {"timeout": timeout}}
     elif protocol in ("s3", "s3a"):
-        # Retries are made here, for all kinds of servers alike.
+        # s3fs tries again by itself, so that botocore need not.
         timeouts = {"connect_timeout": STALL_SECONDS, "read_timeout": STALL_SECONDS}
         options = {"config_kwargs": {**timeouts, "retries": {"max_attempts": 0}}}
     try:
-        return url_to_fs(url, **options)[0]
+        # fsspec would keep connections for later. A fork that inherits one closes it for its parent, too, and
+        # who asks next waits for an answer until STALL_SECONDS are over.
+        return url_to_fs(url, skip_instance_cache=True, **options)[0]
     except (ImportError, ValueError) as error:
         raise UserError(f"{url}: {error}. Mend the URL, or install what is missing") from error
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import botocore.session
@@ -68,9 +69,11 @@ def fetch(location, shard: int = 0) -> bytes:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_what_is_read_from_a_server_is_what_is_read_from_a_folder(cache, folder, server, num_workers):
+    began = time.monotonic()
     for rank in range(2):
         settings = {"rank": rank, "world_size": 2, "num_workers": num_workers}
         assert training_keys(server.url, **settings) == training_keys(folder, **settings)
+    assert time.monotonic() - began < store.STALL_SECONDS / 2, "a fork took a connection away"
     assert kept(cache) == sums(folder)
     shards = {name: count for name, count in server.requests.items() if name.endswith(".tar")}
     assert set(shards.values()) == {1}, "two ranks, their processes and two epochs fetch a shard once"
@@ -268,32 +271,51 @@ def test_a_process_that_is_killed_while_it_fetches_holds_nobody_up(cache, folder
 
 
 @pytest.fixture
-def bucket(monkeypatch, folder):
-    """The address of a copy of `folder` on a real S3-compatible server."""
-    script = (
-        "from moto.server import ThreadedMotoServer; import time\n"
-        "server = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False); server.start()\n"
-        "print(server._server.server_port, flush=True); time.sleep(600)"
-    )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        endpoint = f"http://127.0.0.1:{process.stdout.readline().strip()}"
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "testing")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        client = botocore.session.get_session().create_client("s3")
-        client.create_bucket(Bucket="data")
-        for path in folder.iterdir():
-            client.put_object(Bucket="data", Key=f"sets/{path.name}", Body=path.read_bytes())
-        yield "s3://data/sets"
-        process.kill()
+def start_s3(monkeypatch, folder):
+    """`start_s3(*faults)` is the address of a copy of `folder` on a real S3-compatible server."""
+    with ExitStack() as servers:
+
+        def start(*faults: str) -> str:
+            command = [sys.executable, Path(__file__).with_name("faulty_s3.py"), *faults]
+            server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            servers.enter_context(server)
+            servers.callback(server.kill)
+            assert server.stdout is not None
+            monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{int(server.stdout.readline())}")
+            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+                monkeypatch.setenv(name, "testing")
+            monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            client = botocore.session.get_session().create_client("s3")
+            client.create_bucket(Bucket="data")
+            for path in folder.glob("*.*"):
+                client.put_object(Bucket="data", Key=f"sets/{path.name}", Body=path.read_bytes())
+            return "s3://data/sets"
+
+        yield start
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_what_is_read_from_s3_is_what_is_read_from_a_folder(cache, folder, bucket):
-    for num_workers in (0, 2):
-        assert training_keys(bucket, num_workers=num_workers) == training_keys(folder)
+def test_what_is_read_from_s3_is_what_is_read_from_a_folder(cache, folder, start_s3):
+    address = start_s3()
+    for rank in range(2):
+        settings = {"rank": rank, "world_size": 2, "num_workers": 2 * rank}
+        assert training_keys(address, **settings) == training_keys(folder, **settings)
     assert kept(cache) == sums(folder)
     with pytest.raises(UserError, match=r"s3://data/nowhere: has no index.json"):
         ShardIndex.load("s3://data/nowhere")
+
+
+@pytest.mark.parametrize("fault", ["unavailable", "cut", "truncated", "silent"])
+def test_an_object_store_that_fails_for_a_while_costs_nothing(cache, folder, start_s3, fault, monkeypatch):
+    address = start_s3(fault, fault)
+    monkeypatch.setattr(store, "STALL_SECONDS", 0.5)
+    assert fetch(address) == (folder / "train-0.tar").read_bytes()
+    assert kept(cache) == {hashlib.sha256((folder / "train-0.tar").read_bytes()).hexdigest()}
+
+
+def test_an_object_store_that_goes_on_failing_is_an_error(cache, start_s3, monkeypatch):
+    monkeypatch.setattr(store, "ATTEMPTS", 2)
+    address = start_s3(*["unavailable"] * 50)
+    with pytest.raises(UserError, match=r"s3://data/sets/train-0.tar: cannot be fetched: .*Look whether"):
+        fetch(address)
+    assert kept(cache) == set()
