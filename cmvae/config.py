@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from cmvae.data.schema import ModalityName, ShardIndex
+from cmvae.data.schema import ModalityName, OnError, ShardIndex
 from cmvae.errors import UserError
 from cmvae.files import write_whole
 from cmvae.kinds import KINDS
@@ -194,6 +194,11 @@ class DataConfig(_Settings):
     """Samples are shuffled among neighbouring shards that hold at least so many samples together."""
     cache_megabytes: int = Field(default=256, ge=0)
     """A train split that takes at most so much when decoded stays in the memory of each reader process."""
+    on_error: OnError = "error"
+    """A damaged sample ends a training, or is left out: its batch goes on with the others, so that all ranks
+    have as many batches as ever. An evaluation always ends: its figures are of a whole split."""
+    max_skipped: int = Field(default=100, ge=0)
+    """At most so many samples are left out of an epoch, on all ranks together, or of a validation, on one."""
 
 
 class OptimizerConfig(_Settings):

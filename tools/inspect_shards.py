@@ -97,6 +97,8 @@ def verify(location: Location, index: ShardIndex) -> dict[str, Tally]:
                 if not is_remote(location):
                     check_sum(Path(location), shard)
                 for sample in reader.read_shard(shard):
+                    if isinstance(sample, UserError):
+                        raise sample
                     tally.labels[reader.label(sample)] += 1
                     tally.missing.update(key for key, suffix in optional.items() if suffix not in sample)
             except UserError as problem:

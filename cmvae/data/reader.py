@@ -6,6 +6,8 @@ leaves out or a resume skips is never decoded.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 import os
 import signal
@@ -18,10 +20,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset.tariterators import group_by_keys, tar_file_iterator
+from webdataset.tariterators import tar_file_iterator
 
 from cmvae.data.plan import EvaluationPlan, Plan, RankPlan, TrainingPlan
-from cmvae.data.schema import ModalitySchema, ShardIndex, ShardSchema
+from cmvae.data.schema import ModalitySchema, OnError, ShardIndex, ShardSchema
 from cmvae.data.store import Location, is_remote, open_file
 from cmvae.errors import UserError
 from cmvae.kinds import KINDS
@@ -30,10 +32,10 @@ Batch = dict[str, Any]
 """Modality to tensor (B, *shape) as it is stored, images uint8, zeros where a sample lacks it; `mask`: (B, M)
 bool, whether a sample has each modality; `label`: (B,) int64, −1 where there is none; `key`: list of B str;
 `position`: (B,) int64, place of each sample in the split; `valid`: (B,) bool, False where a sample only fills
-up the batch."""
+up the batch; `skipped`: list of str, what is wrong with each sample that another one stands in for."""
 
 RawSample = dict[str, Any]
-"""Suffix of each member to its bytes, and WebDataset's `__key__` and `__url__` (the shard's path)."""
+"""Suffix of each member to its bytes, and `__key__` and `__url__` (the shard's path)."""
 
 
 class DecodedSample(NamedTuple):
@@ -44,6 +46,8 @@ class DecodedSample(NamedTuple):
     label: int
     key: str
 
+
+_LOGGER = logging.getLogger(__name__)
 
 PREFETCHED_BATCHES = 8
 """Batches that a reader process is ahead, to bridge the time in which it loads a window."""
@@ -67,6 +71,7 @@ class TrainingLoader:
         shuffle_window: samples that are shuffled together, at least.
         cache_bytes: decoded samples stay in the memory of each reader process, and are read and decoded
             once, if the whole split takes at most so much.
+        on_error: whether a damaged sample is an error, or is told in `skipped` and not valid.
 
     Raises:
         UserError: the folder lacks the split, a modality or a shard, or the split is smaller than one global
@@ -86,8 +91,9 @@ class TrainingLoader:
         num_workers: int = 0,
         shuffle_window: int = 4096,
         cache_bytes: int = 0,
+        on_error: OnError = "error",
     ) -> None:
-        shards = SplitReader(location, split, modalities)
+        shards = SplitReader(location, split, modalities, on_error)
         self._plan = TrainingPlan(shards.sizes, batch_size, world_size, seed, shuffle_window)
         self._dataset = _PlannedDataset(
             shards, self._plan, rank, keep_decoded=shards.num_bytes <= cache_bytes
@@ -123,6 +129,7 @@ class EvaluationLoader:
         num_workers: reader processes; 0 reads in this process.
         num_samples: only the first so many samples, if the split has more. Samples were shuffled when they
             were packed.
+        on_error: as `TrainingLoader`.
 
     Raises:
         UserError: the folder lacks the split, a modality or a shard. While reading: a shard is damaged.
@@ -139,8 +146,9 @@ class EvaluationLoader:
         world_size: int = 1,
         num_workers: int = 0,
         num_samples: int | None = None,
+        on_error: OnError = "error",
     ) -> None:
-        shards = SplitReader(location, split, modalities)
+        shards = SplitReader(location, split, modalities, on_error)
         self._plan = EvaluationPlan(shards.sizes, batch_size, world_size, num_samples)
         self._loader = _make_loader(_PlannedDataset(shards, self._plan, rank), num_workers)
 
@@ -158,14 +166,18 @@ class SplitReader:
         location: what tools/make_shards.py wrote, a folder or a URL.
         split: which split.
         modalities: the modalities to read.
+        on_error: `error` raises all that is wrong; `skip` returns what is wrong with samples.
 
     Raises:
-        UserError: the data set lacks the split or a modality, or, in a folder, a shard is missing or has
-            another size than the index says.
+        UserError: the data set lacks the split or a modality, or, in a folder, a shard is missing or, unless
+            damage is to be skipped, has another size than the index says.
     """
 
-    def __init__(self, location: Location, split: str, modalities: Sequence[str]) -> None:
+    def __init__(
+        self, location: Location, split: str, modalities: Sequence[str], on_error: OnError = "error"
+    ) -> None:
         self.location = location
+        self.on_error = on_error
         self.index = ShardIndex.load(location)
         self.shards = self.index.split(split, location).shards
         for name in modalities:
@@ -182,45 +194,41 @@ class SplitReader:
         """Bytes of the whole split, decoded."""
         if not is_remote(location):
             for shard in self.shards:
-                _check_size(Path(location), shard)
+                _check_size(Path(location), shard, on_error)
 
-    def read_shard(self, shard: ShardSchema) -> Iterator[RawSample]:
+    def read_shard(self, shard: ShardSchema) -> Iterator[RawSample | UserError]:
         """All samples of a shard in its order, undecoded, only the members that are asked for.
 
+        Yields:
+            As many as the index says; with `on_error` skip, what is wrong in the place of each damaged one.
+
         Raises:
-            UserError: the tar cannot be fetched, is damaged, or holds another number of samples or members of
-                a kind that is not in the index.
+            UserError: the tar cannot be fetched; or it is damaged, holds members of a kind that is not in the
+                index, a key twice, or another number of samples.
         """
         path = f"{self.location}/{shard.name}"
-        suffixes = {name: member_suffix(name, schema) for name, schema in self.modalities.items()}
-        required = {suffix for name, suffix in suffixes.items() if not self.modalities[name].optional}
-        if self.index.class_names is not None:
-            required.add("cls")
-        wanted = required | set(suffixes.values())
         count = 0
-        try:
-            with self._open(shard) as stream:
-                members = self._check_members(tar_file_iterator(stream, skip_meta=None), path)
-                for sample in group_by_keys(members, lcase=False, suffixes=wanted):
-                    if count == shard.num_samples:
-                        raise _damaged(path, f"holds more samples than the {count} that its index says")
-                    for suffix in required - sample.keys():
-                        raise _damaged(path, f"sample {sample['__key__']} has no member .{suffix}")
-                    count += 1
-                    yield sample
-        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-            raise _damaged(
-                path, f"after {count} samples: {error.args[0] if error.args else error}"
-            ) from error
-        if count != shard.num_samples:
-            raise _damaged(path, f"holds {count} samples, its index says {shard.num_samples}")
+        with self._open(shard) as stream:
+            for sample in self._scan(stream, path):
+                if count == shard.num_samples:
+                    excess = _damaged(path, f"holds more samples than the {count} that its index says")
+                    problem = sample if isinstance(sample, UserError) else excess
+                    _LOGGER.warning("not read: %s", self._raise_or_keep(problem))
+                    return
+                yield self._raise_or_keep(sample) if isinstance(sample, UserError) else sample
+                count += 1
+        for _ in range(count, shard.num_samples):
+            short = _damaged(path, f"holds {count} samples, its index says {shard.num_samples}")
+            yield self._raise_or_keep(short)
 
-    def decode(self, sample: RawSample) -> DecodedSample:
-        """All modalities of a sample, its label and its key.
+    def decode(self, sample: RawSample | UserError) -> DecodedSample | UserError:
+        """All modalities of a sample, its label and its key; with `on_error` skip, or what is wrong.
 
         Raises:
             UserError: a member is damaged or not what the index says.
         """
+        if isinstance(sample, UserError):
+            return sample
         values = {}
         for name, schema in self.modalities.items():
             suffix = member_suffix(name, schema)
@@ -229,8 +237,13 @@ class SplitReader:
             try:
                 values[name] = KINDS[schema.kind].decode(sample[suffix], schema)
             except ValueError as error:
-                raise _damaged(sample["__url__"], f"{sample['__key__']}.{suffix}: {error}") from error
-        return DecodedSample(values, self.label(sample), sample["__key__"])
+                problem = _damaged(sample["__url__"], f"{sample['__key__']}.{suffix}: {error}")
+                problem.__cause__ = error
+                return self._raise_or_keep(problem)
+        try:
+            return DecodedSample(values, self.label(sample), sample["__key__"])
+        except UserError as error:
+            return self._raise_or_keep(error)
 
     def label(self, sample: RawSample) -> int:
         """The class of a sample, −1 where the data has no labels.
@@ -247,6 +260,11 @@ class SplitReader:
                 f"{sample['__key__']}.cls: {text[:20]!r} is no class 0..{len(self.index.class_names) - 1}",
             )
         return int(text)
+
+    def stand_in(self) -> DecodedSample:
+        """A sample of zeros, which has every modality."""
+        zeros = {name: np.zeros(schema.shape, schema.dtype) for name, schema in self.modalities.items()}
+        return DecodedSample(zeros, -1, "")
 
     def collate(self, samples: Sequence[DecodedSample], valid: np.ndarray) -> Batch:
         """One batch of decoded samples."""
@@ -268,27 +286,71 @@ class SplitReader:
         except FileNotFoundError as error:
             raise _missing(f"{self.location}/{shard.name}") from error
 
-    def _check_members(self, members: Iterable[dict[str, Any]], path: str) -> Iterator[dict[str, Any]]:
-        """Let only members pass that the index speaks of: anything else, say a pickle, is an error."""
+    def _raise_or_keep(self, problem: UserError) -> UserError:
+        if self.on_error == "error":
+            raise problem
+        return problem
+
+    def _scan(self, stream: BinaryIO, path: str) -> Iterator[RawSample | UserError]:
+        """What a tar holds, sample after sample: members side by side whose names begin alike."""
+        seen: set[str] = set()
+        members = tar_file_iterator(stream, skip_meta=None)
+        try:
+            for key, group in itertools.groupby(members, key=lambda member: _key_of(member["fname"])):
+                sample = self._assemble(key, list(group), path)
+                if key in seen and not isinstance(sample, UserError):
+                    sample = _damaged(path, f"sample {key} is there twice")
+                seen.add(key)
+                yield sample
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            what = f"after {len(seen)} samples: {error.args[0] if error.args else error}"
+            problem = _damaged(path, what)
+            problem.__cause__ = error
+            yield problem
+
+    def _assemble(self, key: str, members: list[dict[str, Any]], path: str) -> RawSample | UserError:
+        """One sample of its members, or what is wrong: only what the index speaks of passes, no pickle."""
         known = {member_suffix(name, schema) for name, schema in self.index.modalities.items()} | {"cls"}
+        suffixes = {name: member_suffix(name, schema) for name, schema in self.modalities.items()}
+        required = {suffix for name, suffix in suffixes.items() if not self.modalities[name].optional}
+        if self.index.class_names is not None:
+            required.add("cls")
+        wanted = required | set(suffixes.values())
+        sample: RawSample = {"__key__": key, "__url__": path}
+        found = set()
         for member in members:
-            key, _, suffix = member["fname"].partition(".")
-            if suffix not in known or not key or "/" in key:
-                raise _damaged(
+            name = member["fname"]
+            suffix = name.removeprefix(f"{key}.")
+            if not key or suffix not in known:
+                return _damaged(
                     path,
-                    f"member {member['fname']!r} is none of KEY.{', KEY.'.join(sorted(known))}, and no other "
+                    f"member {name!r} is none of KEY.{', KEY.'.join(sorted(known))}, and no other "
                     "kind is read",
                 )
-            yield {**member, "__url__": path}
+            if suffix in found:
+                return _damaged(path, f"member {name!r} is there twice")
+            found.add(suffix)
+            if suffix in wanted:
+                sample[suffix] = member["data"]
+        lacking = sorted(required - sample.keys())
+        if lacking:
+            return _damaged(path, f"sample {key} has no member .{lacking[0]}")
+        return sample
 
 
-def _check_size(folder: Path, shard: ShardSchema) -> None:
+def _key_of(member: str) -> str:
+    """The sample that a member belongs to. A member with a path spoils the one that it claims to be of."""
+    return member.rpartition("/")[2].partition(".")[0]
+
+
+def _check_size(folder: Path, shard: ShardSchema, on_error: OnError) -> None:
     """The cheap part of verification, so that a half-copied data set is noticed in the first second."""
     path = folder / shard.name
     if not path.is_file():
         raise _missing(str(path))
     size = path.stat().st_size
-    if size != shard.num_bytes:
+    # What a shard of another size still holds is found out when it is read.
+    if size != shard.num_bytes and on_error == "error":
         raise _damaged(str(path), f"has {size} bytes, its index says {shard.num_bytes}")
 
 
@@ -310,7 +372,7 @@ class _PlannedDataset(IterableDataset):
         self.rank = rank
         self.keep_decoded = keep_decoded
         # By position, over all epochs; each reader process has its own.
-        self._kept: dict[int, DecodedSample] = {}
+        self._kept: dict[int, DecodedSample | UserError] = {}
         # Worker processes outlive an epoch; shared memory tells them which one is next.
         self._next = torch.zeros(2, dtype=torch.int64).share_memory_()
 
@@ -338,9 +400,9 @@ class _PlannedDataset(IterableDataset):
         window_of_position = np.repeat(plan.window_of_shard, sizes)
         uses = np.bincount(plan.batches.ravel(), minlength=sizes.sum())
         uses[list(self._kept)] = 0
-        loaded: dict[int, RawSample] = {}
+        loaded: dict[int, RawSample | UserError] = {}
         for positions, valid in zip(plan.batches.tolist(), plan.valid, strict=True):
-            samples = []
+            samples: list[DecodedSample | UserError] = []
             for position in positions:
                 if position in self._kept:
                     samples.append(self._kept[position])
@@ -355,11 +417,28 @@ class _PlannedDataset(IterableDataset):
                     del loaded[position]
                 if self.keep_decoded:
                     self._kept[position] = samples[-1]
-            batch = self.shards.collate(samples, valid)
+            batch = self._complete(samples, valid)
             batch["position"] = torch.tensor(positions, dtype=torch.int64)
             yield batch
 
-    def _load(self, shard: int, start: int, uses: np.ndarray) -> Mapping[int, RawSample]:
+    def _complete(self, samples: Sequence[DecodedSample | UserError], valid: np.ndarray) -> Batch:
+        """A batch of B samples, in which a sound one, not valid, stands in for each that is damaged.
+
+        It is of the same batch, or made up: what was read before depends on the number of processes.
+        """
+        sound = [sample for sample in samples if not isinstance(sample, UserError)]
+        stand_in = sound[0] if sound else self.shards.stand_in()
+        complete = [stand_in if isinstance(sample, UserError) else sample for sample in samples]
+        is_sound = np.array([not isinstance(sample, UserError) for sample in samples])
+        batch = self.shards.collate(complete, valid & is_sound)
+        batch["skipped"] = [
+            str(sample)
+            for sample, counts in zip(samples, valid, strict=True)
+            if counts and isinstance(sample, UserError)
+        ]
+        return batch
+
+    def _load(self, shard: int, start: int, uses: np.ndarray) -> Mapping[int, RawSample | UserError]:
         """The samples of a shard that are still to be used, by position."""
         if not uses[start : start + self.shards.sizes[shard]].any():
             return {}

@@ -22,7 +22,7 @@ INDEX_NAME = "index.json"
 CLASSIFIERS_FOLDER = "classifiers"
 FORMAT_VERSION: Final = 1
 # Members of a tar sample that are not modalities, and keys of a batch that are not modalities.
-RESERVED_NAMES = frozenset({"cls", "key", "label", "mask", "position", "valid"})
+RESERVED_NAMES = frozenset({"cls", "key", "label", "mask", "position", "skipped", "valid"})
 
 _MODALITY_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
@@ -55,6 +55,8 @@ ModalityName = Annotated[str, AfterValidator(_check_modality_name)]
 ShardName = Annotated[str, AfterValidator(_check_shard_name)]
 ClassifierFile = Annotated[str, AfterValidator(_check_classifier_file)]
 SplitName = Literal["train", "validation", "test"]
+OnError = Literal["error", "skip"]
+"""What a damaged sample leads to."""
 
 
 class _Schema(BaseModel):

@@ -52,6 +52,7 @@ from cmvae.training.optimization import (
     set_learning_rate,
 )
 from cmvae.training.rank_log import rank_log
+from cmvae.training.skipped import SkippedSamples
 from cmvae.training.state import TrainState
 from cmvae.training.validation import collect_records, evaluation_mode
 
@@ -193,6 +194,7 @@ class Trainer:
             num_workers=config.data.num_workers,
             shuffle_window=config.data.shuffle_window,
             cache_bytes=config.data.cache_megabytes * 2**20,
+            on_error=config.data.on_error,
         )
         self.validation_loader = EvaluationLoader(
             config.data.shards,
@@ -201,11 +203,13 @@ class Trainer:
             batch_size=config.evaluation.batch_size,
             rank=rank,
             world_size=world_size,
+            on_error=config.data.on_error,
         )
         self.accumulation = config.train.gradient_accumulation_steps
         self.samples_per_batch = config.train.batch_size * world_size
         self.total_steps = self._count_steps()
         self.meter = Meter()
+        self.skipped = SkippedSamples(config.data.max_skipped)
         self.heartbeat = Heartbeat(config.run_dir / LOGS_NAME, rank, world_size, config.train.hang_timeout)
         self.saved_step = state.step
 
@@ -247,6 +251,7 @@ class Trainer:
             modalities=self.task.modality_names,
             batch_size=self.config.evaluation.batch_size,
             num_samples=num_samples,
+            on_error=self.config.data.on_error,
         )
         return self._beating(loader, "refitting")
 
@@ -260,6 +265,9 @@ class Trainer:
             asked = time.perf_counter()
             raw = next(batches)
             waited = time.perf_counter() - asked
+            if self.config.data.on_error == "skip":
+                self.heartbeat.beat("waiting for the other ranks to tell what they skipped")
+                self.skipped.add_on_all_ranks(self.accelerator, raw["skipped"])
             batch = to_device(raw, self.task.schemas, self.accelerator.device)
             with self.accelerator.accumulate(self.module):
                 self.heartbeat.beat("in the forward pass")
@@ -328,8 +336,10 @@ class Trainer:
 
     def _beating(self, batches: Iterable[dict[str, Any]], activity: str) -> Iterator[dict[str, Any]]:
         """The same batches, each a sign of life."""
+        skipped = SkippedSamples(self.config.data.max_skipped)
         for batch in batches:
             self.heartbeat.beat(activity)
+            skipped.add(batch["skipped"])
             yield batch
 
     def export(self) -> Path:
@@ -345,6 +355,7 @@ class Trainer:
                     split="validation",
                     modalities=self.task.modality_names,
                     batch_size=self.config.evaluation.batch_size,
+                    on_error=self.config.data.on_error,
                 )
                 self.task.export(folder, weights, whole_split)
         self.accelerator.wait_for_everyone()
@@ -357,6 +368,7 @@ class Trainer:
     def _batches(self) -> Iterator[dict[str, Any]]:
         """Batches of this rank without end, from where the counters stand."""
         while True:
+            self.skipped.begin_epoch()
             for batch in self.train_loader.epoch_batches(self.state.epoch, skip_batches=self.state.batch):
                 self.state.batch += 1
                 self.state.samples += self.samples_per_batch
@@ -378,6 +390,8 @@ class Trainer:
             self.state.step - 1, self.total_steps, self.config.optimizer
         )
         curves["train/epoch"] = self.state.epoch + self.state.batch / self.train_loader.batches_per_epoch
+        if self.config.data.on_error == "skip":
+            curves["train/skipped_samples"] = self.skipped.count
         self.tracker.log_metrics(curves, self.state.step)
         return {"epoch": f"{self.state.epoch}", self.task.headline: f"{readings[self.task.headline]:.5g}"}
 

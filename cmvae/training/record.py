@@ -15,11 +15,12 @@ from cmvae.training.state import TrainState
 
 STATE_NAME = "state.json"
 
-# What a run may change when it goes on: what it reports, and how long it trains. A CMVAE may move: whether it
+# What a run may change when it goes on: what it reports, how long it trains, and what it
+# makes of damaged data. A CMVAE may move: whether it
 # is the same is told by its hash.
 _CHANGEABLE = re.compile(
     r"name|output_dir|cmvae|refiner\.sampler\..*|tracking\..*|evaluation\..*"
-    r"|data\.(shards|num_workers|cache_megabytes)"
+    r"|data\.(shards|num_workers|cache_megabytes|on_error|max_skipped)"
     r"|train\.(log_every|validate_every|checkpoint_every|keep_checkpoints|hang_timeout)"
 )
 _LENGTH = re.compile(r"train\.(epochs|max_steps)")

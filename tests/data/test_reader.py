@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from handmade_shards import SHAPES, picture, png, write_index, write_tar
+from handmade_shards import SHAPES, members_of, picture, png, write_index, write_tar
 from PIL import Image
 
 from cmvae import kinds
@@ -49,7 +49,7 @@ def test_batches_hold_what_their_keys_say(make_folder):
     assert len(batches) == loader.batches_per_epoch == sum(SIZES) // 3
     for batch in batches:
         check_content(batch)
-        assert list(batch) == ["m0", "m1", "mask", "label", "key", "valid", "position"]
+        assert list(batch) == ["m0", "m1", "mask", "label", "key", "valid", "skipped", "position"]
         assert batch["m0"].shape == (3, 3, 4, 5)
         assert batch["m1"].shape == (3, 1, 3, 2)
         assert batch["m0"].dtype == batch["m1"].dtype == torch.uint8
@@ -62,7 +62,7 @@ def test_batches_hold_what_their_keys_say(make_folder):
 
 def test_only_the_modalities_that_are_asked_for_are_read(make_folder):
     batch = next(training(make_folder(SIZES), modalities=["m1"]).epoch_batches(0))
-    assert list(batch) == ["m1", "mask", "label", "key", "valid", "position"]
+    assert list(batch) == ["m1", "mask", "label", "key", "valid", "skipped", "position"]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -377,6 +377,12 @@ DAMAGES = {
 }
 
 
+DAMAGES["a sample that is there twice"] = (
+    lambda members: [*members[:6], *members[:3]],
+    ["train-0.tar", "k00000 is there twice"],
+)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_named(make_folder, damage):
     change, words = DAMAGES[damage]
@@ -385,6 +391,110 @@ def test_damage_is_named(make_folder, damage):
         list(training(folder).epoch_batches(0))
     for word in [*words, "inspect_shards.py"]:
         assert word in str(problem.value)
+
+
+def damage_key(key, change):
+    """Change the members of one sample only, in whatever shard it is."""
+
+    def apply(members):
+        mine = [member for member in members if member[0].startswith(key)]
+        others = [member for member in members if not member[0].startswith(key)]
+        place = next((n for n, member in enumerate(members) if member in mine), len(members))
+        return [*others[:place], *(change(mine) if mine else []), *others[place:]]
+
+    return apply
+
+
+# What is wrong with sample 4 of nine, in three shards of three.
+SPOILT = {
+    "a pickle": lambda mine: [*mine, ("k00004.pyd", pickle.dumps(Trap()))],
+    "a path": lambda mine: [("../k00004.cls", b"1"), *mine],
+    "a missing member": lambda mine: mine[:-1],
+    "a repeated member": lambda mine: [mine[0], *mine],
+    "another sample's key": lambda mine: [(name.replace("4", "3"), content) for name, content in mine],
+    "no PNG": replace("k00004.m0.png", b"GIF89a"),
+    "another size": replace("k00004.m0.png", png(picture(4, (3, 5, 4)))),
+    "a label out of range": replace("k00004.cls", b"10"),
+    "a sample that is not there": lambda mine: [],
+}
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_damaged_sample_is_skipped_and_told_and_no_batch_is_lost(make_folder, spoilt, num_workers):
+    folder = make_folder([3, 3, 3], change=damage_key("k00004", SPOILT[spoilt]))
+    if spoilt == "another sample's key":
+        # Side by side they are one sample, with members twice: told apart, the second one is skipped.
+        write_tar_apart(folder)
+    read, lengths = [], []
+    for rank in range(2):
+        loader = EvaluationLoader(
+            folder,
+            split="train",
+            modalities=["m0", "m1"],
+            batch_size=2,
+            rank=rank,
+            world_size=2,
+            num_workers=num_workers,
+            on_error="skip",
+        )
+        batches = list(loader)
+        lengths.append(len(batches))
+        read += batches
+    valid = [key for b in read for key, counts in zip(b["key"], b["valid"], strict=True) if counts]
+    assert valid == [f"k{number:05d}" for number in range(9) if number != 4]
+    assert lengths == [3, 3]
+    for batch in read:
+        if batch["valid"].any():  # else there is nothing in it that could stand in
+            check_content(batch)
+    (told,) = [problem for batch in read for problem in batch["skipped"]]
+    assert "train-1.tar: " in told
+    assert "inspect_shards.py" in told
+
+
+def write_tar_apart(folder):
+    """Shard 1 with the samples 3, 5 and 3 again."""
+    members = [
+        (f"k{number:05d}.{suffix}", content)
+        for number in (3, 5, 3)
+        for suffix, content in members_of(number).items()
+    ]
+    write_tar(folder / "train-1.tar", members)
+    write_index(folder, "train", [3, 3, 3])
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 10**6])
+def test_a_cut_shard_costs_what_it_lost_in_every_epoch_and_no_batch(make_folder, kept_bytes):
+    folder = make_folder([4, 4])
+    shard = folder / "train-1.tar"
+    # Each member takes a header and a block: the cut is within the second sample.
+    shard.write_bytes(shard.read_bytes()[: 512 * 9])
+    loader = training(folder, batch_size=2, on_error="skip", cache_bytes=kept_bytes)
+    for epoch in range(3):
+        batches = list(loader.epoch_batches(epoch))
+        assert len(batches) == 4
+        valid = [key for b in batches for key, counts in zip(b["key"], b["valid"], strict=True) if counts]
+        assert sorted(valid) == [f"k{number:05d}" for number in range(5)]
+        told = [problem for batch in batches for problem in batch["skipped"]]
+        assert len(told) == 3
+        assert "train-1.tar: after 1 samples" in "".join(told)
+
+
+def test_a_batch_of_damaged_samples_is_as_large_as_any(make_folder):
+    change = replace("k00000.m0.png", b"x")
+    loader = training(make_folder([1], change=change), batch_size=1, on_error="skip")
+    (batch,) = loader.epoch_batches(0)
+    assert not batch["valid"].any()
+    assert batch["mask"].all()
+    assert not batch["m0"].any()
+
+
+def test_a_missing_shard_is_an_error_all_the_same(make_folder):
+    folder = make_folder([4, 4])
+    (folder / "train-1.tar").unlink()
+    with pytest.raises(UserError, match=r"train-1\.tar: missing"):
+        training(folder, on_error="skip")
 
 
 def test_damage_in_a_worker_process_reads_the_same(make_folder):

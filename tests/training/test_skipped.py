@@ -1,0 +1,71 @@
+"""Trainings on shards of which some samples are damaged."""
+
+import json
+import logging
+import shutil
+import tarfile
+
+import pytest
+from faulty_training import Training
+from handmade_shards import write_tar
+
+from cmvae.errors import UserError
+from cmvae.training.skipped import SkippedSamples
+
+SETTINGS = ("train.max_steps=12", "train.checkpoint_every=7")
+
+
+@pytest.fixture
+def damaged_shards(tmp_path, digits_shards):
+    """The digits, three images of the train split replaced by as many bytes that are no PNG."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(digits_shards, folder)
+    shard = folder / json.loads((folder / "index.json").read_text())["splits"]["train"]["shards"][0]["name"]
+    with tarfile.open(shard) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar.getmembers()]
+    spoilt = [n for n, (name, _) in enumerate(members) if name.endswith(".m1.png")][:3]
+    for place in spoilt:
+        name, content = members[place]
+        members[place] = (name, b"x" * len(content))
+    size = shard.stat().st_size
+    shard.chmod(0o644)
+    write_tar(shard, members)
+    assert shard.stat().st_size == size
+    return folder
+
+
+def test_a_damaged_sample_ends_a_training_by_default(tmp_path, damaged_shards):
+    training = Training(tmp_path / "run", damaged_shards, SETTINGS)
+    assert training.run() == 2
+    assert ".m1.png: cannot be decoded as PNG" in training.log
+
+
+def test_a_training_goes_on_without_damaged_samples(tmp_path, damaged_shards):
+    training = Training(tmp_path / "run", damaged_shards, (*SETTINGS, "data.on_error=skip"))
+    assert training.run() == 0, training.log
+    # 10 batches an epoch, so that two epochs meet them: told once each.
+    told = [line for line in training.log.splitlines() if "skipped a sample: " in line]
+    assert len(told) == len(set(told)) == 3
+    assert "skipped a sample: " in (training.folder / "logs/rank-0.log").read_text()
+
+
+def test_more_damaged_samples_than_may_be_skipped_end_a_training(tmp_path, damaged_shards):
+    overrides = (*SETTINGS, "data.on_error=skip", "data.max_skipped=2")
+    training = Training(tmp_path / "run", damaged_shards, overrides)
+    assert training.run() == 2
+    assert "error: data.max_skipped: 3 damaged samples, where at most 2 may be left out" in training.log
+    longer = Training(tmp_path / "run", damaged_shards, (*SETTINGS, "data.on_error=skip"))
+    assert longer.run(resume=True) == 0, longer.log
+
+
+def test_every_epoch_counts_anew_and_tells_once(caplog):
+    skipped = SkippedSamples(2)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            skipped.begin_epoch()
+            skipped.add(["a.tar: x"])
+            skipped.add(["a.tar: y"])
+            assert skipped.count == 2
+    assert len(caplog.records) == 2
+    with pytest.raises(UserError, match="3 damaged samples"):
+        skipped.add(["a.tar: z"])
