@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from commands import ROOT, run_command
+from handmade_shards import write_tar
 from quadrants import Quadrants
 
 from cmvae.config import CMVAEExperiment, RefinerExperiment, load_config, save_config
@@ -43,6 +47,25 @@ def digits_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ROOT,
     )
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def damaged_shards(tmp_path: Path, digits_shards: Path) -> Path:
+    """The digits, three images of the train split replaced by as many bytes that are no PNG."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(digits_shards, folder)
+    shard = folder / json.loads((folder / "index.json").read_text())["splits"]["train"]["shards"][0]["name"]
+    with tarfile.open(shard) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar.getmembers()]
+    spoilt = [n for n, (name, _) in enumerate(members) if name.endswith(".m1.png")][:3]
+    for place in spoilt:
+        name, content = members[place]
+        members[place] = (name, b"x" * len(content))
+    size = shard.stat().st_size
+    shard.chmod(0o644)
+    write_tar(shard, members)
+    assert shard.stat().st_size == size
     return folder
 
 

@@ -174,6 +174,22 @@ def test_a_broken_term_on_one_rank_stops_both_and_is_named(tmp_path, experiment_
     ]
 
 
+@pytest.mark.parametrize("configuration", ["ddp", "zero2"])
+def test_damaged_samples_are_skipped_on_two_ranks_and_stop_both_above_the_bound(
+    tmp_path, experiment_file, damaged_shards, configuration
+):
+    settings = ["train.batch_size=8", "train.max_steps=10", "data.on_error=skip"]
+    train = [ROOT / "launch/train.py", experiment_file, f"data.shards={damaged_shards}", *settings]
+    done = launch(configuration, *train)
+    assert done.returncode == 0, done.stderr
+    logs = [(tmp_path / f"run/logs/rank-{rank}.log").read_text() for rank in range(2)]
+    assert sum(log.count("skipped a sample: ") for log in logs) == 3
+    stopped = launch(configuration, *train, "data.max_skipped=2", "--overwrite")
+    assert stopped.returncode != 0
+    assert "error: data.max_skipped: 3 damaged samples" in stopped.stderr
+    assert not (tmp_path / "run/export").exists()
+
+
 def test_ranks_that_do_not_find_each_other_are_refused(tmp_path, experiment_file):
     """Two processes that think they are alone would train two models: item 7 of the design."""
     done = run_command(

@@ -1,37 +1,14 @@
 """Trainings on shards of which some samples are damaged."""
 
-import json
 import logging
-import shutil
-import tarfile
 
 import pytest
 from faulty_training import Training
-from handmade_shards import write_tar
 
 from cmvae.errors import UserError
 from cmvae.training.skipped import SkippedSamples
 
 SETTINGS = ("train.max_steps=12", "train.checkpoint_every=7")
-
-
-@pytest.fixture
-def damaged_shards(tmp_path, digits_shards):
-    """The digits, three images of the train split replaced by as many bytes that are no PNG."""
-    folder = tmp_path / "damaged"
-    shutil.copytree(digits_shards, folder)
-    shard = folder / json.loads((folder / "index.json").read_text())["splits"]["train"]["shards"][0]["name"]
-    with tarfile.open(shard) as tar:
-        members = [(member.name, tar.extractfile(member).read()) for member in tar.getmembers()]
-    spoilt = [n for n, (name, _) in enumerate(members) if name.endswith(".m1.png")][:3]
-    for place in spoilt:
-        name, content = members[place]
-        members[place] = (name, b"x" * len(content))
-    size = shard.stat().st_size
-    shard.chmod(0o644)
-    write_tar(shard, members)
-    assert shard.stat().st_size == size
-    return folder
 
 
 def test_a_damaged_sample_ends_a_training_by_default(tmp_path, damaged_shards):
