@@ -5,7 +5,10 @@ import logging
 import pytest
 from faulty_training import Training
 
+from cmvae.data.schema import ShardIndex
 from cmvae.errors import UserError
+from cmvae.tracking import NullTracker
+from cmvae.training import loop
 from cmvae.training.skipped import SkippedSamples
 
 SETTINGS = ("train.max_steps=12", "train.checkpoint_every=7")
@@ -33,6 +36,21 @@ def test_more_damaged_samples_than_may_be_skipped_end_a_training(tmp_path, damag
     assert "error: data.max_skipped: 3 damaged samples, where at most 2 may be left out" in training.log
     longer = Training(tmp_path / "run", damaged_shards, (*SETTINGS, "data.on_error=skip"))
     assert longer.run(resume=True) == 0, longer.log
+
+
+def test_what_was_skipped_is_a_curve(experiment, damaged_shards, monkeypatch):
+    points = []
+
+    class Recorder(NullTracker):
+        def log_metrics(self, metrics, step):
+            if "train/skipped_samples" in metrics:
+                points.append((step, metrics["train/skipped_samples"]))
+
+    monkeypatch.setattr(loop, "open_tracker", lambda *_: Recorder())
+    settings = [f"data.shards={damaged_shards}", "data.on_error=skip"]
+    config = experiment(*settings, "train.max_steps=10", "train.log_every=10")
+    loop.run_training(config, ShardIndex.load(config.data.shards))
+    assert points == [(10, 3)], "ten batches are an epoch"
 
 
 def test_every_epoch_counts_anew_and_tells_once(caplog):
