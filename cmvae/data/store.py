@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeVar
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO, Final
 
 from cmvae.errors import UserError
 from cmvae.files import sha256_of
@@ -45,7 +46,15 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://.+", re.IGNORECASE)
 _PASSING_REFUSALS = frozenset({408, 425, 429})
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EROFS, errno.EDQUOT})
 _LOGGER = logging.getLogger(__name__)
-_Result = TypeVar("_Result")
+
+
+class WrongContentError(UserError):
+    """A server goes on sending something other than the index says."""
+
+    def __init__(self, url: str, summary: str) -> None:
+        super().__init__(f"{url}: cannot be used: {summary}. Copy the data set there again")
+        self.summary = summary
+        """Without the address and the advice."""
 
 
 def is_remote(location: Location) -> bool:
@@ -76,8 +85,11 @@ def read_file(location: Location, name: str) -> bytes:
     if not is_remote(location):
         return (Path(location) / name).read_bytes()
     url = _join(location, name)
-    # Servers may answer a whole request in part: an index that is cut is no JSON, which its reader tells.
-    return _persist(url, lambda: _filesystem(url).cat_file(url))
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        # Servers may answer a whole request in part: an index that is cut is no JSON, which its reader tells.
+        _persist(url, lambda: _transfer(url, path))
+        return path.read_bytes()
 
 
 def open_file(location: Location, name: str, *, num_bytes: int | None, sha256: str) -> BinaryIO:
@@ -217,8 +229,8 @@ def _room_of(path: Path) -> tuple[int, float]:
     return max(reserved, status.st_size), status.st_mtime
 
 
-class _TransferError(Exception):
-    """What arrived is not what was asked for, or too slow: worth another attempt."""
+class _SlowError(Exception):
+    """So little arrives that another attempt is worth more."""
 
 
 def _join(location: Location, name: str) -> str:
@@ -239,7 +251,8 @@ def _filesystem(url: str) -> Any:
         from aiohttp import ClientTimeout
 
         timeout = ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=STALL_SECONDS)
-        options = {"client_kwargs": {"timeout": timeout}}
+        # Proxies and passwords as other programs find them: HTTPS_PROXY, ~/.netrc.
+        options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
     elif protocol in ("s3", "s3a"):
         # s3fs tries again by itself, so that botocore need not.
         timeouts = {"connect_timeout": STALL_SECONDS, "read_timeout": STALL_SECONDS}
@@ -252,11 +265,11 @@ def _filesystem(url: str) -> Any:
         raise UserError(f"{url}: {error}. Mend the URL, or install what is missing") from error
 
 
-def _download(url: str, partial: Path, expected: str) -> None:
-    """Fetch a file and compare it with its checksum.
+def _transfer(url: str, path: Path) -> None:
+    """Copy a file to this machine.
 
     Raises:
-        _TransferError: it is another, or came too slowly.
+        _SlowError: it came too slowly.
     """
     from fsspec.callbacks import Callback
 
@@ -269,18 +282,29 @@ def _download(url: str, partial: Path, expected: str) -> None:
             super().relative_update(inc)
             seconds = time.monotonic() - self.began
             if seconds > STALL_SECONDS and self.value < MIN_BYTES_PER_SECOND * seconds:
-                raise _TransferError(f"only {self.value:,} bytes came in {seconds:.0f} s")
+                raise _SlowError(f"only {self.value:,} bytes came in {seconds:.0f} s")
 
-    _filesystem(url).get_file(url, str(partial), callback=Watch())
+    _filesystem(url).get_file(url, str(path), callback=Watch())
+
+
+def _download(url: str, partial: Path, expected: str) -> None:
+    """Fetch a file and compare it with its checksum.
+
+    Raises:
+        WrongContentError: it is another.
+        _SlowError: it came too slowly.
+    """
+    _transfer(url, partial)
     found = sha256_of(partial)
     if found != expected:
-        raise _TransferError(
+        raise WrongContentError(
+            url,
             f"{partial.stat().st_size:,} bytes came, whose SHA-256 is {found}, where the index says "
-            f"{expected}. If this goes on, copy the data set there again"
+            f"{expected}",
         )
 
 
-def _persist(url: str, attempt: Callable[[], _Result]) -> _Result:
+def _persist(url: str, attempt: Callable[[], None]) -> None:
     """Try until it succeeds, waiting longer and longer.
 
     Raises:
@@ -290,8 +314,9 @@ def _persist(url: str, attempt: Callable[[], _Result]) -> _Result:
     from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
     def log(state: Any) -> None:
-        wait = state.next_action.sleep
-        _LOGGER.warning("%s: %s; next attempt in %.0f s", url, _words(state.outcome.exception()), wait)
+        wait, error = state.next_action.sleep, state.outcome.exception()
+        reason = error.summary if isinstance(error, WrongContentError) else _words(error)
+        _LOGGER.warning("%s: %s; next attempt in %.0f s", url, reason, wait)
 
     retrying = Retrying(
         retry=retry_if_exception(_is_passing),
@@ -301,7 +326,7 @@ def _persist(url: str, attempt: Callable[[], _Result]) -> _Result:
         reraise=True,
     )
     try:
-        return retrying(attempt)
+        retrying(attempt)
     except (FileNotFoundError, UserError):
         raise
     except Exception as error:
@@ -315,6 +340,8 @@ def _persist(url: str, attempt: Callable[[], _Result]) -> _Result:
 
 def _is_passing(error: BaseException) -> bool:
     """Whether another attempt may succeed. Libraries of object stores have errors of their own kinds."""
+    if isinstance(error, WrongContentError):
+        return True  # a proxy, say, that cuts what it hands on
     if isinstance(error, UserError | FileNotFoundError | PermissionError) or _is_local(error):
         return False
     status = getattr(error, "status", None)
