@@ -40,6 +40,17 @@ class RankPlan:
     """(num_shards,) int64: shards of the same number are worth loading together."""
 
 
+@dataclass(frozen=True)
+class Handover:
+    """Where ranks of one number left an epoch to ranks of another, with the same global batch."""
+
+    epoch: int
+    batch: int
+    """Batches of the epoch that were consumed when they left."""
+    world_size: int
+    """Number of the ranks that left."""
+
+
 class Plan(Protocol):
     """A way to deal the samples of a split to the ranks."""
 
@@ -61,7 +72,7 @@ class TrainingPlan:
     window are shuffled. Of the N samples, the N mod (W·B) that do not fill a global batch are left out. They
     are taken in turn from one fixed permutation, so that over the epochs every sample is left out equally
     often. Each rank owns one contiguous run of what remains, cut into `NUM_LANES` lanes, a batch of each in
-    turn.
+    turn. What ranks of another number have left of an epoch is dealt in the same way.
 
     Args:
         shard_sizes: samples in each shard of the split.
@@ -70,6 +81,7 @@ class TrainingPlan:
         seed: seed of the order.
         shuffle_window: samples that are shuffled together, at least; the memory of a reader process is a
             few times as many undecoded samples.
+        handovers: where the number of ranks changed, in the order of time; W·B did not.
 
     Raises:
         UserError: the split is smaller than one global batch.
@@ -82,10 +94,12 @@ class TrainingPlan:
         world_size: int = 1,
         seed: int = 0,
         shuffle_window: int = 4096,
+        handovers: Sequence[Handover] = (),
     ) -> None:
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.batch_size = batch_size
         self.world_size = world_size
+        self.handovers = tuple(handovers)
         self.seed = seed
         self.shuffle_window = shuffle_window
         self.num_samples = int(self.shard_sizes.sum())
@@ -126,14 +140,22 @@ class TrainingPlan:
         return order[np.isin(order, self.left_out(epoch), invert=True)], window_of_shard
 
     def for_rank(self, epoch: int, rank: int) -> RankPlan:
-        """What `rank` reads in `epoch`."""
+        """What `rank` reads in `epoch`; of batches before a handover, which are skipped, an equal share."""
         order, window_of_shard = self.order(epoch)
-        run = order.reshape(self.world_size, self.batches_per_epoch, self.batch_size)[rank]
-        lanes = np.array_split(np.arange(self.batches_per_epoch), NUM_LANES)
-        # array_split makes the first lanes the longer ones, so turns end with the first lanes.
-        turns = [lane[turn] for turn in range(len(lanes[0])) for lane in lanes if turn < len(lane)]
-        batches = run[turns]
+        global_batches = self._deal(epoch, order)
+        batches = global_batches.reshape(-1, self.world_size, self.batch_size)[:, rank]
         return RankPlan(batches, np.ones(batches.shape, dtype=bool), window_of_shard)
+
+    def _deal(self, epoch: int, order: np.ndarray) -> np.ndarray:
+        """What all ranks read together, batch by batch: (batches_per_epoch, W·B) int64."""
+        global_batch = self.world_size * self.batch_size
+        consumed = np.empty((0, global_batch), dtype=np.int64)
+        for handover in self.handovers:
+            if handover.epoch == epoch:
+                dealt = _deal_to_ranks(order, handover.world_size, global_batch)
+                consumed = np.concatenate([consumed, dealt[: handover.batch - len(consumed)]])
+                order = order[np.isin(order, consumed, invert=True)]
+        return np.concatenate([consumed, _deal_to_ranks(order, self.world_size, global_batch)])
 
     def _random(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=stream))
@@ -152,6 +174,15 @@ class TrainingPlan:
             last = groups.pop()
             groups[-1].extend(last)
         return groups
+
+
+def _deal_to_ranks(order: np.ndarray, world_size: int, global_batch: int) -> np.ndarray:
+    """A run of `order` for each rank, in lanes: (num_batches, global_batch), the ranks in a row."""
+    runs = order.reshape(world_size, -1, global_batch // world_size)
+    lanes = np.array_split(np.arange(runs.shape[1]), NUM_LANES)
+    # array_split makes the first lanes the longer ones, so turns end with the first lanes.
+    turns = [lane[turn] for turn in range(len(lanes[0])) for lane in lanes if turn < len(lane)]
+    return runs[:, turns].swapaxes(0, 1).reshape(-1, global_batch)
 
 
 class EvaluationPlan:

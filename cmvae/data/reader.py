@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import tar_file_iterator
 
-from cmvae.data.plan import EvaluationPlan, Plan, RankPlan, TrainingPlan
+from cmvae.data.plan import EvaluationPlan, Handover, Plan, RankPlan, TrainingPlan
 from cmvae.data.schema import ModalitySchema, OnError, ShardIndex, ShardSchema
 from cmvae.data.store import Location, is_remote, open_file
 from cmvae.errors import UserError
@@ -72,6 +72,7 @@ class TrainingLoader:
         cache_bytes: decoded samples stay in the memory of each reader process, and are read and decoded
             once, if the whole split takes at most so much.
         on_error: whether a damaged sample is an error, or is told in `skipped` and not valid.
+        handovers: where the number of ranks changed; W·B did not.
 
     Raises:
         UserError: the folder lacks the split, a modality or a shard, or the split is smaller than one global
@@ -92,9 +93,10 @@ class TrainingLoader:
         shuffle_window: int = 4096,
         cache_bytes: int = 0,
         on_error: OnError = "error",
+        handovers: Sequence[Handover] = (),
     ) -> None:
         shards = SplitReader(location, split, modalities, on_error)
-        self._plan = TrainingPlan(shards.sizes, batch_size, world_size, seed, shuffle_window)
+        self._plan = TrainingPlan(shards.sizes, batch_size, world_size, seed, shuffle_window, handovers)
         self._dataset = _PlannedDataset(
             shards, self._plan, rank, keep_decoded=shards.num_bytes <= cache_bytes
         )

@@ -7,17 +7,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import SAFE_MODEL_NAME, set_seed
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
 
 from cmvae.config import ExperimentConfig, flatten
+from cmvae.data.plan import Handover
 from cmvae.distributed import decide_on_main, raise_together, zero_stage
 from cmvae.errors import UserError
 from cmvae.files import publish_folder
+from cmvae.seeds import derive_seed
 from cmvae.tasks import Task
 from cmvae.training.checkpoint_folder import checkpoint_path, list_checkpoints, thin_out, write_manifest
 from cmvae.training.ema import WeightAverage
 from cmvae.training.record import CheckpointRecord
 from cmvae.training.state import TrainState
+
+# What DistributedDataParallel puts before the names of the weights.
+_WRAPPER = "module."
 
 
 class CheckpointError(UserError):
@@ -117,13 +125,14 @@ def load_checkpoint(
 ) -> TrainState:
     """Restore weights, their average, optimizer and random streams; to be called on all ranks.
 
+    Ranks of another number than wrote it draw from random streams that begin anew.
+
     Raises:
-        UserError: the checkpoint was written by another number of ranks, under another way of distributing,
-            with settings that cannot change within a run, or for another CMVAE.
+        UserError: the checkpoint was written by ranks whose number cannot change, under another way of
+            distributing, with settings that cannot change within a run, or for another CMVAE.
     """
     record = CheckpointRecord.read(path)
-    record.check_launch(path, accelerator.num_processes)
-    record.check_settings(path, flatten(config))
+    record.check_resume(path, flatten(config), accelerator.num_processes)
     _check_zero_stage(path, record.zero_stage, zero_stage(accelerator))
     if record.belongs_to != task.belongs_to:
         raise UserError(
@@ -131,10 +140,33 @@ def load_checkpoint(
             "another than the one that this training began with. Bring that back, or start a new run with "
             "output_dir=…"
         )
-    accelerator.load_state(str(path))
+    if record.world_size == accelerator.num_processes:
+        accelerator.load_state(str(path))
+    else:
+        _take_over(accelerator, path, config, task, record)
     if average is not None:
         average.load(path)
     return record.state
+
+
+def _take_over(
+    accelerator: Accelerator, path: Path, config: ExperimentConfig, task: Task, record: CheckpointRecord
+) -> None:
+    """Restore what ranks of another number wrote, each of which had everything."""
+
+    def load_weights(models: list[nn.Module], folder: str) -> None:
+        # Under data parallelism names begin with that of the wrapper, in one process they do not.
+        weights = load_file(Path(folder) / f"{SAFE_MODEL_NAME}.safetensors")
+        task.load_state_dict({name.removeprefix(_WRAPPER): value for name, value in weights.items()})
+        models.clear()  # tells Accelerate that they are loaded
+
+    hook = accelerator.register_load_state_pre_hook(load_weights)
+    accelerator.load_state(str(path))
+    hook.remove()
+    state = record.state
+    state.handovers.append(Handover(state.epoch, state.batch, record.world_size))
+    # numpy's seed has 32 bits.
+    set_seed(derive_seed(config.seed, "handover", state.step, accelerator.process_index) % 2**32)
 
 
 def _check_zero_stage(path: Path, before: int, now: int) -> None:

@@ -195,6 +195,7 @@ class Trainer:
             shuffle_window=config.data.shuffle_window,
             cache_bytes=config.data.cache_megabytes * 2**20,
             on_error=config.data.on_error,
+            handovers=state.handovers,
         )
         self.validation_loader = EvaluationLoader(
             config.data.shards,

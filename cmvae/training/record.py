@@ -23,6 +23,7 @@ _CHANGEABLE = re.compile(
     r"|data\.(shards|num_workers|cache_megabytes|on_error|max_skipped)"
     r"|train\.(log_every|validate_every|checkpoint_every|keep_checkpoints|hang_timeout)"
 )
+_BATCH_SIZE = "train.batch_size"
 _LENGTH = re.compile(r"train\.(epochs|max_steps)")
 
 
@@ -54,24 +55,29 @@ class CheckpointRecord:
         path = checkpoint / STATE_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**content | {"state": TrainState(**content["state"])})
+            return cls(**content | {"state": TrainState.from_json(content["state"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}: cannot be read: {error}. Delete this checkpoint") from error
 
-    def check_settings(self, checkpoint: Path, now: Mapping[str, object]) -> None:
-        """Refuse to go on with settings that cannot change within a run.
+    def check_resume(self, checkpoint: Path, now: Mapping[str, object], world_size: int) -> None:
+        """Refuse to go on with settings, or a number of ranks, that cannot change within a run.
 
         Args:
             checkpoint: where the record is from, for the message.
             now: the experiment that wants to go on, flattened.
+            world_size: ranks that want to go on.
 
         Raises:
-            UserError: names the first such setting.
+            UserError: names the first such setting, or says how to launch.
         """
+        if world_size != self.world_size:
+            self._check_handover(checkpoint, now, world_size)
         schedule = now["optimizer.schedule"]
         for key in sorted(self.settings.keys() | now.keys()):
             before = self.settings.get(key)
             if before == now.get(key) or _CHANGEABLE.fullmatch(key):
+                continue
+            if key == _BATCH_SIZE and world_size != self.world_size:
                 continue
             reason = ""
             if _LENGTH.fullmatch(key):
@@ -83,18 +89,30 @@ class CheckpointRecord:
                 "on, or start a new run with output_dir=…"
             )
 
-    def check_launch(self, checkpoint: Path, world_size: int) -> None:
-        """Refuse to go on with another number of ranks.
-
-        Raises:
-            UserError: says how to launch.
-        """
-        if self.world_size != world_size:
+    def _check_handover(self, checkpoint: Path, now: Mapping[str, object], world_size: int) -> None:
+        """Another number of ranks may go on where each has everything, and with the same global batch."""
+        wrote = f"{checkpoint}: written by {self.world_size} rank(s)"
+        if self.zero_stage:
             raise UserError(
-                f"{checkpoint}: written with world_size {self.world_size}, but this run has {world_size}. "
-                f"Launch it with --num_processes {self.world_size} as before, or start a new run with "
-                "output_dir=…"
+                f"{wrote} under ZeRO-{self.zero_stage}, which shared the optimizer among them; this run has "
+                f"{world_size}. Go on with as many: accelerate launch --config_file "
+                f"configs/accelerate/zero{self.zero_stage}.yaml --num_processes {self.world_size} "
+                "launch/train.py CONFIG … --resume"
             )
+        global_batch = self.world_size * int(str(self.settings[_BATCH_SIZE]))
+        if world_size * int(str(now[_BATCH_SIZE])) == global_batch:
+            return
+        if global_batch % world_size:
+            raise UserError(
+                f"{wrote} with {global_batch} samples a batch between them, which this run's {world_size} "
+                f"cannot share evenly. Launch it with --num_processes {self.world_size} as before, or "
+                f"another divisor of {global_batch}"
+            )
+        raise UserError(
+            f"{wrote} with {global_batch} samples a batch between them; this run has {world_size} rank(s). "
+            f"Give {_BATCH_SIZE}={global_batch // world_size} to go on with the same global batch, or launch "
+            f"it with --num_processes {self.world_size} as before"
+        )
 
 
 def check_newest(config: ExperimentConfig, world_size: int) -> None:
@@ -110,6 +128,5 @@ def check_newest(config: ExperimentConfig, world_size: int) -> None:
             record = CheckpointRecord.read(checkpoint)
         except UserError:
             continue
-        record.check_launch(checkpoint, world_size)
-        record.check_settings(checkpoint, flatten(config))
+        record.check_resume(checkpoint, flatten(config), world_size)
         return

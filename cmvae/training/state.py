@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cmvae.data.plan import Handover
 
 
 @dataclass
@@ -20,3 +24,16 @@ class TrainState:
     best_step: int | None = None
     """Step of the validation with the lowest loss."""
     best_loss: float | None = None
+    handovers: list[Handover] = field(default_factory=list)
+    """Where the number of ranks changed, in the order of time."""
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> TrainState:
+        """The inverse of `dataclasses.asdict`.
+
+        Raises:
+            TypeError: a counter is not one of these.
+        """
+        # A checkpoint from before there were handovers has none.
+        handovers = [Handover(**handover) for handover in content.get("handovers", [])]
+        return cls(**{**content, "handovers": handovers})

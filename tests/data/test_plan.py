@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cmvae.data.plan import EvaluationPlan, TrainingPlan
+from cmvae.data.plan import EvaluationPlan, Handover, TrainingPlan
 from cmvae.errors import UserError
 
 
@@ -106,3 +106,34 @@ def test_evaluation_marks_every_sample_valid_exactly_once():
             assert read.tolist() == list(range(min(limit, sum(sizes))))
         filled = np.concatenate([rank.batches.ravel() for rank in ranks])
         assert 0 <= filled.min() <= filled.max() < sum(sizes)
+
+
+def consumed(plan, epoch, first, last):
+    """Positions of the batches first to last − 1, of all ranks, (last − first, W·B)."""
+    ranks = [plan.for_rank(epoch, rank) for rank in range(plan.world_size)]
+    return np.concatenate([rank.batches[first:last] for rank in ranks], axis=1)
+
+
+def test_what_ranks_left_of_an_epoch_is_dealt_to_ranks_of_another_number():
+    """Four ranks leave after two batches, one after three more, and two finish the epoch."""
+    sizes, epoch = [40, 7, 30, 19, 24], 3
+
+    def plan(world_size, *handovers):
+        return TrainingPlan(
+            sizes, 12 // world_size, world_size, seed=5, shuffle_window=30, handovers=handovers
+        )
+
+    first, second = Handover(epoch, batch=2, world_size=4), Handover(epoch, batch=5, world_size=1)
+    parts = [
+        consumed(plan(4), epoch, 0, 2),
+        consumed(plan(1, first), epoch, 2, 5),
+        consumed(plan(2, first, second), epoch, 5, None),
+    ]
+    read = np.concatenate(parts)
+    assert read.shape == (10, 12)
+    assert sorted(read.ravel().tolist()) == sorted(plan(2).order(epoch)[0].tolist())
+    # Ranks that stop on the way and come back in the same number read on in the same order.
+    again = plan(2, first, second)
+    assert np.array_equal(consumed(again, epoch, 7, None), parts[2][2:])
+    for other in (epoch - 1, epoch + 1):
+        assert np.array_equal(consumed(again, other, 0, None), consumed(plan(2), other, 0, None))

@@ -124,7 +124,12 @@ def test_another_number_of_ranks_or_setting_is_refused_before_torch_is_imported(
     assert trained.returncode == 0, trained.stderr
     resume = [sys.executable, "-X", "importtime", TRAIN, experiment_file, "--resume"]
     for arguments, environment, expected in (
-        ([], {"WORLD_SIZE": "4"}, "world_size 1, but this run has 4. Launch it with --num_processes 1"),
+        (
+            [],
+            {"WORLD_SIZE": "4"},
+            "written by 1 rank(s) with 16 samples a batch between them; this run has 4 rank(s). "
+            "Give train.batch_size=4",
+        ),
         (["train.batch_size=8"], {}, "train.batch_size was 16 and is now 8. Set it back"),
     ):
         done = run_command([*resume, *arguments], ROOT, **environment)

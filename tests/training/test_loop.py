@@ -56,6 +56,7 @@ def test_a_run_leaves_checkpoints_config_and_an_export(experiment):
         "validated_step": 0,
         "best_step": None,
         "best_loss": None,
+        "handovers": [],
     }
     assert (config.run_dir / "config.yaml").is_file()
     exported = CMVAE.from_pretrained(config.run_dir / "export")
