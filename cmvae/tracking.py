@@ -25,6 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cmvae.config import ExperimentConfig, RefinerExperiment, dump_yaml, flatten
+from cmvae.errors import UserError
 from cmvae.files import write_whole
 
 if TYPE_CHECKING:
@@ -234,6 +235,28 @@ def resume_tracker(config: ExperimentConfig, run_dir: Path, is_main: bool) -> Tr
         is_main: whether this is rank 0.
     """
     return _guarded(config, is_main, lambda: _open_for_evaluation(config, run_dir))
+
+
+def read_curve(run_dir: Path, metric: str) -> dict[int, float]:
+    """A curve of a run as MLflow has it, by step.
+
+    Raises:
+        UserError: the run was not tracked, or has no such curve.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    path = run_dir / RUN_RECORD_NAME
+    record = _read_record(path)
+    if record is None:
+        raise UserError(f"{path}: missing: the run was not tracked. Train with tracking.enabled=true")
+    try:
+        points = MlflowClient(tracking_uri=record.tracking_uri).get_metric_history(record.run_id, metric)
+    except MlflowException as error:
+        raise UserError(f"{path}: {record.tracking_uri} does not have it: {_first_line(error)}") from error
+    if not points:
+        raise UserError(f"{run_dir}: no curve {metric!r} in {record.tracking_uri}")
+    return {point.step: point.value for point in points}
 
 
 def _guarded(config: ExperimentConfig, is_main: bool, opened: Callable[[], Tracker]) -> Tracker:

@@ -309,6 +309,41 @@ def metric_comparison(groups: Mapping[str, Mapping[str, Sequence[float]]]) -> Fi
     return figure
 
 
+def curve_comparison(
+    curves: Mapping[str, Mapping[int, float]],
+    differences: Mapping[str, Mapping[int, float]],
+    metric: str,
+    reference: str,
+) -> Figure:
+    """One curve of several runs, and below it how far each is from the first.
+
+    Args:
+        curves: name of the run → step → value.
+        differences: the same, the size of each run's difference.
+        metric: what is drawn.
+        reference: name of the run that the others are compared with.
+    """
+    figure = Figure(figsize=(6.4, 4.8), dpi=_DPI, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    for axes, lines, title in (
+        (above, curves, metric),
+        (below, differences, f"distance to {reference}"),
+    ):
+        for number, name in enumerate(curves):
+            line = lines.get(name, {})
+            # Curves that lie on each other: the later ones dashed, for all to be seen.
+            style = ("-", "--", "-.", ":")[number % 4]
+            label = name if line else None
+            axes.plot(list(line), list(line.values()), style, color=f"C{number}", label=label, linewidth=1.2)
+        axes.set_title(title, fontsize=9, color=_INK, loc="left")
+        axes.legend(fontsize=8, frameon=False)
+        _lighten(axes)
+    # Runs that are equal at first, and later in the last digits, differ by orders of magnitude.
+    below.set_yscale("symlog", linthresh=1e-4)
+    below.set_xlabel("step")
+    return figure
+
+
 def distance_by_steps(
     curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
     references: Mapping[str, Mapping[str, float]],
