@@ -59,7 +59,14 @@ def steps_arguments(folder, shards, batch_size, precision="fp32", missing="none"
 
 
 @pytest.mark.parametrize(
-    ("configuration", "kind"), [("ddp", "MULTI_CPU"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED")]
+    ("configuration", "kind"),
+    [
+        ("ddp", "MULTI_CPU"),
+        ("zero2", "DEEPSPEED"),
+        ("zero2_offload", "DEEPSPEED"),
+        ("zero3", "DEEPSPEED"),
+        ("zero3_offload", "DEEPSPEED"),
+    ],
 )
 def test_two_ranks_give_the_losses_of_one_at_twice_the_batch(
     tmp_path, digits_shards, one_rank, configuration, kind
@@ -107,7 +114,7 @@ def test_densities_stay_fp32_under_deepspeeds_bf16(tmp_path, digits_shards, one_
     assert any(loss % 1 for loss in losses)
 
 
-@pytest.mark.parametrize("configuration", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("configuration", ["ddp", "zero2", "zero3", "zero2_offload", "zero3_offload"])
 def test_the_documented_training_runs_and_resumes_on_two_ranks(tmp_path, experiment_file, configuration):
     train = [ROOT / "launch/train.py", experiment_file, "train.batch_size=8", "train.validate_every=2"]
     # DeepSpeed's JSON is named relative to the checkout.
@@ -133,7 +140,8 @@ def test_the_documented_training_runs_and_resumes_on_two_ranks(tmp_path, experim
         [sys.executable, ROOT / "launch/train.py", experiment_file, "train.batch_size=8", "--resume"], ROOT
     )
     assert refused.returncode == 2
-    assert "world_size 2, but this run has 1" in refused.stderr
+    how = "train.batch_size=16" if configuration == "ddp" else f"configs/accelerate/{configuration[:5]}.yaml"
+    assert how in refused.stderr
 
 
 @pytest.mark.parametrize("configuration", ["zero2", "zero3"])
