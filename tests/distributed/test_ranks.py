@@ -63,9 +63,9 @@ def steps_arguments(folder, shards, batch_size, precision="fp32", missing="none"
     [
         ("ddp", "MULTI_CPU"),
         ("zero2", "DEEPSPEED"),
-        ("zero2_offload", "DEEPSPEED"),
+        pytest.param("zero2_offload", "DEEPSPEED", marks=pytest.mark.faults),
         ("zero3", "DEEPSPEED"),
-        ("zero3_offload", "DEEPSPEED"),
+        pytest.param("zero3_offload", "DEEPSPEED", marks=pytest.mark.faults),
     ],
 )
 def test_two_ranks_give_the_losses_of_one_at_twice_the_batch(
@@ -114,7 +114,15 @@ def test_densities_stay_fp32_under_deepspeeds_bf16(tmp_path, digits_shards, one_
     assert any(loss % 1 for loss in losses)
 
 
-@pytest.mark.parametrize("configuration", ["ddp", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        "ddp",
+        "zero2",
+        "zero3",
+        *(pytest.param(f"zero{stage}_offload", marks=pytest.mark.faults) for stage in (2, 3)),
+    ],
+)
 def test_the_documented_training_runs_and_resumes_on_two_ranks(tmp_path, experiment_file, configuration):
     train = [ROOT / "launch/train.py", experiment_file, "train.batch_size=8", "train.validate_every=2"]
     # DeepSpeed's JSON is named relative to the checkout.
