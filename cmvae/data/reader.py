@@ -189,6 +189,12 @@ class SplitReader:
                     "those, or pack a data set that has it"
                 )
         self.modalities = {name: self.index.modalities[name] for name in modalities}
+        suffixes = {name: member_suffix(name, schema) for name, schema in self.index.modalities.items()}
+        labels = set() if self.index.class_names is None else {"cls"}
+        # Of members: what may be there, what is read, and what every sample must have.
+        self._known = {*suffixes.values(), "cls"}
+        self._wanted = {suffixes[name] for name in modalities} | labels
+        self._required = {suffixes[n] for n in modalities if not self.modalities[n].optional} | labels
         self.sizes = [shard.num_samples for shard in self.shards]
         self.num_bytes = sum(self.sizes) * sum(
             math.prod(schema.shape) * np.dtype(schema.dtype).itemsize for schema in self.modalities.values()
@@ -312,29 +318,23 @@ class SplitReader:
 
     def _assemble(self, key: str, members: list[dict[str, Any]], path: str) -> RawSample | UserError:
         """One sample of its members, or what is wrong: only what the index speaks of passes, no pickle."""
-        known = {member_suffix(name, schema) for name, schema in self.index.modalities.items()} | {"cls"}
-        suffixes = {name: member_suffix(name, schema) for name, schema in self.modalities.items()}
-        required = {suffix for name, suffix in suffixes.items() if not self.modalities[name].optional}
-        if self.index.class_names is not None:
-            required.add("cls")
-        wanted = required | set(suffixes.values())
         sample: RawSample = {"__key__": key, "__url__": path}
         found = set()
         for member in members:
             name = member["fname"]
             suffix = name.removeprefix(f"{key}.")
-            if not key or suffix not in known:
+            if not key or suffix not in self._known:
                 return _damaged(
                     path,
-                    f"member {name!r} is none of KEY.{', KEY.'.join(sorted(known))}, and no other "
+                    f"member {name!r} is none of KEY.{', KEY.'.join(sorted(self._known))}, and no other "
                     "kind is read",
                 )
             if suffix in found:
                 return _damaged(path, f"member {name!r} is there twice")
             found.add(suffix)
-            if suffix in wanted:
+            if suffix in self._wanted:
                 sample[suffix] = member["data"]
-        lacking = sorted(required - sample.keys())
+        lacking = sorted(self._required - sample.keys())
         if lacking:
             return _damaged(path, f"sample {key} has no member .{lacking[0]}")
         return sample
