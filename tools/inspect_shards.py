@@ -71,7 +71,7 @@ def describe(index: ShardIndex) -> str:
 
 
 def verify(location: Location, index: ShardIndex) -> dict[str, Tally]:
-    """Compare checksums and sample counts of all shards with the index.
+    """Compare checksums and sample counts of all shards with the index, and the keys with each other.
 
     Returns:
         Of each split what was counted.
@@ -90,6 +90,7 @@ def verify(location: Location, index: ShardIndex) -> dict[str, Tally]:
     }
     for name, split in index.splits.items():
         tally = tallies[name] = Tally()
+        keys: set[str] = set()
         reader = SplitReader(location, name, modalities=tuple(optional))
         for shard in progress_bar(split.shards, desc=f"verify {name}", unit=" shards", leave=False):
             try:
@@ -99,6 +100,12 @@ def verify(location: Location, index: ShardIndex) -> dict[str, Tally]:
                 for sample in reader.read_shard(shard):
                     if isinstance(sample, UserError):
                         raise sample
+                    if sample["__key__"] in keys:
+                        raise UserError(
+                            f"{location}/{shard.name}: the key {sample['__key__']} is in an earlier shard of "
+                            f"{name}, too. Give every sample a key of its own, and pack the data set again"
+                        )
+                    keys.add(sample["__key__"])
                     tally.labels[reader.label(sample)] += 1
                     tally.missing.update(key for key, suffix in optional.items() if suffix not in sample)
             except UserError as problem:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, run_tool
+from handmade_shards import members_of, write_index, write_tar
 from PIL import Image
 
 from cmvae.config import load_config, read_modalities
@@ -86,6 +87,16 @@ def test_inspection_counts_verifies_draws_and_then_finds_a_flipped_byte(packed):
     assert "train-000001.tar: its SHA-256" in result.stderr
     assert "train-000000.tar" not in result.stderr
     assert not (folder / "sheet.png").exists()
+
+
+def test_inspection_finds_a_key_that_two_shards_have(tmp_path):
+    for number, samples in enumerate([(0, 1, 2), (3, 1)]):
+        members = [(f"k{i:05d}.{suffix}", old) for i in samples for suffix, old in members_of(i).items()]
+        write_tar(tmp_path / f"train-{number}.tar", members)
+    write_index(tmp_path, "train", [3, 2])
+    done = run_tool("inspect_shards.py", tmp_path, folder=tmp_path)
+    assert done.returncode == 2
+    assert "train-1.tar: the key k00001 is in an earlier shard of train, too" in done.stderr
 
 
 def test_inspection_without_verification_only_looks(packed, monkeypatch):
