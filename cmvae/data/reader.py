@@ -24,7 +24,7 @@ from webdataset.tariterators import tar_file_iterator
 
 from cmvae.data.plan import EvaluationPlan, Handover, Plan, RankPlan, TrainingPlan
 from cmvae.data.schema import ModalitySchema, OnError, ShardIndex, ShardSchema
-from cmvae.data.store import Location, is_remote, open_file
+from cmvae.data.store import Location, WrongContentError, is_remote, open_file
 from cmvae.errors import UserError
 from cmvae.kinds import KINDS
 
@@ -211,12 +211,18 @@ class SplitReader:
             As many as the index says; with `on_error` skip, what is wrong in the place of each damaged one.
 
         Raises:
-            UserError: the tar cannot be fetched; or it is damaged, holds members of a kind that is not in the
-                index, a key twice, or another number of samples.
+            UserError: the tar cannot be fetched or read; or it is damaged, on its server or here, holds
+                members of a kind that is not in the index, a key twice, or another number of samples.
         """
         path = f"{self.location}/{shard.name}"
         count = 0
-        with self._open(shard) as stream:
+        try:
+            stream = self._open(shard)
+        except WrongContentError as error:
+            for _ in range(shard.num_samples):
+                yield self._raise_or_keep(error)
+            return
+        with stream:
             for sample in self._scan(stream, path):
                 if count == shard.num_samples:
                     excess = _damaged(path, f"holds more samples than the {count} that its index says")
@@ -311,6 +317,12 @@ class SplitReader:
                 seen.add(key)
                 yield sample
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                # The disk, not the data: what one rank cannot read another one may, and all skip alike.
+                raise UserError(
+                    f"{path}: cannot be read: {error.strerror}. Look after the disk; a training goes on with "
+                    "--resume"
+                ) from error
             what = f"after {len(seen)} samples: {error.args[0] if error.args else error}"
             problem = _damaged(path, what)
             problem.__cause__ = error

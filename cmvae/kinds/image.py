@@ -55,7 +55,9 @@ class Image(Kind):
                     pixels = np.asarray(image)
                     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
                 found = f"a {image.mode} image of {image.size[1]}×{image.size[0]}"
-        except (UnidentifiedImageError, Pillow.DecompressionBombError, OSError, SyntaxError) as error:
+        except UnidentifiedImageError as error:  # its own message names an address in memory
+            raise ValueError("cannot be decoded as PNG (it is none)") from error
+        except (Pillow.DecompressionBombError, OSError, SyntaxError) as error:
             raise ValueError(f"cannot be decoded as PNG ({error})") from error
         raise ValueError(f"{found}, its index says {_MODES[channels]} of {height}×{width}")
 

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -488,6 +489,19 @@ def test_a_batch_of_damaged_samples_is_as_large_as_any(make_folder):
     assert not batch["valid"].any()
     assert batch["mask"].all()
     assert not batch["m0"].any()
+
+
+def test_a_disk_that_fails_is_no_damage(make_folder, monkeypatch):
+    """Another rank may read what this one cannot: skipped here alone, it would be no longer alike."""
+
+    def failing(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+        yield
+
+    monkeypatch.setattr(reader, "tar_file_iterator", failing)
+    loader = training(make_folder([4]), on_error="skip")
+    with pytest.raises(UserError, match=r"train-0\.tar: cannot be read: Input/output error"):
+        list(loader.epoch_batches(0))
 
 
 def test_a_missing_shard_is_an_error_all_the_same(make_folder):

@@ -115,6 +115,25 @@ def test_a_server_that_goes_on_failing_is_an_error_and_nothing_is_kept(
     assert kept(cache) == set()
 
 
+@pytest.mark.parametrize(("fault", "message"), [(truncated, None), (unavailable, "503")])
+def test_a_shard_that_is_damaged_on_its_server_is_skipped_but_a_server_that_fails_is_not(
+    cache, server, fault, message, monkeypatch
+):
+    monkeypatch.setattr(store, "ATTEMPTS", 3)
+    server.faults["train-0.tar"] = [fault] * 9
+    loader = EvaluationLoader(server.url, split="train", modalities=MODALITIES, batch_size=6, on_error="skip")
+    if message is not None:
+        with pytest.raises(UserError, match=message):
+            list(loader)
+        return
+    batches = list(loader)
+    valid = [key for b in batches for key, counts in zip(b["key"], b["valid"], strict=True) if counts]
+    assert valid == [f"k{number:05d}" for number in range(SIZES[0], sum(SIZES))]
+    told = [problem for batch in batches for problem in batch["skipped"]]
+    assert len(told) == SIZES[0]
+    assert all("train-0.tar" in problem and "SHA-256" in problem for problem in told)
+
+
 def test_a_refusal_is_not_asked_again(cache, server):
     server.faults["train-0.tar"] = [forbidden] * 9
     with pytest.raises(UserError, match="403"):
