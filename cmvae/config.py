@@ -198,7 +198,7 @@ class DataConfig(_Settings):
     """A damaged sample ends a training, or is left out: its batch goes on with the others, so that all ranks
     have as many batches as ever. An evaluation always ends: its figures are of a whole split."""
     max_skipped: int = Field(default=100, ge=0)
-    """At most so many samples are left out of an epoch, on all ranks together, or of a validation, on one."""
+    """At most so many samples are left out of an epoch, or of a validation, on all ranks together."""
 
 
 class OptimizerConfig(_Settings):

@@ -211,6 +211,7 @@ class Trainer:
         self.total_steps = self._count_steps()
         self.meter = Meter()
         self.skipped = SkippedSamples(config.data.max_skipped)
+        self.skipped_in_validation = SkippedSamples(config.data.max_skipped)
         self.heartbeat = Heartbeat(config.run_dir / LOGS_NAME, rank, world_size, config.train.hang_timeout)
         self.saved_step = state.step
 
@@ -268,7 +269,7 @@ class Trainer:
             waited = time.perf_counter() - asked
             if self.config.data.on_error == "skip":
                 self.heartbeat.beat("waiting for the other ranks to tell what they skipped")
-                self.skipped.add_on_all_ranks(self.accelerator, raw["skipped"])
+                self.skipped.add(self.accelerator, raw["skipped"])
             batch = to_device(raw, self.task.schemas, self.accelerator.device)
             with self.accelerator.accumulate(self.module):
                 self.heartbeat.beat("in the forward pass")
@@ -312,6 +313,8 @@ class Trainer:
         records = self._collect_records()
         loss = float(records["loss"].mean())
         metrics = {"loss": loss, **self.task.validation_metrics(records)}
+        if self.config.data.on_error == "skip":
+            metrics["skipped_samples"] = self.skipped_in_validation.count
         self.tracker.log_metrics(
             {f"validation/{name}": value for name, value in metrics.items()}, self.state.step
         )
@@ -330,17 +333,23 @@ class Trainer:
             self.accelerator,
             self.module,
             self.task.schemas,
-            self._beating(self.validation_loader, "validating"),
+            self._validation_batches(),
             self.config.seed,
             max_batches,
         )
 
     def _beating(self, batches: Iterable[dict[str, Any]], activity: str) -> Iterator[dict[str, Any]]:
         """The same batches, each a sign of life."""
-        skipped = SkippedSamples(self.config.data.max_skipped)
         for batch in batches:
             self.heartbeat.beat(activity)
-            skipped.add(batch["skipped"])
+            yield batch
+
+    def _validation_batches(self) -> Iterator[dict[str, Any]]:
+        """Batches of this rank, of which all ranks have equally many: what they skip is counted together."""
+        self.skipped_in_validation.begin_epoch()
+        for batch in self._beating(self.validation_loader, "validating"):
+            if self.config.data.on_error == "skip":
+                self.skipped_in_validation.add(self.accelerator, batch["skipped"])
             yield batch
 
     def export(self) -> Path:

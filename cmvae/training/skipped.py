@@ -14,7 +14,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class SkippedSamples:
-    """The samples that were left out of a pass so far.
+    """The samples that all ranks left out of a pass so far.
 
     Args:
         limit: how many may be.
@@ -29,17 +29,12 @@ class SkippedSamples:
         """Count from zero: every epoch meets the same samples again."""
         self.count = 0
 
-    def add(self, problems: Sequence[str]) -> None:
-        """Count what was left out of a batch, and log each the first time.
+    def add(self, accelerator: Accelerator, problems: Sequence[str]) -> None:
+        """Count what all ranks left out of a batch, and log each of this one the first time; on all ranks.
 
         Raises:
-            UserError: there are more than the limit.
+            UserError: on all ranks together, when there are more than the limit.
         """
-        self._log(problems)
-        self._count(len(problems))
-
-    def add_on_all_ranks(self, accelerator: Accelerator, problems: Sequence[str]) -> None:
-        """As `add`, with the count of all ranks, so that all of them stop together; to be called on all."""
         self._log(problems)
         number = torch.tensor(len(problems), device=accelerator.device)
         self._count(int(accelerator.reduce(number, "sum")))

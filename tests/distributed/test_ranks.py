@@ -206,6 +206,23 @@ def test_damaged_samples_are_skipped_on_two_ranks_and_stop_both_above_the_bound(
     assert not (tmp_path / "run/export").exists()
 
 
+def test_what_a_validation_skips_is_counted_over_both_ranks(tmp_path, experiment_file, digits_shards):
+    """Neither rank has more than the bound; the parts of two ranks begin and end with a damaged sample."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(digits_shards, folder)
+    index = json.loads((folder / "index.json").read_text())
+    (entry,) = index["splits"]["validation"]["shards"]
+    content = (folder / entry["name"]).read_bytes()
+    first, last = content.index(b"PNG"), content.rindex(b"PNG")
+    for place in (first, last):
+        content = content[:place] + b"GIF" + content[place + 3 :]
+    (folder / entry["name"]).write_bytes(content)
+    settings = [f"data.shards={folder}", "data.on_error=skip", "data.max_skipped=1", "train.batch_size=8"]
+    stopped = launch("ddp", ROOT / "launch/train.py", experiment_file, *settings)
+    assert stopped.returncode != 0
+    assert "error: data.max_skipped: 2 damaged samples" in stopped.stderr, stopped.stderr
+
+
 def test_ranks_that_do_not_find_each_other_are_refused(tmp_path, experiment_file):
     """Two processes that think they are alone would train two models: item 7 of the design."""
     done = run_command(

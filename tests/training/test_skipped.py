@@ -1,8 +1,10 @@
 """Trainings on shards of which some samples are damaged."""
 
+import json
 import logging
 
 import pytest
+from accelerate import Accelerator
 from faulty_training import Training
 
 from cmvae.data.schema import ShardIndex
@@ -43,24 +45,33 @@ def test_what_was_skipped_is_a_curve(experiment, damaged_shards, monkeypatch):
 
     class Recorder(NullTracker):
         def log_metrics(self, metrics, step):
-            if "train/skipped_samples" in metrics:
-                points.append((step, metrics["train/skipped_samples"]))
+            points.extend((name, step, value) for name, value in metrics.items() if "skipped" in name)
 
     monkeypatch.setattr(loop, "open_tracker", lambda *_: Recorder())
-    settings = [f"data.shards={damaged_shards}", "data.on_error=skip"]
-    config = experiment(*settings, "train.max_steps=10", "train.log_every=10")
+    index = json.loads((damaged_shards / "index.json").read_text())
+    shard = damaged_shards / index["splits"]["validation"]["shards"][0]["name"]
+    shard.write_bytes(shard.read_bytes().replace(b"PNG", b"GIF", 1))
+    settings = [f"data.shards={damaged_shards}", "data.on_error=skip", "data.cache_megabytes=0"]
+    config = experiment(*settings, "train.max_steps=20", "train.log_every=10", "train.validate_every=10")
     loop.run_training(config, ShardIndex.load(config.data.shards))
-    assert points == [(10, 3)], "ten batches are an epoch"
+    assert points == [
+        (name, step, count)
+        for step in (10, 20)
+        for name, count in (("train/skipped_samples", 3), ("validation/skipped_samples", 1))
+    ], "ten batches are an epoch"
+    # Two epochs, and three validations, decode each of them anew.
+    log = (config.run_dir / "logs/rank-0.log").read_text()
+    assert log.count("skipped a sample: ") == 4
 
 
 def test_every_epoch_counts_anew_and_tells_once(caplog):
-    skipped = SkippedSamples(2)
+    skipped, alone = SkippedSamples(2), Accelerator(cpu=True)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             skipped.begin_epoch()
-            skipped.add(["a.tar: x"])
-            skipped.add(["a.tar: y"])
+            skipped.add(alone, ["a.tar: x"])
+            skipped.add(alone, ["a.tar: y"])
             assert skipped.count == 2
     assert len(caplog.records) == 2
     with pytest.raises(UserError, match="3 damaged samples"):
-        skipped.add(["a.tar: z"])
+        skipped.add(alone, ["a.tar: z"])
