@@ -10,10 +10,18 @@ import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from cmvae.data.schema import ModalityName, OnError, ShardIndex
 from cmvae.errors import UserError
@@ -183,10 +191,14 @@ class RefinerConfig(_Settings):
         return self
 
 
+def _path_to_str(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
 class DataConfig(_Settings):
     """Which shards are read, and how."""
 
-    shards: str
+    shards: Annotated[str, BeforeValidator(_path_to_str)]
     """Folder that tools/make_shards.py wrote, or the URL of a copy of it: `https://`, `s3://`, …"""
     num_workers: int = Field(default=1, ge=0)
     """Reader processes a rank; the order of samples does not depend on it."""

@@ -41,7 +41,7 @@ def test_the_config_is_one_and_fits_the_shards(tmp_path, num_train, shards):
     assert isinstance(config, CMVAEExperiment)
     check_against_shards(config, index, str(path))
     assert config.name == "my_birds_2024"
-    assert config.data.shards == Path(shards)
+    assert config.data.shards == shards
     assert list(config.model.modalities) == list(SCHEMAS)
     assert config.model.num_clusters == 6
     assert config.train.batch_size <= num_train

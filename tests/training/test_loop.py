@@ -201,8 +201,8 @@ def test_accumulation_equals_one_large_batch(experiment, tmp_path, monkeypatch):
 
         batches_per_epoch = 2
 
-        def __init__(self, folder, *, modalities, batch_size, **_):
-            self.arguments = {"folder": folder, "split": "train", "modalities": modalities}
+        def __init__(self, location, *, modalities, batch_size, **_):
+            self.arguments = {"location": location, "split": "train", "modalities": modalities}
             self.batch_size = batch_size
 
         def epoch_batches(self, epoch, skip_batches=0):
