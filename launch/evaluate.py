@@ -16,6 +16,7 @@ from pathlib import Path
 from cmvae.config import check_against_shards, load_run_config
 from cmvae.data.schema import ShardIndex
 from cmvae.errors import UserError
+from cmvae.leaving import leave
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,4 +64,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

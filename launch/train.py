@@ -20,6 +20,7 @@ import sys
 from cmvae.config import ExperimentConfig, check_against_shards, load_config
 from cmvae.data.schema import ShardIndex
 from cmvae.errors import UserError
+from cmvae.leaving import leave
 from cmvae.training.record import check_newest
 
 # Of sysexits.h: a failure for now, after which to try again.
@@ -80,4 +81,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

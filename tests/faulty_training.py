@@ -166,6 +166,7 @@ def _train(training: Training, fault: Fault | None, resume: bool) -> None:
     if fault is not None:
         fault()
     from cmvae.errors import UserError
+    from cmvae.leaving import leave
     from cmvae.training.loop import run_training
 
     config = load_config(ROOT / "configs/digits.yaml", training.settings)
@@ -173,8 +174,8 @@ def _train(training: Training, fault: Fault | None, resume: bool) -> None:
         stopped_by = run_training(config, ShardIndex.load(config.data.shards), resume=resume)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(128 + stopped_by if stopped_by else 0)
+        leave(2)
+    leave(128 + stopped_by if stopped_by else 0)
 
 
 def _record_keys(path: Path) -> None:

@@ -20,6 +20,7 @@ from cmvae.data.batch import to_device
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
 from cmvae.data.schema import ShardIndex
 from cmvae.distributed import AUTOCAST_DTYPES, StopRequest, agree, start_accelerator
+from cmvae.leaving import leave
 from cmvae.model import CMVAE
 from cmvae.tasks.cmvae import CMVAETask, LatentNoise
 from cmvae.training.optimization import build_optimizer
@@ -96,3 +97,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)
