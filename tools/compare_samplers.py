@@ -68,6 +68,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "take long (default: as launch/evaluate.py does)",
     )
     parser.add_argument(
+        "--unconditional",
+        action="store_true",
+        help="only measure what is generated from nothing, for samplers that take longer still",
+    )
+    parser.add_argument(
         "--split",
         choices=("test", "validation"),
         default="test",
@@ -216,7 +221,9 @@ def main() -> int:
         head = describe(protocol) + format_head(titles)
         table = ""
         measurements: list[Measurement] = []
-        for measurement in measure_samplers(config, index, arguments.run, samplers, arguments.num):
+        for measurement in measure_samplers(
+            config, index, arguments.run, samplers, arguments.num, arguments.unconditional
+        ):
             row = format_row(measurement, max(map(len, titles)))
             lines = row if measurements else f"{head}\n{row}"
             # As soon as it is known: the next one may take hours, or be stopped.

@@ -203,14 +203,15 @@ def measure_floor(context: EvaluationContext, reference: Reference, split: str) 
 
 
 def measure_generations(
-    context: EvaluationContext, reference: Reference, *, several_sources: bool = True
+    context: EvaluationContext, reference: Reference, *, max_sources: int | None = None
 ) -> GroupResult:
     """One pass of generations, as they are and, with a refiner, refined.
 
     Args:
         context: model, settings and perhaps a refiner.
         reference: what is generated from and compared with.
-        several_sources: also generate from several sources, of which only coherence knows.
+        max_sources: generate from at most so many modalities at once; of several only coherence knows, and 0
+            leaves the unconditional generations. None is all that the metrics take.
 
     Returns:
         Metrics and figures, as of `evaluate_generative`.
@@ -230,9 +231,10 @@ def measure_generations(
         tallies[REFINED] = _Tally(comparisons)
     read = networks.read if comparisons else networks.classify
     names = reference.sources
+    largest = max(1, len(names) - 1) if coherent else 1
     source_sets = {
         sources: having(real, sources)
-        for sources in _source_sets(names, len(names) - 1 if coherent and several_sources else 1)
+        for sources in _source_sets(names, largest if max_sources is None else min(largest, max_sources))
     }
     with progress_bar(
         total=context.settings.num_generated + sum(map(len, source_sets.values())),
@@ -267,6 +269,7 @@ def measure_generations(
         if coherent:
             metrics = tally.coherence()
             result.metrics |= {f"{version}{name}": value for name, value in metrics.items()}
+        if coherent and source_sets:
             shares = coherence_matrix(metrics, names, networks.classified)
             matrix = figures.coherence_matrix(shares, names, networks.classified)
             result.figures[f"{version.replace('/', '_')}coherence_matrix"] = matrix
@@ -513,8 +516,8 @@ def _classes(readings: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _source_sets(modalities: Sequence[str], largest: int) -> list[Sources]:
-    """All sets of one to `largest` modalities, but one at least."""
-    sizes = range(1, max(1, largest) + 1)
+    """All sets of one to `largest` modalities."""
+    sizes = range(1, largest + 1)
     return [sources for size in sizes for sources in combinations(modalities, size)]
 
 

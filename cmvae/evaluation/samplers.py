@@ -64,6 +64,7 @@ def measure_samplers(
     run_dir: Path,
     samplers: Sequence[SamplerConfig],
     num_samples: int | None = None,
+    unconditional: bool = False,
 ) -> Iterator[Measurement]:
     """Measure real images, the CMVAE alone and each sampler, one after the other, in this one process.
 
@@ -76,6 +77,7 @@ def measure_samplers(
         samplers: what to compare.
         num_samples: only the first so many samples of the split, and at most so many unconditional
             generations; None leaves both as they are.
+        unconditional: only measure what is generated from nothing: a third of the images, or less.
 
     Yields:
         The floor, the CMVAE alone, then a measurement a sampler, each when it is done.
@@ -99,11 +101,13 @@ def measure_samplers(
         started = time.perf_counter()
         floor = measure_floor(context, reference, "train")
         yield Measurement(FLOOR, None, floor, time.perf_counter() - started)
-        yield _measure(context, reference, UNREFINED)
+        # Several sources are for coherence only, and are not refined.
+        max_sources = 0 if unconditional else 1
+        yield _measure(context, reference, UNREFINED, max_sources)
         dtype = AUTOCAST_DTYPES[config.train.mixed_precision]
         for sampler, title in zip(samplers, sampler_titles(samplers), strict=True):
             refiner = _TimedRefiner.from_pretrained(run_dir / "export", context.device, dtype, sampler)
-            yield _measure(replace(context, refiner=refiner), reference, title)
+            yield _measure(replace(context, refiner=refiner), reference, title, max_sources)
     finally:
         accelerator.end_training()
 
@@ -219,10 +223,9 @@ class _TimedRefiner(Refiner):
         return time.perf_counter()
 
 
-def _measure(context: EvaluationContext, reference: Reference, title: str) -> Measurement:
+def _measure(context: EvaluationContext, reference: Reference, title: str, max_sources: int) -> Measurement:
     started = time.perf_counter()
-    # Several sources are for coherence only, and are not refined.
-    metrics = measure_generations(context, reference, several_sources=False).metrics
+    metrics = measure_generations(context, reference, max_sources=max_sources).metrics
     seconds = time.perf_counter() - started
     refiner = context.refiner
     if not isinstance(refiner, _TimedRefiner):

@@ -94,6 +94,15 @@ def test_the_floor_is_as_many_train_images_against_the_split(run, measured, num_
     }
 
 
+def test_unconditional_generations_alone_have_the_figures_that_they_have_among_others(run, measured):
+    config, index = run
+    alone = list(measure_samplers(config, index, config.run_dir, SAMPLERS, unconditional=True))
+    names = {"frechet/classifier/unconditional", "coherence/unconditional"}
+    for measurement, among in zip(alone[1:], measured[1:], strict=True):
+        assert measurement.metrics == {name: among.metrics[name] for name in names}
+    assert draw_samplers(alone).keys() == {"distance_by_steps", "distance_by_coherence"}
+
+
 def test_the_protocol_counts_what_is_measured(run):
     config, index = run
     whole = describe_measurements(config, index, config.run_dir)
