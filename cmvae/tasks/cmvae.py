@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy.special import entr
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cmvae.clustering import clustering_metrics, find_cluster_means, responsibilities, vote
 from cmvae.config import ObjectiveConfig
@@ -190,13 +191,38 @@ class CMVAETask(Task):
             substitutes = self.model.auxiliary_prior(name).sample(noise.private[target, cross])
             targets_private = torch.cat([targets_private, substitutes])
         sources = [target, *cross]
-        parameters = self.model.decode_parameters(shared[sources], {name: targets_private})[name]
-        scale = self.model.config.modalities[name].likelihood.scale
-        decoded = data_log_prob(self.model.likelihoods[name], scale, x, parameters)
+        decoded = self._decode_in_parts(name, x, shared[sources], targets_private)
         each = [1.0] + [(num_modalities - 1) / len(cross) for _ in cross]
         counted = decoded * decoded.new_tensor(each).view(-1, 1, 1)
         into = torch.tensor(sources, device=decoded.device)
         return decoded.new_zeros((num_modalities, *decoded.shape[1:])).index_copy(0, into, counted)
+
+    def _decode(self, name: str, x: Tensor, shared: Tensor, private: Tensor) -> Tensor:
+        """Log p(x | z, w) of x (B, ...) under latents (..., B, D): (..., B)."""
+        parameters = self.model.decode_parameters(shared, {name: private})[name]
+        scale = self.model.config.modalities[name].likelihood.scale
+        return data_log_prob(self.model.likelihoods[name], scale, x, parameters)
+
+    def _decode_in_parts(self, name: str, x: Tensor, shared: Tensor, private: Tensor) -> Tensor:
+        """As `_decode`, of so many latents at a time as the objective says."""
+        lead, part = shared.shape[:-1], self.objective.max_decoded
+        total = lead.numel()
+        if part is None or part >= total or _has_batch_norm(self.model.decoders[name]):
+            return self._decode(name, x, shared, private)
+        shared, private = shared.flatten(0, -2), private.flatten(0, -2)
+
+        def decode(rows: slice) -> Tensor:
+            members = torch.arange(rows.start, rows.stop, device=x.device) % len(x)
+            return self._decode(name, x[members], shared[rows], private[rows])
+
+        # Decoders draw nothing, so there is no random state to keep.
+        decoded = [
+            checkpoint(
+                decode, slice(first, min(first + part, total)), use_reentrant=False, preserve_rng_state=False
+            )
+            for first in range(0, total, part)
+        ]
+        return torch.cat(decoded).view(lead)
 
     def _cluster_report(self, posteriors: Mapping[str, Posterior]) -> dict[str, Tensor]:
         shared_loc = stack_shared_locations(posteriors)
@@ -285,6 +311,10 @@ class CMVAETask(Task):
         inputs = {name: batch[name][:num_samples] for name in self.model.modality_names}
         mask = batch["mask"][:num_samples]
         return {"cross_modal": draw_cross_modal(self.model, inputs, mask, generator)}
+
+
+def _has_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
 def _per_sample(terms: LogWeightTerms, present: Tensor) -> dict[str, Tensor]:

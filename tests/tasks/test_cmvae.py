@@ -62,6 +62,54 @@ def test_each_decoder_and_encoder_runs_once_a_step(batch):
     assert sorted(calls) == sorted(expected)
 
 
+def run_step(objective, batch):
+    """Loss, gradients, the sizes of decoder calls, and the bytes kept for the backward pass."""
+    task = CMVAETask(make_task().model, objective)
+    sizes, kept = [], []
+    for network in task.model.decoders.values():
+        network.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    torch.manual_seed(2)
+    keep = lambda tensor: kept.append(tensor.nbytes) or tensor  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = task(batch)
+    in_forward = list(sizes)
+    loss.backward()
+    return loss, [p.grad for p in task.parameters()], in_forward, len(sizes) - len(in_forward), sum(kept)
+
+
+@pytest.mark.parametrize("name", ["iwae", "dreg"])
+def test_decoding_in_parts_changes_nothing_but_what_is_kept(batch, name):
+    whole = ObjectiveConfig(name=name, num_samples=2)
+    loss, gradients, sizes, again, kept = run_step(whole, batch)
+    assert (sizes, again) == ([3 * 2 * 9] * 3, 0)
+    parts = whole.model_copy(update={"max_decoded": 20})
+    loss_in_parts, gradients_in_parts, sizes, again, kept_in_parts = run_step(parts, batch)
+    # Neither a batch nor a source ends where a part does.
+    assert (sizes, again) == ([20, 20, 14] * 3, 9)
+    torch.testing.assert_close(loss_in_parts, loss, rtol=1e-6, atol=0)
+    for found, expected in zip(gradients_in_parts, gradients, strict=True):
+        # Sums in another order, of terms that cancel.
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    # What the encoders and the densities need stays.
+    assert kept_in_parts < 0.5 * kept
+
+
+def test_decoders_with_batch_norm_are_never_decoded_in_parts():
+    schema = ModalitySchema(
+        kind="text", shape=(8,), dtype="int64", categories=(*SPECIAL_TOKENS, "red", "blue")
+    )
+    config = ModelConfig(
+        shared_dim=5, private_dim=4, num_clusters=6, modalities={"caption": ModalityConfig(width=4)}
+    )
+    torch.manual_seed(0)
+    task = CMVAETask(CMVAE(config, {"caption": schema}), ObjectiveConfig(num_samples=4, max_decoded=3))
+    sizes = []
+    task.model.decoders["caption"].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    ones = {"valid": torch.ones(2, dtype=torch.bool), "mask": torch.ones(2, 1, dtype=torch.bool)}
+    task({"caption": torch.randint(5, (2, 8)), **ones})
+    assert sizes == [4 * 2]
+
+
 def test_of_drawn_cross_sources_each_is_used_once_a_step_and_none_is_preferred(batch):
     task = make_task(num_samples=1, cross_sources=1)
     sizes = []
