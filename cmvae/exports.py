@@ -59,6 +59,12 @@ def _check_kind(folder: Path, content: object, config_type: type[BaseModel]) -> 
         if key in content and key not in config_type.model_fields:
             (wanted,) = (name for own, name in _KINDS.items() if own in config_type.model_fields)
             raise UserError(f"{folder}: the export of {kind}, where that of {wanted} is wanted")
+    written, known = content.get("format_version"), config_type.model_fields["format_version"].default
+    if isinstance(written, int) and written != known:
+        raise UserError(
+            f"{folder}: an export of format {written}, and this version of the project reads {known}. Read it "
+            "with the version that wrote it, or train the run again"
+        )
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:

@@ -74,7 +74,8 @@ class ExportConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
+    """Of 1 the decoders of images had their weights under other names."""
     model: ModelConfig
     modalities: dict[ModalityName, ModalitySchema]
 
