@@ -62,8 +62,8 @@ def _check_kind(folder: Path, content: object, config_type: type[BaseModel]) -> 
     written, known = content.get("format_version"), config_type.model_fields["format_version"].default
     if isinstance(written, int) and written != known:
         raise UserError(
-            f"{folder}: an export of format {written}, and this version of the project reads {known}. Read it "
-            "with the version that wrote it, or train the run again"
+            f"{folder}: an export of format {written}, and this version reads {known}. Read it with the "
+            "version that wrote it, or train the run again"
         )
 
 
