@@ -51,7 +51,7 @@ def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> 
     try:
         context = load_context(config, index, run_dir, accelerator)
         result = _describe(context, run_dir / "export")
-        for group in _evaluate_groups(context, config):
+        for group in evaluate_groups(context, config):
             result.add(group)
         if accelerator.is_main_process:
             result.figures |= _draw_generations(context)
@@ -79,7 +79,7 @@ def load_context(
     return EvaluationContext(model, config.data.shards, index, config.evaluation, accelerator, refiner)
 
 
-def _evaluate_groups(context: EvaluationContext, config: ExperimentConfig) -> Iterator[GroupResult]:
+def evaluate_groups(context: EvaluationContext, config: ExperimentConfig) -> Iterator[GroupResult]:
     """The groups that were asked for and make sense for the run, one after the other."""
     wanted = set(context.settings.metrics)
     if wanted & GENERATIVE_GROUPS:

@@ -1,0 +1,78 @@
+"""The process that one job has to itself: what it keeps in memory is then its own.
+
+Reads from standard input a line of JSON that says which job, then a line for every time that it shall run;
+answers each with a line of JSON. At the end of the input it tells the memory that it took.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cmvae
+
+# The jobs of this checkout, where another, whose code shall do them, has none.
+cmvae.__path__.append(str(Path(__file__).resolve().parents[1]))
+
+if TYPE_CHECKING:
+    from cmvae.benchmark.job import Job
+
+MODULES = {
+    "update": "training",
+    "ceiling": "training",
+    "shards": "reading",
+    "folder": "reading",
+    "selection": "generating",
+    "refining": "generating",
+    "evaluation": "generating",
+}
+"""Where each job is."""
+
+
+def main() -> None:
+    """Serve one parent."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+
+    def answer(content: dict[str, Any]) -> None:
+        print(json.dumps(content), file=answers, flush=True)
+
+    from cmvae.errors import UserError
+
+    request = json.loads(sys.stdin.readline())
+    try:
+        job = _builder(request["job"])(**request["arguments"])
+        for _ in range(request["warm_up"]):
+            job.run()
+    except UserError as error:
+        answer({"error": str(error)})
+        return
+    answer({"num_items": job.num_items, "facts": job.facts})
+    for _ in sys.stdin:
+        answer(job.measure())
+    answer({"peak_memory_bytes": _peak_memory()})
+
+
+def _builder(name: str) -> Callable[..., Job]:
+    # Only what is asked for: another checkout may lack the others.
+    module = import_module(f"cmvae.benchmark.{MODULES[name]}")
+    builder: Callable[..., Job] = getattr(module, f"{name}_job")
+    return builder
+
+
+def _peak_memory() -> int:
+    """Bytes that tensors took on a GPU, or all that this process took of the main memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+
+
+if __name__ == "__main__":
+    main()

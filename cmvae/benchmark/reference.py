@@ -1,0 +1,87 @@
+"""The way of working of the released code, with the same objective: what a benchmark of training is against.
+
+One decoder call for every pair of source and target, upsampling before convolving, the default memory layout,
+fp32 everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import MethodType
+from typing import cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from cmvae.config import ObjectiveConfig
+from cmvae.model import CMVAE
+from cmvae.networks.encoder import TwoTrunkEncoder
+from cmvae.networks.image import ImageDecoder, ResidualBlock, UpsampledResidualBlock
+from cmvae.tasks.cmvae import CMVAETask, LatentNoise
+
+
+class PlainImageDecoder(nn.Module):
+    """An `ImageDecoder` that upsamples first and convolves then, with the same weights.
+
+    Args:
+        decoder: whose weights are taken; it stays as it is.
+    """
+
+    def __init__(self, decoder: ImageDecoder) -> None:
+        super().__init__()
+        decoder = copy.deepcopy(decoder)
+        self.height, self.width_px, self.stem = decoder.height, decoder.width_px, decoder.stem
+        self.layers = nn.Sequential(
+            *(
+                nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), _as_plain_block(layer))
+                if isinstance(layer, UpsampledResidualBlock)
+                else layer
+                for layer in decoder.layers
+            )
+        )
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """As of `ImageDecoder`."""
+        maps = rearrange(self.stem(latents), "b (h w c) -> b c h w", h=self.height, w=self.width_px)
+        return self.layers(maps.contiguous())
+
+
+def _as_plain_block(upsampled: UpsampledResidualBlock) -> ResidualBlock:
+    first, second = (cast(nn.Conv2d, upsampled.branch[place]) for place in (1, 3))
+    block = ResidualBlock(first.in_channels, second.out_channels)
+    block.load_state_dict(upsampled.state_dict())
+    return block
+
+
+class ReferenceTask(CMVAETask):
+    """A `CMVAETask` that decodes pair by pair.
+
+    Args:
+        model: whose weights are taken; it stays as it is.
+        objective: of which every cross source is decoded.
+    """
+
+    def __init__(self, model: CMVAE, objective: ObjectiveConfig) -> None:
+        plain = CMVAE(model.config, model.schemas)
+        plain.load_state_dict(model.state_dict())
+        for name, decoder in plain.decoders.items():
+            if isinstance(decoder, ImageDecoder):
+                plain.decoders[name] = PlainImageDecoder(decoder)
+        for encoder in plain.encoders.values():
+            # Of images it would change the layout, which every convolution passes on.
+            encoder.prepare = MethodType(TwoTrunkEncoder.prepare, encoder)  # type: ignore[assignment]
+        super().__init__(plain, objective.model_copy(update={"cross_sources": "all"}))
+
+    def _log_likelihood(
+        self, target: int, x: Tensor, shared: Tensor, private: Tensor, noise: LatentNoise
+    ) -> Tensor:
+        name = self.model.modality_names[target]
+        auxiliary = self.model.auxiliary_prior(name) if len(private) > 1 else None
+        decoded = []
+        for source in range(len(private)):
+            latents = private[source]
+            if source != target and auxiliary is not None:
+                latents = auxiliary.sample(noise.private[target, source])
+            decoded.append(self._decode(name, x, shared[source], latents))
+        return torch.stack(decoded)

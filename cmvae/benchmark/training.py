@@ -1,0 +1,185 @@
+"""Jobs of training: an update, and the arithmetic that no update can be faster than."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from cmvae.benchmark.job import Job
+from cmvae.config import CMVAEExperiment, load_config
+from cmvae.data.batch import to_device
+from cmvae.data.reader import TrainingLoader
+from cmvae.data.schema import ModalitySchema, ShardIndex
+from cmvae.distributed import AUTOCAST_DTYPES
+from cmvae.errors import UserError
+from cmvae.model import CMVAE, channels_last
+from cmvae.tasks import CMVAETask
+from cmvae.training.optimization import build_optimizer
+
+# The published PolyMNIST networks spend most of their time in convolutions of this size.
+CEILING_CHANNELS, CEILING_SIZE, CEILING_BATCH = 64, 28, 64
+CEILING_RUNS = 5
+
+
+def update_job(
+    config_path: str,
+    overrides: Sequence[str] = (),
+    synthetic: int | None = None,
+    image_size: int = 28,
+    reference: bool = False,
+    read: bool = False,
+    updates: int = 1,
+    profile: str | None = None,
+) -> Job:
+    """Updates of a CMVAE: forward, backward, clipping, optimizer.
+
+    Args:
+        config_path: an experiment's YAML file.
+        overrides: settings to change, `key=value`.
+        synthetic: so many copies of the config's first modality instead of its own.
+        image_size: pixels a side of random images, whose shape no shards tell.
+        reference: the plain way, see `cmvae.benchmark.reference`.
+        read: read the config's shards; else one random batch is taken again and again.
+        updates: in one run.
+        profile: file for a trace of one run, for chrome://tracing; null profiles nothing.
+
+    Raises:
+        UserError: the config is of no CMVAE, or has other modalities than images and nothing is read.
+    """
+    config = load_config(config_path, list(overrides))
+    if not isinstance(config, CMVAEExperiment):
+        raise UserError(f"{config_path}: trains a refiner; a benchmark of training takes a CMVAE's config")
+    config = _with_modalities(config, synthetic)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    torch.manual_seed(config.seed)
+    names = list(config.model.modalities)
+    if read:
+        schemas: Mapping[str, ModalitySchema] = ShardIndex.load(config.data.shards).modalities
+        batches = _read_forever(config, names)
+    else:
+        schemas = _made_up_schemas(config, image_size)
+        batches = _repeat_random(config, schemas)
+    precision = AUTOCAST_DTYPES[config.train.mixed_precision]
+    model = CMVAE(config.model, schemas, None if reference else precision)
+    if reference:
+        from cmvae.benchmark.reference import ReferenceTask
+
+        task: CMVAETask = ReferenceTask(model, config.objective)
+    else:
+        task = CMVAETask(model, config.objective)
+        channels_last(task)
+    task.to(device)
+    optimizer = build_optimizer(task, config.optimizer)
+    waited = [0.0]
+
+    def run() -> None:
+        waited[0] = 0.0
+        for _ in range(updates):
+            started = time.perf_counter()
+            raw = next(batches)
+            waited[0] += time.perf_counter() - started
+            loss, _ = task(to_device(raw, task.schemas, device))
+            loss.backward()
+            if config.optimizer.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(task.parameters(), config.optimizer.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    if profile is not None:
+        with torch.profiler.profile() as trace:
+            run()
+        trace.export_chrome_trace(profile)
+    facts = {
+        "batch_size": config.train.batch_size,
+        "flops": counter.get_total_flops(),
+        "parameters": sum(parameter.numel() for parameter in task.parameters()),
+        "precision": "fp32" if reference else config.train.mixed_precision,
+        "device": str(device),
+    }
+    return Job(run, updates * config.train.batch_size, facts, (lambda: waited[0]) if read else None)
+
+
+def ceiling_job(precision: str) -> Job:
+    """3×3 convolutions, forward and backward, channels-last: the rate that networks of them can reach.
+
+    Args:
+        precision: `fp32`, `bf16` or `fp16`.
+    """
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    dtype = AUTOCAST_DTYPES[precision] or torch.float32
+
+    def draw(*shape: int) -> Tensor:
+        tensor = torch.randn(shape, device=device, dtype=dtype)
+        return tensor.to(memory_format=torch.channels_last).requires_grad_()
+
+    x = draw(CEILING_BATCH, CEILING_CHANNELS, CEILING_SIZE, CEILING_SIZE)
+    weight = draw(CEILING_CHANNELS, CEILING_CHANNELS, 3, 3)
+    towards = torch.ones_like(x)
+
+    def run() -> None:
+        for _ in range(CEILING_RUNS):
+            torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), towards)
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return Job(
+        run, CEILING_RUNS * CEILING_BATCH, {"flops": counter.get_total_flops(), "precision": precision}
+    )
+
+
+def _with_modalities(config: CMVAEExperiment, synthetic: int | None) -> CMVAEExperiment:
+    if synthetic is None:
+        return config
+    first = next(iter(config.model.modalities.values()))
+    modalities = {f"m{place}": first for place in range(synthetic)}
+    model = config.model.model_copy(update={"modalities": modalities})
+    return config.model_copy(update={"model": model})
+
+
+def _made_up_schemas(config: CMVAEExperiment, image_size: int) -> dict[str, ModalitySchema]:
+    others = [name for name, it in config.model.modalities.items() if it.network not in (None, "resnet")]
+    if others:
+        raise UserError(
+            f"{', '.join(others)}: no images, so that nothing can be made up; read shards instead"
+        )
+    schema = ModalitySchema(kind="image", shape=(3, image_size, image_size), dtype="uint8")
+    return dict.fromkeys(config.model.modalities, schema)
+
+
+def _repeat_random(
+    config: CMVAEExperiment, schemas: Mapping[str, ModalitySchema]
+) -> Iterator[dict[str, Any]]:
+    size = config.train.batch_size
+    batch: dict[str, Any] = {
+        name: torch.randint(256, (size, *schema.shape), dtype=torch.uint8) for name, schema in schemas.items()
+    }
+    batch |= {
+        "valid": torch.ones(size, dtype=torch.bool),
+        "mask": torch.ones(size, len(schemas), dtype=torch.bool),
+    }
+    while True:
+        yield batch
+
+
+def _read_forever(config: CMVAEExperiment, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    loader = TrainingLoader(
+        config.data.shards,
+        modalities=names,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        num_workers=config.data.num_workers,
+        shuffle_window=config.data.shuffle_window,
+        cache_bytes=config.data.cache_megabytes * 2**20,
+    )
+    epoch = 0
+    while True:
+        yield from loader.epoch_batches(epoch)
+        epoch += 1

@@ -1,0 +1,54 @@
+"""Jobs of training: what they count, and that they train."""
+
+import json
+
+import pytest
+from commands import ROOT
+
+from cmvae.benchmark import training
+from cmvae.benchmark.training import ceiling_job, update_job
+from cmvae.errors import UserError
+
+SMALL = ["train.batch_size=4", "train.mixed_precision=fp32", "optimizer.max_grad_norm=10"]
+
+
+def test_the_ceiling_counts_the_operations_of_its_convolutions(monkeypatch):
+    for name, value in (("CEILING_CHANNELS", 8), ("CEILING_SIZE", 6), ("CEILING_BATCH", 2)):
+        monkeypatch.setattr(training, name, value)
+    job = ceiling_job("fp32")
+    # Forward, and for the gradients of images and of weights as much each; a multiplication and an addition.
+    assert job.facts["flops"] == training.CEILING_RUNS * 3 * 2 * (2 * 6 * 6) * (8 * 8 * 9)
+    assert job.measure()["seconds"] > 0
+
+
+def test_an_update_is_of_the_config_with_what_was_changed():
+    config = str(ROOT / "configs/digits.yaml")
+    job = update_job(config, SMALL, image_size=8, updates=2)
+    assert (job.num_items, job.facts["batch_size"], job.facts["precision"]) == (8, 4, "fp32")
+    assert job.measure().keys() == {"seconds"}
+    fewer = update_job(config, [*SMALL, "objective.cross_sources=1"], image_size=8)
+    more = update_job(config, SMALL, image_size=8, synthetic=4)
+    assert fewer.facts["flops"] < job.facts["flops"] / 2 < more.facts["flops"]
+    assert more.facts["parameters"] > job.facts["parameters"]
+    reference = update_job(config, SMALL, image_size=8, reference=True)
+    # The upsampled convolutions have 4/9 of the operations.
+    assert reference.facts["flops"] > job.facts["flops"] / 2
+
+
+def test_reading_shards_is_part_of_an_update_when_it_is_asked_for(digits_shards):
+    overrides = [*SMALL, f"data.shards={digits_shards}"]
+    job = update_job(str(ROOT / "configs/digits.yaml"), overrides, read=True)
+    assert 0 < job.measure()["data_wait_share"] < 1
+
+
+def test_a_trace_is_written(tmp_path):
+    update_job(str(ROOT / "configs/digits.yaml"), SMALL, image_size=8, profile=str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert any("conv" in event.get("name", "") for event in events)
+
+
+def test_what_cannot_be_made_up_is_refused():
+    with pytest.raises(UserError, match="caption: no images"):
+        update_job(str(ROOT / "configs/cubicc.yaml"))
+    with pytest.raises(UserError, match="trains a refiner"):
+        update_job(str(ROOT / "configs/digits_refiner.yaml"))

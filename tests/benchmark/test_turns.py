@@ -1,0 +1,64 @@
+"""Turns, statistics and what goes wrong in a child."""
+
+import shutil
+
+import pytest
+from commands import ROOT
+
+from cmvae.benchmark.turns import Measured, Variant, measure_in_turns
+from cmvae.errors import UserError
+
+# A stand-in for the jobs: it tells in a file when it ran.
+JOBS = """
+from cmvae.benchmark.job import Job
+from cmvae.errors import UserError
+
+def ceiling_job(precision):
+    if precision == "refused":
+        raise UserError("no such precision")
+    if precision == "dies":
+        raise SystemExit(3)
+    def run():
+        with open({log!r}, "a") as file:
+            file.write(precision)
+    return Job(run, 12, {{"flops": 6}})
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout with other jobs, and the file that they write to."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(ROOT / "cmvae", folder / "cmvae", ignore=shutil.ignore_patterns("__pycache__"))
+    log = tmp_path / "log"
+    (folder / "cmvae/benchmark/training.py").write_text(JOBS.format(log=str(log)))
+    return folder, log
+
+
+def variant(precision, checkout):
+    return Variant(precision, "ceiling", {"precision": precision}, checkout)
+
+
+def test_variants_take_turns_in_the_checkout_that_they_name(checkout):
+    folder, log = checkout
+    measured = measure_in_turns([variant("a", folder), variant("b", folder)], repeats=3, warm_up=2)
+    assert log.read_text() == "aabb" + "ababab"
+    assert [len(m.seconds) for m in measured] == [3, 3]
+    assert measured[0].peak_memory_bytes > 2**20
+    log.unlink()
+    measure_in_turns([variant("a", folder), variant("b", folder)], repeats=2, warm_up=0, alone=True)
+    assert log.read_text() == "aabb"
+
+
+@pytest.mark.parametrize(("precision", "message"), [("refused", "refused: no such"), ("dies", "with code 3")])
+def test_what_a_child_dies_of_is_told(checkout, precision, message):
+    with pytest.raises(UserError, match=message):
+        measure_in_turns([variant("a", checkout[0]), variant(precision, checkout[0])], repeats=1)
+
+
+def test_medians_by_hand():
+    variant = Variant("a", "ceiling")
+    measured = Measured(variant, 12, [1.0, 4.0, 2.0], {"flops": 6}, 0)
+    assert measured.rates == [12, 3, 6]
+    assert measured.median_rate == 6
+    assert measured.median_flops == 3

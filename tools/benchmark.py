@@ -1,0 +1,286 @@
+"""Measure how fast the parts are: python tools/benchmark.py {train,read,select,sample,evaluate} ….
+
+Everything is timed several times, in turns (A B A B) where things are compared, and told as the median with
+the range. `python tools/benchmark.py train --help` and so on say more; docs/performance.md has what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a checkout that is not installed
+
+from cmvae.arguments import positive_integer
+from cmvae.config import MetricGroup, load_config
+from cmvae.errors import UserError
+from cmvae.files import write_whole
+
+if TYPE_CHECKING:  # slow to import
+    from cmvae.benchmark.turns import Measured, Variant
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Measure how fast the parts are.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--repeats", type=positive_integer, default=5, metavar="N", help="timed runs of each")
+    common.add_argument("--out", type=Path, metavar="FILE.json", help="also write all of it there")
+
+    train = commands.add_parser(
+        "train", parents=[common], help="updates of a CMVAE", description="Time updates of a CMVAE."
+    )
+    train.add_argument("config", metavar="configs/NAME.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    train.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="SETTINGS",
+        help="the same with these settings, key=value separated by spaces; any number of times",
+    )
+    train.add_argument(
+        "--beside-checkout", type=Path, metavar="FOLDER", help="the same done by another checkout"
+    )
+    train.add_argument(
+        "--reference",
+        action="store_true",
+        help="also the released code's way: a decoder call a pair, fp32, default layout",
+    )
+    train.add_argument(
+        "--synthetic", type=positive_integer, metavar="M", help="so many modalities like the config's first"
+    )
+    train.add_argument(
+        "--image-size", type=positive_integer, default=28, metavar="PX", help="side of random images"
+    )
+    train.add_argument("--read", action="store_true", help="read the config's shards, not one random batch")
+    train.add_argument("--updates", type=positive_integer, default=1, metavar="N", help="in a timed run")
+    train.add_argument(
+        "--profile", type=Path, metavar="TRACE.json", help="write a trace of the first variant"
+    )
+
+    read = commands.add_parser(
+        "read",
+        parents=[common],
+        help="the reader",
+        description="Time the reader on a train split, and a DataLoader over the same images in a folder.",
+    )
+    read.add_argument("shards", metavar="shards/NAME")
+    read.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    read.add_argument("--batch-size", type=positive_integer, default=128, metavar="B")
+    read.add_argument("--batches", type=positive_integer, default=20, metavar="N", help="in a timed run")
+    read.add_argument(
+        "--folder",
+        type=positive_integer,
+        metavar="N",
+        help="beside it a folder of the first N samples' images",
+    )
+
+    select = commands.add_parser(
+        "select",
+        parents=[common],
+        help="the selection of clusters",
+        description="Time the selection of clusters from one encoding pass, and with one for each number.",
+    )
+    select.add_argument("run", metavar="runs/NAME")
+
+    sample = commands.add_parser(
+        "sample", parents=[common], help="refined images", description="Time the refinement of images."
+    )
+    sample.add_argument("run", metavar="runs/NAME_refiner")
+    sample.add_argument("--steps", type=positive_integer, nargs="+", default=[10, 20, 50], metavar="N")
+    sample.add_argument("--images", type=positive_integer, default=1000, metavar="N", help="in a timed run")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        parents=[common],
+        help="groups of metrics",
+        description="Time each group of metrics of an evaluation.",
+    )
+    evaluate.add_argument("run", metavar="runs/NAME")
+    evaluate.add_argument("--metrics", nargs="+", choices=get_args(MetricGroup), metavar="GROUP")
+    return parser.parse_args(arguments)
+
+
+def train_variants(arguments: argparse.Namespace) -> list[Variant]:
+    """The config as it is, then what stands beside it."""
+    from cmvae.benchmark.turns import Variant
+
+    common = {
+        "config_path": str(Path(arguments.config).resolve()),
+        "synthetic": arguments.synthetic,
+        "image_size": arguments.image_size,
+        "read": arguments.read,
+        "updates": arguments.updates,
+    }
+    own = {**common, "overrides": arguments.overrides}
+    profile = str(arguments.profile.resolve()) if arguments.profile is not None else None
+    variants = [Variant("as configured", "update", {**own, "profile": profile})]
+    for settings in arguments.beside:
+        overrides = [*arguments.overrides, *settings.split()]
+        variants.append(Variant(settings, "update", {**common, "overrides": overrides}))
+    if arguments.beside_checkout is not None:
+        checkout = arguments.beside_checkout.resolve()
+        if not (checkout / "cmvae").is_dir():
+            raise UserError(f"--beside-checkout {arguments.beside_checkout}: holds no cmvae/")
+        variants.append(Variant(f"as in {arguments.beside_checkout}", "update", own, checkout))
+    if arguments.reference:
+        variants.append(Variant("pair by pair, fp32", "update", {**own, "reference": True}))
+    precision = load_config(arguments.config, arguments.overrides).train.mixed_precision
+    return [*variants, Variant(f"3×3 convolutions, {precision}", "ceiling", {"precision": precision})]
+
+
+def read_variants(arguments: argparse.Namespace, folder: Path) -> list[Variant]:
+    """The reader with each number of workers, then the folder with each."""
+    from cmvae.benchmark.reading import write_folder
+    from cmvae.benchmark.turns import Variant
+
+    common = {"batch_size": arguments.batch_size, "num_batches": arguments.batches}
+    variants = [
+        Variant(f"shards, {n} workers", "shards", {**common, "shards": arguments.shards, "num_workers": n})
+        for n in arguments.workers
+    ]
+    if arguments.folder is not None:
+        write_folder(arguments.shards, folder, arguments.folder)
+        variants += [
+            Variant(f"folder, {n} workers", "folder", {**common, "folder": str(folder), "num_workers": n})
+            for n in arguments.workers
+        ]
+    return variants
+
+
+def measure(arguments: argparse.Namespace) -> list[Measured]:
+    """Time what was asked for."""
+    from cmvae.benchmark.turns import Variant, measure_in_turns
+
+    if arguments.command == "train":
+        return measure_in_turns(train_variants(arguments), arguments.repeats)
+    if arguments.command == "read":
+        with tempfile.TemporaryDirectory() as folder:
+            # Reader processes work ahead: those of one variant would take the cores of another.
+            return measure_in_turns(read_variants(arguments, Path(folder)), arguments.repeats, alone=True)
+    if arguments.command == "select":
+        variants = [
+            Variant(title, "selection", {"run": arguments.run, "again": again})
+            for title, again in (("one encoding pass", False), ("one for each number of clusters", True))
+        ]
+    elif arguments.command == "sample":
+        common = {"run": arguments.run, "num_images": arguments.images}
+        variants = [
+            Variant(f"{steps} steps", "refining", {**common, "overrides": [f"num_steps={steps}"]})
+            for steps in arguments.steps
+        ]
+    else:
+        groups = arguments.metrics or get_args(MetricGroup)
+        variants = [Variant(group, "evaluation", {"run": arguments.run, "group": group}) for group in groups]
+    return measure_in_turns(variants, arguments.repeats)
+
+
+def format_table(measured: Sequence[Measured]) -> str:
+    """A Markdown table: medians, ranges, and the rate in multiples of the last row's of its kind."""
+    ceiling = next((m.median_flops for m in measured if m.variant.job == "ceiling"), None)
+    rows = [m for m in measured if m.variant.job != "ceiling"]
+    head = [
+        "",
+        "items/s",
+        "range",
+        "seconds a run",
+        "times the last",
+        "GFLOP/s",
+        "of the ceiling",
+        "data wait",
+        "GiB",
+    ]
+    lines = [head]
+    for m in rows:
+        flops, share = m.median_flops, m.data_wait_share
+        lines.append(
+            [
+                m.variant.title,
+                f"{m.median_rate:.3g}",
+                f"{min(m.rates):.3g}–{max(m.rates):.3g}",
+                f"{m.num_items / m.median_rate:.3g}",
+                f"{m.median_rate / rows[-1].median_rate:.2f}",
+                "" if flops is None else f"{flops / 1e9:.0f}",
+                "" if flops is None or ceiling is None else f"{flops / ceiling:.0%}",
+                "" if share is None else f"{share:.1%}",
+                f"{m.peak_memory_bytes / 2**30:.2f}",
+            ]
+        )
+    filled = [place for place in range(len(head)) if any(line[place] for line in lines[1:])]
+    lines = [[line[place] for place in filled] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    table = "\n".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
+        for line in lines
+    )
+    if ceiling is not None:
+        table += f"\n\nceiling: {ceiling / 1e9:.0f} GFLOP/s in 3×3 convolutions, forward and backward"
+    return table
+
+
+def record(arguments: argparse.Namespace, measured: Sequence[Measured]) -> dict[str, Any]:
+    """All of it, for a file."""
+    import torch
+
+    device = torch.accelerator.current_accelerator()
+    return {
+        "command": sys.argv[1:],
+        "machine": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else str(device or "cpu"),
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+        "measured": [
+            {
+                "title": m.variant.title,
+                "job": m.variant.job,
+                "arguments": m.variant.arguments,
+                "checkout": str(m.variant.checkout),
+                "items": m.num_items,
+                "seconds": m.seconds,
+                "median_items_per_second": m.median_rate,
+                "flops_per_second": m.median_flops,
+                "peak_memory_bytes": m.peak_memory_bytes,
+                "data_wait_share": m.data_wait_share,
+                "facts": m.facts,
+            }
+            for m in measured
+        ],
+    }
+
+
+def main() -> int:
+    """Measure, print the table, write the record."""
+    arguments = parse_arguments()
+    try:
+        measured = measure(arguments)
+        print(format_table(measured))
+        if arguments.out is not None:
+            try:
+                write_whole(
+                    arguments.out, (json.dumps(record(arguments, measured), indent=2) + "\n").encode()
+                )
+            except OSError as error:
+                raise UserError(f"--out {arguments.out}: cannot be written: {error}") from error
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
