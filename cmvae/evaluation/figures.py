@@ -457,10 +457,14 @@ def _shade_goal(ax: Axes, coherence: float, distance: float) -> None:
 
 
 def _put_legend_below(figure: Figure, ax: Axes) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    # Inches: the line and the gaps, and a letter of this size.
+    column = 0.7 + 0.06 * max(map(len, labels))
     figure.legend(
-        *ax.get_legend_handles_labels(),
+        handles,
+        labels,
         loc="outside lower center",
-        ncols=max(1, round(figure.get_figwidth() / 2.6)),
+        ncols=max(1, int(figure.get_figwidth() / column)),
         fontsize=8,
         labelcolor=_INK,
         frameon=False,
