@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import cmvae._torchvision  # noqa: F401 isort:skip
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
