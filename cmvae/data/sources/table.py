@@ -39,7 +39,6 @@ from cmvae.data.sources.splits import Splits, draw_splits, fractions_text
 from cmvae.errors import UserError
 
 DESCRIPTION = "your own table, CSV or Parquet: columns of values, texts and paths to pictures"
-CONFIG = None
 
 _SPLIT_STREAM = 0
 _OF_SEVERAL_COLUMNS = {"vector", "binary"}
@@ -106,6 +105,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--separator", metavar="CHARACTER", help="of a CSV (default: a comma)")
     add_shared_arguments(parser)
+
+
+def config_for(arguments: argparse.Namespace) -> None:
+    """As `SourceModule.config_for`: there is none, one is made."""
 
 
 def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
