@@ -35,7 +35,8 @@ def assign_to_file(
 
     The columns are `key`, `split`, and by vote `cluster` and `confidence`; then `MODALITY_cluster` and
     `MODALITY_confidence` of what each modality says on its own. Cells are empty where a sample lacks a
-    modality, and those of the vote where it lacks all. Rows are in the order of the splits.
+    modality, and those of the vote where it lacks all. Rows are sorted by their keys: those of a table
+    of one's own stand as they do there.
 
     Args:
         export: of the model.
@@ -61,18 +62,20 @@ def assign_to_file(
     for name in modalities:
         columns += [f"{name}_cluster", f"{name}_confidence"]
     sizes: Counter[int | None] = Counter()
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
+    rows: list[dict[str, Any]] = []
     total = sum(index.split(split, shards).num_samples for split in splits)
     with progress_bar(total=total, desc=str(shards), unit=" samples", leave=False) as progress:
         for split in splits:
             loader = EvaluationLoader(shards, split=split, modalities=modalities, batch_size=batch_size)
             for batch in loader:
                 for row in assign_batch(model, to_device(batch, model.schemas, device), modalities):
-                    table.writerow({"split": split, **row})
+                    rows.append({"split": split, **row})
                     sizes[row.get("cluster")] += 1
                     progress.update()
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(sorted(rows, key=lambda row: (row["key"], row["split"])))
     try:
         write_whole(out, text.getvalue().encode())
     except OSError as error:

@@ -49,13 +49,19 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class Tracker(Protocol):
-    """Where the curves, pictures and files of a run go. No method raises or blocks for long."""
+    """Where the curves, pictures, texts and files of a run go. No method raises or blocks for long."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """One point of every curve named."""
 
     def log_figure(self, figure: Figure, name: str) -> None:
         """A figure as the artifact `figures/NAME.png`; a later one of the same name replaces it."""
+
+    def log_text(self, text: str, name: str, step: int | None = None) -> None:
+        """A text as the artifact `texts/NAME.txt`, or as `texts/NAME/step-STEP.txt`, one of a series.
+
+        A later one of the same name and step replaces it.
+        """
 
     def log_image(self, image: Figure | npt.NDArray[np.generic], key: str, step: int) -> None:
         """One moment of the picture series `key`, shown with a slider over steps.
@@ -80,6 +86,9 @@ class NullTracker:
         """Nothing."""
 
     def log_figure(self, figure: Figure, name: str) -> None:
+        """Nothing."""
+
+    def log_text(self, text: str, name: str, step: int | None = None) -> None:
         """Nothing."""
 
     def log_image(self, image: Figure | npt.NDArray[np.generic], key: str, step: int) -> None:
@@ -144,6 +153,12 @@ class MlflowTracker:
     def log_figure(self, figure: Figure, name: str) -> None:
         """See `Tracker`."""
         self._attempt(lambda: self._client.log_figure(self.run_id, figure, f"figures/{name}.png"))
+
+    def log_text(self, text: str, name: str, step: int | None = None) -> None:
+        """See `Tracker`."""
+        # With zeros, so that MLflow's pages, which sort by name, show the steps in their order.
+        path = f"texts/{name}.txt" if step is None else f"texts/{name}/step-{step:08d}.txt"
+        self._attempt(lambda: self._client.log_text(self.run_id, text, path))
 
     def log_image(self, image: Figure | npt.NDArray[np.generic], key: str, step: int) -> None:
         """See `Tracker`."""

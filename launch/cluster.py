@@ -5,6 +5,7 @@
 The data needs no labels; of modalities that the run does not know nothing is read, and where it lacks some of
 the run's modalities the others decide. Starts from the run's export. Columns: key, split, cluster and
 confidence by vote, then MODALITY_cluster and MODALITY_confidence; empty where a sample lacks the modality.
+Rows are sorted by key: those of a table of one's own stand as they do there.
 """
 
 from __future__ import annotations

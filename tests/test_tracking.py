@@ -65,6 +65,7 @@ def log_one_of_everything(tracker: Tracker, folder: Path) -> None:
     tracker.log_metrics({"train/loss": 3.0}, step=1)
     tracker.log_figure(draw(), "selection")
     tracker.log_image(draw(), "reconstruction", step=1)
+    tracker.log_text("a bird", "captions")
     tracker.log_artifact(folder / "notes.txt")
     tracker.end("FINISHED")
 
@@ -176,6 +177,28 @@ def test_what_a_killed_training_had_logged_is_not_logged_again(tmp_path: Path, r
     pictures = [file.path for file in reader.list_artifacts(run_id(run_dir), "images")]
     steps = [int(path.split("+step+")[1].split("+")[0]) for path in pictures if path.endswith(".png")]
     assert sorted(steps) == [2, 4, 6, 8]
+
+
+def test_texts_are_a_series_over_steps_or_one_that_is_replaced(tmp_path: Path, run_dir: Path) -> None:
+    tracker = open_tracker(make_config(), run_dir, is_main=True)
+    for step, words in ((5, "a bird"), (1000, "ein Vögelchen"), (5, "a red bird")):
+        tracker.log_text(words, "cross_modal", step)
+    for words in ("at first", "at last"):
+        tracker.log_text(words, "cross_modal")
+    reader = client(tmp_path)
+
+    def listed(folder: str) -> list[str]:
+        return [file.path for file in reader.list_artifacts(run_id(run_dir), folder)]
+
+    series = ["texts/cross_modal/step-00000005.txt", "texts/cross_modal/step-00001000.txt"]
+    assert listed("texts/cross_modal") == series
+    assert sorted(listed("texts")) == ["texts/cross_modal", "texts/cross_modal.txt"]
+
+    def read(path: str) -> str:
+        return Path(reader.download_artifacts(run_id(run_dir), path)).read_text(encoding="utf-8")
+
+    assert [read(path) for path in series] == ["a red bird", "ein Vögelchen"]
+    assert read("texts/cross_modal.txt") == "at last"
 
 
 def test_an_evaluation_of_a_resumed_run_is_logged_each_time(tmp_path: Path, run_dir: Path) -> None:

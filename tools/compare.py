@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a checkout that is not installed
 
 from cmvae.config import flatten, load_run_config
+from cmvae.data.schema import ShardIndex
 from cmvae.errors import UserError
 from cmvae.files import write_whole
 
 # What does not make an experiment, or the protocol of its evaluation, another one.
 REPEAT_SETTINGS = frozenset({"name", "output_dir", "seed"})
 REPEAT_PROTOCOL = frozenset({"export_sha256"})
+# Before the name of a setting that the shards of a run were packed with.
+SOURCE_PREFIX = "data.source."
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description="Compare evaluated runs; those that differ only in seed and name are taken together."
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="runs/NAME", help="folders of evaluated runs")
+    parser.add_argument(
+        "--along",
+        metavar="KEY",
+        help="draw the metrics over a number that the experiments differ by: a key of their configs, such as "
+        f"objective.beta, or {SOURCE_PREFIX}NAME, what their shards were packed with",
+    )
+    parser.add_argument(
+        "--metric",
+        action="append",
+        dest="metrics",
+        metavar="NAME",
+        help="what the figure shows, in this order; may be given several times (default: the main ones)",
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -114,6 +131,59 @@ def _read_object(path: Path, folder: Path) -> dict[str, Any]:
             f"python launch/evaluate.py {folder}"
         )
     return content
+
+
+def with_setting(run: Run, key: str) -> Run:
+    """The run, and among its settings for certain the number called `key`.
+
+    Raises:
+        UserError: there is no such setting, it is no number, or the run's shards cannot be read.
+    """
+    settings = run.settings
+    if key.startswith(SOURCE_PREFIX):
+        source = ShardIndex.load(run.settings["data.shards"]).source
+        settings = {**settings, **{SOURCE_PREFIX + name: value for name, value in source.items()}}
+    if key not in settings:
+        near = difflib.get_close_matches(key, settings, n=1)
+        remedy = f"Did you mean {near[0]}?" if near else f"Give one of {run.folder}/config.yaml"
+        raise UserError(f"--along {key}: {run.folder} has no such setting. {remedy}")
+    value = settings[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(
+            f"--along {key}: {value!r} of {run.folder} is no number. Choose a setting that is one"
+        )
+    return replace(run, settings={**run.settings, key: value})
+
+
+def check_along(groups: Sequence[Group], key: str) -> None:
+    """Refuse two experiments at one place of the axis.
+
+    Raises:
+        UserError: it names both.
+    """
+    at: dict[float, Group] = {}
+    for group in groups:
+        value = group.runs[0].settings[key]
+        if value in at:
+            raise UserError(
+                f"--along {key}: {at[value].title} and {group.title} both have {value} and differ in other "
+                "settings. Leave one of them out, or do without --along and see in which"
+            )
+        at[value] = group
+
+
+def check_metrics(groups: Sequence[Group], metrics: Sequence[str]) -> None:
+    """Refuse to draw what no run has.
+
+    Raises:
+        UserError: it names the first such metric.
+    """
+    known = {name for group in groups for run in group.runs for name in run.metrics}
+    for name in metrics:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f"Did you mean {near[0]}?" if near else f"They have {', '.join(sorted(known))}"
+            raise UserError(f"--metric {name}: none of the runs has it. {remedy}")
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -196,17 +266,26 @@ def main() -> int:
     """Read, print the table, write it and the figure."""
     arguments = parse_arguments()
     try:
-        groups = group_runs([read_run(folder) for folder in arguments.runs])
+        runs = [read_run(folder) for folder in arguments.runs]
+        if arguments.along is not None:
+            runs = [with_setting(run, arguments.along) for run in runs]
+        groups = group_runs(runs)
+        if arguments.along is not None:
+            check_along(groups, arguments.along)
+        check_metrics(groups, arguments.metrics or ())
         # Slow to import; after the runs, so that a mistake in them shows at once.
-        from cmvae.evaluation.figures import metric_comparison
+        from cmvae.evaluation.figures import metric_comparison, metrics_along
 
         comparison = format_comparison(groups)
-        figure = metric_comparison(
-            {
-                group.title: {name: group.values(name) for run in group.runs for name in run.metrics}
-                for group in groups
-            }
-        )
+        values = {
+            group.title: {name: group.values(name) for run in group.runs for name in run.metrics}
+            for group in groups
+        }
+        if arguments.along is None:
+            figure = metric_comparison(values, arguments.metrics)
+        else:
+            along = {group.runs[0].settings[arguments.along]: values[group.title] for group in groups}
+            figure = metrics_along(along, arguments.along, arguments.metrics)
         try:
             arguments.out.mkdir(parents=True, exist_ok=True)
             write_whole(arguments.out / "comparison.md", comparison.encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def describe(index: ShardIndex) -> str:
     """The index as a table."""
-    lines = [f"{index.name}: {', '.join(f'{key} {value}' for key, value in index.source.items())}"]
+    # A table may have hundreds of columns.
+    settings = [
+        f"{key} {textwrap.shorten(str(value), 60, placeholder=' …')}" for key, value in index.source.items()
+    ]
+    lines = [f"{index.name}: {', '.join(settings)}"]
     lines.append(f"{'split':<12}{'samples':>10}{'shards':>8}{'bytes':>15}")
     for name, split in index.splits.items():
         num_bytes = sum(shard.num_bytes for shard in split.shards)

@@ -63,9 +63,10 @@ def main() -> int:
 
     started = time.perf_counter()
     module = SOURCES[arguments.source]
-    config = module.CONFIG if module.CONFIG is not None else arguments.config
+    known_config = module.config_for(arguments)
+    config = known_config if known_config is not None else arguments.config
     try:
-        if module.CONFIG is None and config is not None and config.exists() and not arguments.force:
+        if known_config is None and config is not None and config.exists() and not arguments.force:
             raise UserError(f"--config {config}: is there already. Choose another, or add --force")
         source = module.from_arguments(arguments)
         with progress_bar(desc=str(arguments.out), unit=" samples") as bar:
@@ -84,7 +85,7 @@ def main() -> int:
                 force=arguments.force,
                 report=report,
             )
-        if module.CONFIG is None:
+        if known_config is None:
             starter = write_starter_config(index, arguments.out)
             if config is None:
                 print(f"A config to start from; --config PATH writes it:\n\n{starter}")
@@ -101,7 +102,7 @@ def main() -> int:
     if config is not None:
         print(
             "Train on it: accelerate launch --config_file configs/accelerate/cpu.yaml launch/train.py "
-            f"{config}" + (f" data.shards={arguments.out}" if module.CONFIG is not None else "")
+            f"{config}" + (f" data.shards={arguments.out}" if known_config is not None else "")
         )
     return 0
 

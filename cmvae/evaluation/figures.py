@@ -5,7 +5,7 @@ Values of modalities come as they are stored, see `cmvae.kinds`, and each kind k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -279,34 +279,86 @@ def project_2d(z: FloatArray, seed: int) -> FloatArray:
     return tsne.fit_transform(np.asarray(z, dtype=np.float32))
 
 
-def metric_comparison(groups: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+def metric_comparison(
+    groups: Mapping[str, Mapping[str, Sequence[float]]], metrics: Sequence[str] | None = None
+) -> Figure:
     """The main metrics of some experiments, a panel each: every repeat, their mean and standard deviation.
 
     Args:
-        groups: name of the experiment → metric → one value a repeat. Of metrics that are none of
-            `MAIN_METRICS` nothing is drawn, unless there are no others.
+        groups: name of the experiment → metric → one value a repeat.
+        metrics: what is drawn; None is those of `MAIN_METRICS` that there are, or all if there are none.
     """
-    known = {name for metrics in groups.values() for name in metrics}
-    names = [name for name in MAIN_METRICS if name in known] or sorted(known)
-    num_columns = min(3, len(names))
-    num_rows = -(-len(names) // num_columns)
-    height = 0.7 + 0.3 * len(groups)
-    figure = Figure(figsize=(1.2 + 3.4 * num_columns, height * num_rows), dpi=_DPI, layout="constrained")
-    axes = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True).ravel()
-    for ax, name in zip(axes, names, strict=False):
-        for row, metrics in enumerate(groups.values()):
-            values = np.asarray(metrics.get(name, ()), dtype=np.float64)
+    # The names of the experiments stand at the left only.
+    figure, panels = _panels(groups.values(), metrics, 0.7 + 0.3 * len(groups), sharey=True)
+    for ax, name in panels:
+        for row, of_group in enumerate(groups.values()):
+            values = np.asarray(of_group.get(name, ()), dtype=np.float64)
             ax.plot(values, np.full(len(values), row), "o", color=_MUTED, markersize=4, alpha=0.7)
             if len(values):
-                spread = values.std(ddof=1) if len(values) > 1 else 0.0
-                ax.errorbar(values.mean(), row, xerr=spread, fmt="D", color=_ACCENT, markersize=5, capsize=3)
-        ax.set_title(name, fontsize=9, color=_INK, loc="left")
+                ax.errorbar(
+                    values.mean(), row, xerr=_spread(values), fmt="D", color=_ACCENT, markersize=5, capsize=3
+                )
         ax.set_yticks(range(len(groups)), list(groups))
         ax.set_ylim(len(groups) - 0.5, -0.5)
+    return figure
+
+
+def metrics_along(
+    groups: Mapping[float, Mapping[str, Sequence[float]]], key: str, metrics: Sequence[str] | None = None
+) -> Figure:
+    """Metrics over a setting, a panel each: every repeat, and a line through means with standard deviations.
+
+    Args:
+        groups: value of the setting → metric → one value a repeat.
+        key: what the setting is called.
+        metrics: as of `metric_comparison`.
+    """
+    figure, panels = _panels(groups.values(), metrics, 2.6, sharey=False)
+    for ax, name in panels:
+        known = {
+            x: np.asarray(groups[x][name], dtype=np.float64) for x in sorted(groups) if groups[x].get(name)
+        }
+        for x, values in known.items():
+            ax.plot(np.full(len(values), x), values, "o", color=_MUTED, markersize=4, alpha=0.7)
+        ax.errorbar(
+            list(known),
+            [values.mean() for values in known.values()],
+            yerr=[_spread(values) for values in known.values()],
+            fmt="D-",
+            color=_ACCENT,
+            markersize=5,
+            capsize=3,
+            linewidth=1.2,
+        )
+        ax.set_xlabel(key, fontsize=9, color=_INK)
+    return figure
+
+
+def _panels(
+    groups: Iterable[Mapping[str, Sequence[float]]],
+    metrics: Sequence[str] | None,
+    height: float,
+    *,
+    sharey: bool,
+) -> tuple[Figure, list[tuple[Axes, str]]]:
+    """A figure with a panel for each metric, `height` inches each: those asked for, or the main ones."""
+    known = {name for of_group in groups for name in of_group}
+    names = list(metrics or ()) or [name for name in MAIN_METRICS if name in known] or sorted(known)
+    num_columns = min(3, len(names))
+    num_rows = -(-len(names) // num_columns)
+    figure = Figure(figsize=(1.2 + 3.4 * num_columns, height * num_rows), dpi=_DPI, layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False, sharey=sharey).ravel()
+    for ax, name in zip(axes, names, strict=False):
+        ax.set_title(name, fontsize=9, color=_INK, loc="left")
         _lighten(ax)
     for ax in axes[len(names) :]:
         ax.set_visible(False)
-    return figure
+    return figure, list(zip(axes, names, strict=False))
+
+
+def _spread(values: FloatArray) -> float:
+    """Standard deviation over repeats; of a single one nothing is known."""
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
 def curve_comparison(

@@ -1,8 +1,9 @@
-"""What a model makes, as figures: generates with it, then draws."""
+"""What a model makes, as figures and texts: generates with it, then draws and writes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cmvae.data.batch import as_stored
+from cmvae.data.schema import ModalitySchema
 from cmvae.evaluation import figures
+from cmvae.evaluation.listing import cross_modal_listing
 from cmvae.model import CMVAE
 
 if TYPE_CHECKING:  # it draws with this module
@@ -19,10 +22,33 @@ if TYPE_CHECKING:  # it draws with this module
     from cmvae.refiner import Refiner
 
 
-def draw_cross_modal(
+@dataclass(frozen=True)
+class CrossModal:
+    """Samples, and every modality generated from every modality; on the diagonal their reconstructions."""
+
+    inputs: Mapping[str, np.ndarray]
+    """Modality → (N, *shape), as stored."""
+    generated: Mapping[tuple[str, str], np.ndarray]
+    """(source, target) → (N, *shape), as stored."""
+    present: Mapping[str, np.ndarray]
+    """Modality → (N,) bool."""
+    schemas: Mapping[str, ModalitySchema]
+
+    def draw(self) -> Figure:
+        """As a figure."""
+        return figures.cross_modal_grid(
+            self.inputs, self.generated, schemas=self.schemas, present=self.present
+        )
+
+    def write(self) -> str | None:
+        """As text, of the modalities that are read in words; None if there are none."""
+        return cross_modal_listing(self.inputs, self.generated, schemas=self.schemas, present=self.present)
+
+
+def generate_cross_modal(
     model: CMVAE, inputs: Mapping[str, Tensor], mask: Tensor, generator: torch.Generator
-) -> Figure:
-    """Inputs, generated from every modality; on the diagonal their reconstructions.
+) -> CrossModal:
+    """Generate every modality of some samples from every one.
 
     Only encodes and decodes, so that under ZeRO-3 all ranks may call it in the middle of a training.
 
@@ -38,11 +64,11 @@ def draw_cross_modal(
             generated[source, target] = as_stored(made, model.schemas[target])
     for name, x in model.reconstruct(inputs).items():
         generated[name, name] = as_stored(x, model.schemas[name])
-    return figures.cross_modal_grid(
+    return CrossModal(
         {name: as_stored(x, model.schemas[name]) for name, x in inputs.items()},
         generated,
-        schemas=model.schemas,
-        present=_by_modality(model, mask),
+        _by_modality(model, mask),
+        model.schemas,
     )
 
 

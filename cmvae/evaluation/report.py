@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: metrics, protocol, pictures, and a table for the terminal."""
+"""What an evaluation leaves behind: metrics, protocol, pictures, texts, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write_report(folder: Path, result: GroupResult) -> None:
     """Write a whole evaluation, which takes the place of an earlier one; or leave that as it was.
 
     `metrics.json` is one flat object of numbers, `protocol.json` says how they were computed and what was
-    left out for which reason, `figures/NAME.png` are the pictures.
+    left out for which reason, `figures/NAME.png` are the pictures, `texts/NAME.txt` what is to be read.
 
     Args:
         folder: usually `RUN_DIR/evaluation`.
@@ -34,6 +34,9 @@ def write_report(folder: Path, result: GroupResult) -> None:
             (partial / "figures").mkdir()
             for name, figure in result.figures.items():
                 figure.savefig(partial / "figures" / f"{name}.png")
+            for name, text in result.texts.items():
+                (partial / "texts").mkdir(exist_ok=True)
+                (partial / "texts" / f"{name}.txt").write_text(text, encoding="utf-8")
             _write_json(partial / "protocol.json", {**result.protocol, "left_out": result.left_out})
             _write_json(partial / "metrics.json", {name: float(x) for name, x in result.metrics.items()})
     except OSError as error:

@@ -12,7 +12,7 @@ REFINED = "refined/"
 
 @dataclass
 class GroupResult:
-    """Metrics, pictures, and how they were computed; the same on every rank."""
+    """Metrics, pictures, texts, and how they were computed; the same on every rank."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     """By name, finite."""
@@ -22,10 +22,13 @@ class GroupResult:
     """Parameters, seeds and sample counts, by dotted name."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Names of metrics, or their common prefix, to the reason why they were left out."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """What is to be read beside the pictures, by file name without ending."""
 
     def add(self, other: GroupResult) -> None:
         """Take in the results of another group."""
         self.metrics |= other.metrics
         self.figures |= other.figures
+        self.texts |= other.texts
         self.protocol |= other.protocol
         self.left_out |= other.left_out

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from matplotlib.figure import Figure
 
 from cmvae.config import CMVAEExperiment, ExperimentConfig, RefinerExperiment
 from cmvae.data.schema import ShardIndex
@@ -15,7 +14,7 @@ from cmvae.distributed import start_evaluation_accelerator
 from cmvae.evaluation.clustering import evaluate_clustering
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.likelihood import evaluate_likelihood
-from cmvae.evaluation.pictures import draw_cross_modal, draw_refinements
+from cmvae.evaluation.pictures import draw_refinements, generate_cross_modal
 from cmvae.evaluation.prediction import evaluate_prediction
 from cmvae.evaluation.probes import evaluate_probes
 from cmvae.evaluation.report import write_report
@@ -26,7 +25,7 @@ from cmvae.tracking import resume_tracker
 
 # One pass of generations feeds all of them.
 GENERATIVE_GROUPS = frozenset({"coherence", "frechet", "fidelity"})
-# Samples in the picture of generations.
+# Samples in the picture of generations, and in what is written down of them.
 GRID_SAMPLES = 8
 
 
@@ -54,7 +53,7 @@ def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> 
         for group in evaluate_groups(context, config):
             result.add(group)
         if accelerator.is_main_process:
-            result.figures |= _draw_generations(context)
+            result.add(_show_generations(context))
             write_report(run_dir / "evaluation", result)
             _track(config, run_dir, result)
         # A rank that left while the first one still writes would take the connections down with it.
@@ -121,7 +120,7 @@ def _describe(context: EvaluationContext, export: Path) -> GroupResult:
     return GroupResult(protocol=protocol)
 
 
-def _draw_generations(context: EvaluationContext) -> dict[str, Figure]:
+def _show_generations(context: EvaluationContext) -> GroupResult:
     """The first samples of the split, each modality generated from each."""
     batch = next(iter(context.batches(context.settings.split)))
     shown = batch["valid"].nonzero().flatten()[:GRID_SAMPLES]
@@ -129,8 +128,13 @@ def _draw_generations(context: EvaluationContext) -> dict[str, Figure]:
     mask = batch["mask"][shown]
     generator = torch.Generator(context.device).manual_seed(context.settings.seed)
     if context.refiner is not None:
-        return {"refinements": draw_refinements(context.model, context.refiner, inputs, mask, generator)}
-    return {"cross_modal": draw_cross_modal(context.model, inputs, mask, generator)}
+        figure = draw_refinements(context.model, context.refiner, inputs, mask, generator)
+        return GroupResult(figures={"refinements": figure})
+    made = generate_cross_modal(context.model, inputs, mask, generator)
+    text = made.write()
+    return GroupResult(
+        figures={"cross_modal": made.draw()}, texts={} if text is None else {"cross_modal": text}
+    )
 
 
 def _track(config: ExperimentConfig, run_dir: Path, result: GroupResult) -> None:
@@ -138,6 +142,8 @@ def _track(config: ExperimentConfig, run_dir: Path, result: GroupResult) -> None
     tracker.log_metrics({f"evaluation/{name}": value for name, value in result.metrics.items()}, step=0)
     for name, figure in result.figures.items():
         tracker.log_figure(figure, name)
+    for name, text in result.texts.items():
+        tracker.log_text(text, name)
     for name in ("metrics.json", "protocol.json"):
         tracker.log_artifact(run_dir / "evaluation" / name)
     tracker.end("FINISHED")

@@ -23,6 +23,7 @@ class Categorical(ArrayKind):
     likelihoods = ("categorical",)
     network = "mlp"
     metrics = frozenset({"prediction"})
+    in_words = True
 
     def check(self, schema: ModalitySchema) -> None:
         """As `Kind.check`."""

@@ -43,6 +43,8 @@ class Kind(ABC):
     """Default encoder and decoder, a name from `cmvae.networks.NETWORKS`."""
     metrics: ClassVar[frozenset[MetricName]] = frozenset()
     """Groups of metrics that can be computed of it, besides those that need the latents only."""
+    in_words: ClassVar[bool] = False
+    """Whether a value is read rather than looked at: what is generated is then written down, too."""
 
     @abstractmethod
     def check(self, schema: ModalitySchema) -> None:

@@ -33,6 +33,7 @@ class Text(ArrayKind):
     likelihoods = ("categorical",)
     network = "caption"
     metrics = frozenset({"text"})
+    in_words = True
 
     def check(self, schema: ModalitySchema) -> None:
         """As `Kind.check`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,16 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from cmvae.data.schema import ModalitySchema
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What people look at while a model trains."""
+
+    figures: dict[str, Figure]
+    """By name."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """By name."""
 
 
 class Task(nn.Module, ABC):
@@ -68,10 +79,8 @@ class Task(nn.Module, ABC):
         """What the report over a split, (N, ...) each and `label` (N,), comes to."""
 
     @abstractmethod
-    def pictures(
-        self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator
-    ) -> dict[str, Figure]:
-        """Pictures of the first samples of a batch, by name."""
+    def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Shown:
+        """What the model makes of the first samples of a batch; to be called on every rank."""
 
     @abstractmethod
     def export(

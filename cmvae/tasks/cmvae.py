@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from scipy.special import entr
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +17,7 @@ from cmvae.clustering import clustering_metrics, find_cluster_means, responsibil
 from cmvae.config import ObjectiveConfig
 from cmvae.data.schema import ModalitySchema
 from cmvae.evaluation.clustering import encode_split, select_model_clusters
-from cmvae.evaluation.pictures import draw_cross_modal
+from cmvae.evaluation.pictures import generate_cross_modal
 from cmvae.model import CMVAE, Posterior, stack_shared_locations
 from cmvae.objectives import (
     LogWeightTerms,
@@ -30,7 +29,7 @@ from cmvae.objectives import (
     mean_over_sources,
     mixture_log_prob,
 )
-from cmvae.tasks.base import Task
+from cmvae.tasks.base import Shown, Task
 
 REFIT_SAMPLES = 2000
 """Train samples that a refit of the clusters sees."""
@@ -304,13 +303,13 @@ class CMVAETask(Task):
         model.cluster_prior.active.copy_(torch.from_numpy(selection.active))
         model.save_pretrained(folder)
 
-    def pictures(
-        self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator
-    ) -> dict[str, Figure]:
+    def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Shown:
         """Inputs, reconstructions and cross-modal generations of the first samples of a batch."""
         inputs = {name: batch[name][:num_samples] for name in self.model.modality_names}
         mask = batch["mask"][:num_samples]
-        return {"cross_modal": draw_cross_modal(self.model, inputs, mask, generator)}
+        made = generate_cross_modal(self.model, inputs, mask, generator)
+        text = made.write()
+        return Shown({"cross_modal": made.draw()}, {} if text is None else {"cross_modal": text})
 
 
 def _has_batch_norm(module: nn.Module) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from cmvae.config import RefinerExperiment
@@ -18,7 +17,7 @@ from cmvae.evaluation.pictures import draw_refinements
 from cmvae.exports import weights_sha256
 from cmvae.model import CMVAE
 from cmvae.refiner import Refiner, to_signed
-from cmvae.tasks.base import Task
+from cmvae.tasks.base import Shown, Task
 
 
 @dataclass(frozen=True)
@@ -194,13 +193,12 @@ class RefinerTask(Task):
         """Means of the report."""
         return {name: float(x.mean()) for name, x in records.items() if name.startswith(self.headline)}
 
-    def pictures(
-        self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator
-    ) -> dict[str, Figure]:
+    def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Shown:
         """The first samples of a batch: input, CMVAE and D-CMVAE for every pair of modalities."""
         inputs = {name: batch[name][:num_samples] for name in self.modality_names}
         mask = batch["mask"][:num_samples]
-        return {"refinements": draw_refinements(self.cmvae, self.refiner, inputs, mask, generator)}
+        figure = draw_refinements(self.cmvae, self.refiner, inputs, mask, generator)
+        return Shown({"refinements": figure})
 
     def export(
         self, folder: Path, state: Mapping[str, Tensor], validation_batches: Iterable[Mapping[str, Any]]

@@ -58,8 +58,8 @@ from cmvae.training.validation import collect_records, evaluation_mode
 
 # Validated before training starts, so that a broken validation fails in the first minute.
 TRIAL_BATCHES = 2
-# Samples in a picture of reconstructions.
-PICTURE_SAMPLES = 8
+# Samples in a picture of reconstructions, and in what is written down of them.
+SHOWN_SAMPLES = 8
 # Within the folder of the run: what each rank warns of, and where it stands.
 LOGS_NAME = "logs"
 
@@ -309,7 +309,7 @@ class Trainer:
         return True
 
     def validate(self) -> float:
-        """Log metrics and pictures of the validation split, on all ranks; returns the mean loss."""
+        """Log metrics, pictures and texts of the validation split, on all ranks; returns the mean loss."""
         records = self._collect_records()
         loss = float(records["loss"].mean())
         metrics = {"loss": loss, **self.task.validation_metrics(records)}
@@ -322,9 +322,11 @@ class Trainer:
         # A stream of its own: validating more often must not change the training.
         generator = torch.Generator(self.accelerator.device).manual_seed(self.config.seed)
         with evaluation_mode(self.module):
-            pictures = self.task.pictures(batch, PICTURE_SAMPLES, generator)
-        for name, figure in pictures.items():
+            shown = self.task.show(batch, SHOWN_SAMPLES, generator)
+        for name, figure in shown.figures.items():
             self.tracker.log_image(figure, name, self.state.step)
+        for name, text in shown.texts.items():
+            self.tracker.log_text(text, name, self.state.step)
         return loss
 
     def _collect_records(self, max_batches: int | None = None) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cmvae.config import load_config
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.sources import cubicc
 from cmvae.data.writer import write_shards
@@ -22,12 +23,30 @@ SHARES = (0.7, 0.15, 0.15)
 WORDS = ("<exc>", "<pad>", "<eos>", "a", "red", "bird")
 
 
-def read(*flags: object):
-    """The source that a command line describes."""
+def parse(*flags: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=0)
     cubicc.add_arguments(parser)
-    return cubicc.from_arguments(parser.parse_args([str(flag) for flag in flags]))
+    return parser.parse_args([str(flag) for flag in flags])
+
+
+def read(*flags: object):
+    """The source that a command line describes."""
+    return cubicc.from_arguments(parse(*flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--released", "x"], "cubicc"),
+        (["--download"], "cubicc"),
+        (["--cub", "x"], "cubicc"),
+        (["--mini", "x"], "cub_mini"),
+    ],
+)
+def test_each_form_has_the_experiment_that_fits_it(flags, name):
+    path = cubicc.config_for(parse(*flags))
+    assert load_config(Path(__file__).parents[2] / path).name == name
 
 
 @pytest.mark.skipif(not MINI.is_dir(), reason="cub_mini64 may not be handed on with the project")

@@ -196,6 +196,18 @@ def test_a_constant_column_is_told_and_harmless(tmp_path, capsys):
     assert "all: z never vary" in capsys.readouterr().err
 
 
+def test_a_pattern_leaves_out_what_has_another_part(tmp_path):
+    rows = [
+        {**row, "kind": row["x"] % 2, "bird": row["x"], "id": row["x"]} for row in numbers(40, part="train")
+    ]
+    path = write_csv(tmp_path / "t.csv", rows)
+    source = read(path, "--vector all=* --label kind --split part --group bird --key id")
+    assert source.modalities["all"].columns == ("x", "y")
+    # Whoever names a column means it.
+    with pytest.raises(UserError, match="--label kind: is a modality as well"):
+        read(path, "--vector x,kind --label kind")
+
+
 def test_patterns_names_and_keys(tmp_path):
     rows = [{"px_1": n, "px_2": 2 * n, "px_10": 3 * n, "id": f"bird_{n}"} for n in range(30)]
     source = read(write_csv(tmp_path / "t.csv", rows), "--vector", "px_*", "--key", "id")

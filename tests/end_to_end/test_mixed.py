@@ -18,8 +18,16 @@ from cmvae.data.writer import write_shards
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A trained CMVAE and its refiner, both for a few steps, on packed data."""
+    """A trained CMVAE and its refiner, both for a few steps, on packed data; beside them MLflow's store."""
     folder = tmp_path_factory.mktemp("mixed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.chdir(folder)  # where MLflow makes its folder of artifacts
+        yield train(folder)
+
+
+def train(folder):
+    """Pack and train; the same folder."""
     write_shards(Mixed(missing=0.3), folder / "shards")
     common = {
         "data": {"shards": str(folder / "shards"), "num_workers": 0},
@@ -30,7 +38,6 @@ def folder(tmp_path_factory):
             "likelihood_samples": 10,
             "map_samples": 50,
         },
-        "tracking": {"enabled": False},
     }
     (folder / "cmvae.yaml").write_text(
         yaml.safe_dump(
@@ -55,6 +62,7 @@ def folder(tmp_path_factory):
                 "name": "refined",
                 "cmvae": str(folder / "run"),
                 "output_dir": str(folder / "refined"),
+                "tracking": {"enabled": False},
                 "refiner": {
                     "network": {"channels": 8, "multipliers": [1, 2], "blocks": 1},
                     "diffusion": {"num_timesteps": 20},
@@ -109,6 +117,34 @@ def test_everything_is_evaluated_that_can_be(folder):
     assert {name: protocol[f"probe.test_samples.{name}"] for name in SCHEMAS} == there
     figures = {path.stem for path in (folder / "run/evaluation/figures").iterdir()}
     assert figures >= {"cross_modal", "cluster_samples", "latent_map", "coherence_matrix"}
+
+
+def test_words_are_shown_as_text_in_training_and_evaluation(folder):
+    run("launch/evaluate.py", folder / "run", "metrics=[text]")
+    (artifacts,) = folder.glob("mlruns/*/*/artifacts")
+    assert (artifacts / "figures/cross_modal.png").is_file()
+    of_training, of_evaluation = (
+        (artifacts / "texts" / name).read_text()
+        for name in ("cross_modal/step-00000008.txt", "cross_modal.txt")
+    )
+    assert (folder / "run/evaluation/texts/cross_modal.txt").read_text() == of_evaluation
+    for text, split in ((of_training, "validation"), (of_evaluation, "test")):
+        samples = text.split("\nsample ")[1:]
+        assert len(samples) == 8
+        told = {real_words(sample, "caption") for sample in samples}
+        source = Mixed(missing=0.3)
+        there = [source.sample(split, n).values.get("caption") for n in range(source.split_sizes[split])]
+        assert told <= {
+            "(missing)" if x is None else " ".join(VOCABULARY[n] for n in x if n > 1) for x in there
+        }
+
+
+def real_words(sample, modality):
+    """What a listing says of a modality of a sample."""
+    lines = sample.splitlines()
+    title, words = lines[lines.index(f"  {modality}") + 1].split(maxsplit=1)
+    assert title == "real"
+    return words
 
 
 def test_anything_is_generated_from_anything(folder, tmp_path):

@@ -19,6 +19,7 @@ from cmvae.evaluation.figures import (
     cross_modal_grid,
     latent_map,
     metric_comparison,
+    metrics_along,
     project_2d,
     sample_rows,
     selection_curve,
@@ -252,6 +253,29 @@ def test_a_comparison_shows_every_repeat_and_their_spread() -> None:
     (bar,) = acc.containers[0].lines[2][0].get_segments()
     assert bar[:, 0] == pytest.approx([0.5, 0.9])
     assert [label.get_text() for label in acc.get_yticklabels()] == ["a", "b"]
+    (ax,) = metric_comparison(groups, ["likelihood/joint"]).axes
+    assert ax.get_title(loc="left") == "likelihood/joint"
     # What is no main metric is only drawn when there is nothing else.
     (ax,) = metric_comparison({"a": {"probe/z/m0": [1.0]}}).axes
     assert ax.get_title(loc="left") == "probe/z/m0"
+
+
+def test_metrics_along_a_setting_are_lines_through_the_means() -> None:
+    groups = {
+        0.5: {"clustering/acc": [0.6], "clustering/nmi": [0.5]},
+        0.0: {"clustering/acc": [0.8, 0.9, 1.0]},
+        0.2: {"clustering/acc": [0.7, 0.9]},
+    }
+    figure = metrics_along(groups, "missing", ["clustering/nmi", "clustering/acc"])
+    figure.canvas.draw()
+    nmi, acc = (ax for ax in figure.axes if ax.get_visible())
+    assert [ax.get_title(loc="left") for ax in (nmi, acc)] == ["clustering/nmi", "clustering/acc"]
+    assert acc.get_xlabel() == "missing"
+    (line,) = acc.containers
+    np.testing.assert_allclose(line.lines[0].get_xydata(), [[0, 0.9], [0.2, 0.8], [0.5, 0.6]])
+    bars = [bar[:, 1].tolist() for bar in line.lines[2][0].get_segments()]
+    np.testing.assert_allclose(bars, [[0.8, 1.0], [0.8 - 0.02**0.5, 0.8 + 0.02**0.5], [0.6, 0.6]])
+    points = [dots.get_xydata().tolist() for dots in acc.lines if dots.get_marker() == "o"]
+    assert points == [[[0, 0.8], [0, 0.9], [0, 1]], [[0.2, 0.7], [0.2, 0.9]], [[0.5, 0.6]]]
+    (only,) = nmi.containers
+    np.testing.assert_allclose(only.lines[0].get_xydata(), [[0.5, 0.5]])

@@ -36,6 +36,12 @@ def test_a_report_can_be_read_back(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["figures", "metrics.json", "protocol.json"]
 
 
+def test_texts_are_files_of_their_own(tmp_path: Path) -> None:
+    write_report(tmp_path / "evaluation", GroupResult(METRICS, texts={"captions": "ein Vögelchen\n"}))
+    path = tmp_path / "evaluation" / "texts" / "captions.txt"
+    assert path.read_text(encoding="utf-8") == "ein Vögelchen\n"
+
+
 def test_a_second_evaluation_takes_the_place_of_the_first(tmp_path: Path) -> None:
     folder = tmp_path / "evaluation"
     write_report(folder, GroupResult(METRICS, {"map": picture(2), "old": picture(2)}))

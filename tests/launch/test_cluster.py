@@ -26,6 +26,15 @@ def read(path):
         return list(csv.DictReader(file))
 
 
+def in_order_of_shards(rows, shards, split):
+    """The rows of a split, which are sorted by key, as a loader reads it."""
+    of_key = {row["key"]: row for row in rows}
+    loader = EvaluationLoader(shards, split=split, modalities=["m0"], batch_size=64)
+    keys = [batch["key"][place] for batch in loader for place in batch["valid"].nonzero().flatten()]
+    assert sorted(keys) == list(of_key)
+    return [of_key[key] for key in keys]
+
+
 def expected_posterior(run, shards, split, places):
     """p(c|z) of a split by the encoders and numpy, without `CMVAE.assign`."""
     model = CMVAE.from_pretrained(run / "export")
@@ -50,8 +59,10 @@ def test_the_table_holds_every_sample_with_its_clusters(make_run, digits_shards,
     assert f"{total} samples" in done.stdout
     assert len({(row["split"], row["key"]) for row in rows}) == len(rows) == total
 
+    keys = [row["key"] for row in rows]
+    assert keys == sorted(keys)
     for split in index.splits:
-        table = [row for row in rows if row["split"] == split]
+        table = in_order_of_shards([row for row in rows if row["split"] == split], digits_shards, split)
         posterior = expected_posterior(run, digits_shards, split, [0, 1, 2])
         voted = vote(posterior)
         assert [int(row["cluster"]) for row in table] == voted.tolist()
@@ -86,7 +97,7 @@ def test_missing_modalities_are_named_and_the_others_decide(make_run, call, digi
     )
     assert code == 0, err
     assert "has no x0: clusters are read from m2, m0 alone" in err
-    rows = read(tmp_path / "a.csv")
+    rows = in_order_of_shards(read(tmp_path / "a.csv"), digits_shards, "validation")
     assert list(rows[0])[4:] == ["m2_cluster", "m2_confidence", "m0_cluster", "m0_confidence"]
     model = CMVAE.from_pretrained(run / "export")
     loader = EvaluationLoader(digits_shards, split="validation", modalities=["m2", "m0"], batch_size=512)
@@ -168,7 +179,7 @@ def test_cells_are_empty_where_a_modality_is_missing(make_run, call, tmp_path):
     code, _, err = call("cluster.py", run, tmp_path / "gaps", "--out", out)
     assert code == 0, err
     posterior = expected_posterior(run, tmp_path / "gaps", "test", [0, 1, 2])
-    rows = read(out)
+    rows = in_order_of_shards(read(out), tmp_path / "gaps", "test")
     for n, row in enumerate(rows):
         index = int(row["key"].rpartition("-")[2])
         there = [bool((index + 1) >> m & 1) for m in range(3)] if index < 7 else [False, False, True]

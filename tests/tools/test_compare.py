@@ -19,10 +19,11 @@ SETTINGS = {
 
 @pytest.fixture
 def write_run(tmp_path):
-    def write(name, metrics, seed=0, beta=1.0, protocol=None):
+    def write(name, metrics, seed=0, beta=1.0, protocol=None, shards="shards/digits"):
         folder = tmp_path / "runs" / name
         (folder / "evaluation").mkdir(parents=True)
         settings = {**SETTINGS, "name": name, "seed": seed, "objective": {"beta": beta}}
+        settings["data"] = {"shards": shards}
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
         (folder / "evaluation/metrics.json").write_text(json.dumps(metrics))
         if protocol is not None:
@@ -122,3 +123,60 @@ def test_repeats_that_are_none_are_refused(write_run, tmp_path):
     assert done.returncode == 2
     assert "runs/a and runs/b: the same experiment with the same seed 4" in done.stderr
     assert "no run" in compare(tmp_path, "runs").stderr
+
+
+@pytest.fixture
+def write_shards_index(tmp_path):
+    """An index alone: what shards were packed with stands there."""
+
+    def write(folder, source):
+        split = {"num_samples": 1, "shards": []}
+        split["shards"] = [{"name": "a.tar", "num_samples": 1, "num_bytes": 1, "sha256": "0" * 64}]
+        content = {
+            "name": "by hand",
+            "source": source,
+            "modalities": {"m0": {"kind": "image", "shape": [3, 4, 4], "dtype": "uint8"}},
+            "class_names": None,
+            "splits": {"train": split},
+        }
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "index.json").write_text(json.dumps(content))
+
+    return write
+
+
+def test_along_a_number_that_shards_were_packed_with(write_run, write_shards_index, tmp_path):
+    for share, accs in ((0.5, [0.7]), (0.0, [0.9, 0.95])):
+        write_shards_index(f"shards/m{share}", {"source": "digits", "missing": share})
+        for seed, acc in enumerate(accs):
+            metrics = {"clustering/acc": acc, "probe/z/m0": 0.5}
+            write_run(f"m{share}-{seed}", metrics, seed=seed, shards=f"shards/m{share}")
+    flags = ("--along", "data.source.missing", "--metric", "clustering/acc", "--out", "out")
+    done = compare(tmp_path, "runs/m0.5-0", "runs/m0.0-0", "runs/m0.0-1", *flags)
+    assert done.returncode == 0, done.stderr
+    cells = tables(done.stdout)
+    assert cells["metric"] == ["m0.5-0 (n = 1)", "m0.0-0 (n = 2)"]
+    assert cells["data.source.missing"] == ["0.5", "0.0"]
+    assert "data.source.source" not in cells
+    with Image.open(tmp_path / "out/comparison.png") as picture:
+        assert min(picture.size) > 50
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--along", "objective.bta"], "runs/a has no such setting. Did you mean objective.beta?"),
+        (["--along", "data.shards"], "'shards/digits' of runs/a is no number"),
+        (["--along", "model.private_dim"], "a and b both have 32 and differ in other settings"),
+        (["--along", "data.source.missing"], "shards/digits: no such shard folder"),
+        (["--metric", "clustering/ac"], "none of the runs has it. Did you mean clustering/acc?"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(write_run, tmp_path, flags, expected):
+    write_run("a", {"clustering/acc": 0.5}, beta=1.0)
+    write_run("b", {"clustering/acc": 0.6}, beta=2.0)
+    done = compare(tmp_path, "runs/a", "runs/b", *flags, "--out", "out")
+    assert done.returncode == 2
+    assert f"{flags[0]} {flags[1]}: " in done.stderr or expected.startswith("shards/")
+    assert expected in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -35,6 +35,7 @@ def test_packing_prints_what_was_done_and_what_is_next(packed):
     assert "120 samples" in result.stdout
     assert "samples/s" in result.stdout
     assert "python tools/inspect_shards.py shards/digits" in result.stdout
+    assert "launch/train.py configs/digits.yaml data.shards=shards/digits\n" in result.stdout
 
 
 def test_packing_twice_is_refused_without_a_traceback(packed):

@@ -27,7 +27,6 @@ from cmvae.errors import UserError
 from cmvae.kinds.text import EOS, PAD, SPECIAL_TOKENS, UNKNOWN
 
 DESCRIPTION = "birds with captions: the released CUBICC, CUB-200-2011 with its captions, or cub_mini64"
-CONFIG = Path("configs/cubicc.yaml")
 
 RELEASE_URL = "https://polybox.ethz.ch/index.php/s/LRkTC2oa6YHHlUj/download"
 IMAGE_SIZE = 64
@@ -101,6 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TRAIN,VALIDATION,TEST",
         help="shares of the images of every subspecies; the release has its own (default: 0.7,0.15,0.15)",
     )
+
+
+def config_for(arguments: argparse.Namespace) -> Path:
+    """As `SourceModule.config_for`: cub_mini64 has one of its own, for a CPU."""
+    return Path("configs/cubicc.yaml" if arguments.mini is None else "configs/cub_mini.yaml")
 
 
 def from_arguments(arguments: argparse.Namespace) -> ColumnSource:

@@ -19,7 +19,6 @@ from cmvae.data.sources.source import SPLIT_NUMBERS, Sample, random_stream
 from cmvae.errors import UserError
 
 DESCRIPTION = "scikit-learn's 1,797 digits in three colour modalities of 3×16×16; needs no download"
-CONFIG = Path("configs/digits.yaml")
 
 NUM_MODALITIES = 3
 PALETTE_SIZE = 8
@@ -62,6 +61,11 @@ def add_pairing_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the same for validation and test, whose few images would make noisy metrics (default: 5)",
     )
+
+
+def config_for(arguments: argparse.Namespace) -> Path:
+    """As `SourceModule.config_for`."""
+    return Path("configs/digits.yaml")
 
 
 def from_arguments(arguments: argparse.Namespace) -> DigitsSource:

@@ -18,7 +18,6 @@ from cmvae.data.sources.digits import DigitsSource
 from cmvae.data.sources.source import SPLIT_NUMBERS, Sample, random_stream
 
 DESCRIPTION = "scikit-learn's digits as image, pixel statistics and sentence; needs no download"
-CONFIG = Path("configs/digits_mixed.yaml")
 
 NUMBER_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SENTENCES = (
@@ -47,6 +46,11 @@ STATISTICS = (
 )
 
 add_arguments = digits.add_pairing_arguments
+
+
+def config_for(arguments: argparse.Namespace) -> Path:
+    """As `SourceModule.config_for`."""
+    return Path("configs/digits_mixed.yaml")
 
 
 def from_arguments(arguments: argparse.Namespace) -> DigitsMixedSource:

@@ -27,7 +27,6 @@ from cmvae.data.sources.table import read_table
 from cmvae.errors import UserError
 
 DESCRIPTION = "your own folder: one subfolder a modality (pictures, .txt or .npy), files paired by name"
-CONFIG = None
 
 LABELS_NAME = "labels.csv"
 _KINDS = {**dict.fromkeys(IMAGE_SUFFIXES, "image"), ".txt": "text", ".npy": "vector"}
@@ -43,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "evaluation",
     )
     add_shared_arguments(parser)
+
+
+def config_for(arguments: argparse.Namespace) -> None:
+    """As `SourceModule.config_for`: there is none, one is made."""
 
 
 def from_arguments(arguments: argparse.Namespace) -> ColumnSource:

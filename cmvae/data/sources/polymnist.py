@@ -25,7 +25,6 @@ from cmvae.data.sources.source import SPLIT_NUMBERS, Sample, Source, random_stre
 from cmvae.errors import UserError
 
 DESCRIPTION = "PolyMNIST: MNIST digits over photographs, 60,000 samples of five modalities of 3×28×28"
-CONFIG = Path("configs/polymnist.yaml")
 
 RELEASE_URL = "https://polybox.ethz.ch/index.php/s/DvIsHiopIoPnKXI/download"
 IMAGE_SIZE = 28
@@ -67,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --backgrounds: mnist.npz, or the folder of the four idx files, plain or .gz "
         "(default: torchvision's download into --cache)",
     )
+
+
+def config_for(arguments: argparse.Namespace) -> Path:
+    """As `SourceModule.config_for`."""
+    return Path("configs/polymnist.yaml")
 
 
 def from_arguments(arguments: argparse.Namespace) -> Source:

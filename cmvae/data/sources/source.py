@@ -66,16 +66,15 @@ class SourceModule(Protocol):
     def DESCRIPTION(self) -> str:  # noqa: N802 (a constant of the module)
         """What it is, in a line."""
 
-    @property
-    def CONFIG(self) -> Path | None:  # noqa: N802
-        """The experiment in configs/ that goes with it, if there is one.
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the source's own flags to its sub-command."""
+
+    def config_for(self, arguments: argparse.Namespace) -> Path | None:
+        """The experiment in configs/ that fits what the flags describe.
 
         None for people's own data: there a config to start from is made of what was packed, and a flag
         `--config PATH` says where to.
         """
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add the source's own flags to its sub-command."""
 
     def from_arguments(self, arguments: argparse.Namespace) -> Source:
         """Open the source.

@@ -7,7 +7,7 @@ import csv
 import difflib
 import fnmatch
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,6 @@ from cmvae.data.sources.splits import Splits, draw_splits, fractions_text
 from cmvae.errors import UserError
 
 DESCRIPTION = "your own table, CSV or Parquet: columns of values, texts and paths to pictures"
-CONFIG = None
 
 _SPLIT_STREAM = 0
 _OF_SEVERAL_COLUMNS = {"vector", "binary"}
@@ -108,12 +107,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared_arguments(parser)
 
 
+def config_for(arguments: argparse.Namespace) -> None:
+    """As `SourceModule.config_for`: there is none, one is made."""
+
+
 def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
     """The source that the flags describe."""
     if not arguments.modalities:
         raise UserError("no modality is asked for: give --image, --text, --vector, --binary or --categorical")
     table = read_table(arguments.table, arguments.separator, frozenset(["", *arguments.na]))
-    names = _name_modalities(arguments.modalities, table)
+    # What has another part to play is never meant by a pattern.
+    parts = {arguments.label, arguments.split, arguments.group, arguments.key}
+    names = _name_modalities(arguments.modalities, table, parts)
     used = {column for request in names.values() for column in request.columns}
     if arguments.label in used:
         raise UserError(
@@ -188,14 +193,14 @@ class Table:
             raise UserError(f"{self.path}: no column {name!r}. {remedy}")
         return self.cells[name]
 
-    def matching(self, name: str) -> list[str]:
-        """The columns that a name or a pattern means.
+    def matching(self, name: str, but: Set[str | None] = frozenset()) -> list[str]:
+        """The columns that a name or a pattern means; a pattern none of `but`.
 
         Raises:
             UserError: there are none.
         """
         if name not in self.cells and "*" in name:
-            found = fnmatch.filter(self.cells, name)
+            found = [column for column in fnmatch.filter(self.cells, name) if column not in but]
             if found:
                 return found
         self.column(name)
@@ -295,11 +300,13 @@ def _read_parquet(path: Path) -> dict[str, list[str | None]]:
     }
 
 
-def _name_modalities(requests: Sequence[ModalityRequest], table: Table) -> dict[str, ModalityRequest]:
-    """Names and columns, patterns filled in."""
+def _name_modalities(
+    requests: Sequence[ModalityRequest], table: Table, parts: Set[str | None]
+) -> dict[str, ModalityRequest]:
+    """Names and columns, patterns filled in without the columns in `parts`."""
     named: dict[str, ModalityRequest] = {}
     for request in requests:
-        columns = tuple(column for name in request.columns for column in table.matching(name))
+        columns = tuple(column for name in request.columns for column in table.matching(name, parts))
         if len(columns) > 1 and request.kind not in _OF_SEVERAL_COLUMNS:
             raise UserError(
                 f"--{request.kind} {request.columns[0]}: means {', '.join(columns)}. Give one at a time"
