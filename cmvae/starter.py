@@ -46,8 +46,9 @@ def write_starter_config(index: ShardIndex, shards: Path) -> str:
     modalities = "\n".join(_describe(key, schema) for key, schema in index.modalities.items())
     return f"""\
 # {name}: a start for data that nobody has tuned yet, written by tools/make_shards.py.
-# If clusters split or merge, change objective.beta and model.num_clusters first; if one modality is generated
-# badly, its likelihood.weight. cmvae/config.py explains every key.
+# If clusters split what belongs together, make objective.beta larger; if they merge what does not, make it
+# smaller, or model.num_clusters larger; if one modality is generated badly, its likelihood.weight. Trust no
+# single run: add seed=1 name=… to the command. cmvae/config.py explains every key.
 name: {name}
 seed: 0
 
@@ -64,7 +65,7 @@ model:
   modalities:
 {modalities}
 
-objective: {{name: iwae, num_samples: 1, beta: 1.5}}
+objective: {{name: iwae, num_samples: 1, beta: 2.5}}
 
 optimizer:
   learning_rate: 2.0e-3
