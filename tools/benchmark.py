@@ -12,12 +12,13 @@ import platform
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a checkout that is not installed
 
-from cmvae.arguments import positive_integer
+from cmvae.arguments import non_negative_integer, positive_integer
 from cmvae.config import MetricGroup, load_config
 from cmvae.errors import UserError
 from cmvae.files import write_whole
@@ -33,6 +34,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--repeats", type=positive_integer, default=5, metavar="N", help="timed runs of each")
+    common.add_argument(
+        "--warm-up",
+        type=non_negative_integer,
+        default=1,
+        metavar="N",
+        help="runs of each before those that are timed",
+    )
     common.add_argument("--out", type=Path, metavar="FILE.json", help="also write all of it there")
 
     train = commands.add_parser(
@@ -61,7 +69,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     train.add_argument(
         "--image-size", type=positive_integer, default=28, metavar="PX", help="side of random images"
     )
-    train.add_argument("--read", action="store_true", help="read the config's shards, not one random batch")
+    train.add_argument(
+        "--read",
+        action="store_true",
+        help="read the config's shards, not one random batch; one variant after the other, for readers work "
+        "ahead",
+    )
     train.add_argument("--updates", type=positive_integer, default=1, metavar="N", help="in a timed run")
     train.add_argument(
         "--profile", type=Path, metavar="TRACE.json", help="write a trace of the first variant"
@@ -74,9 +87,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description="Time the reader on a train split, and a DataLoader over the same images in a folder.",
     )
     read.add_argument("shards", metavar="shards/NAME")
-    read.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    read.add_argument("--workers", type=non_negative_integer, nargs="+", default=[0, 1, 2], metavar="N")
     read.add_argument("--batch-size", type=positive_integer, default=128, metavar="B")
-    read.add_argument("--batches", type=positive_integer, default=20, metavar="N", help="in a timed run")
+    read.add_argument(
+        "--batches",
+        type=positive_integer,
+        default=32,
+        metavar="N",
+        help="in a timed run (default: 32; of 128 samples, as many as are shuffled together)",
+    )
     read.add_argument(
         "--folder",
         type=positive_integer,
@@ -107,7 +126,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     evaluate.add_argument("run", metavar="runs/NAME")
     evaluate.add_argument("--metrics", nargs="+", choices=get_args(MetricGroup), metavar="GROUP")
-    return parser.parse_args(arguments)
+    parsed, left = parser.parse_known_args(arguments)
+    # Those that follow an option: argparse takes all positional arguments of a sub-command at once.
+    overrides = [argument for argument in left if parsed.command == "train" and not argument.startswith("-")]
+    if overrides != left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if overrides:
+        parsed.overrides = [*parsed.overrides, *overrides]
+    return parsed
 
 
 def train_variants(arguments: argparse.Namespace) -> list[Variant]:
@@ -134,8 +160,18 @@ def train_variants(arguments: argparse.Namespace) -> list[Variant]:
         variants.append(Variant(f"as in {arguments.beside_checkout}", "update", own, checkout))
     if arguments.reference:
         variants.append(Variant("pair by pair, fp32", "update", {**own, "reference": True}))
-    precision = load_config(arguments.config, arguments.overrides).train.mixed_precision
-    return [*variants, Variant(f"3×3 convolutions, {precision}", "ceiling", {"precision": precision})]
+    last = variants[-1].title
+    variants = [*(replace(variant, compared_with=last) for variant in variants[:-1]), variants[-1]]
+    precisions = [
+        "fp32"
+        if variant.arguments.get("reference")
+        else load_config(arguments.config, variant.arguments["overrides"]).train.mixed_precision
+        for variant in variants
+    ]
+    return variants + [
+        Variant(f"3×3 convolutions, {precision}", "ceiling", {"precision": precision})
+        for precision in dict.fromkeys(precisions)
+    ]
 
 
 def read_variants(arguments: argparse.Namespace, folder: Path) -> list[Variant]:
@@ -150,10 +186,14 @@ def read_variants(arguments: argparse.Namespace, folder: Path) -> list[Variant]:
     ]
     if arguments.folder is not None:
         write_folder(arguments.shards, folder, arguments.folder)
-        variants += [
+        of_folder = [
             Variant(f"folder, {n} workers", "folder", {**common, "folder": str(folder), "num_workers": n})
             for n in arguments.workers
         ]
+        variants = [
+            replace(variant, compared_with=other.title)
+            for variant, other in zip(variants, of_folder, strict=True)
+        ] + of_folder
     return variants
 
 
@@ -161,17 +201,17 @@ def measure(arguments: argparse.Namespace) -> list[Measured]:
     """Time what was asked for."""
     from cmvae.benchmark.turns import Variant, measure_in_turns
 
+    repeats, warm_up = arguments.repeats, arguments.warm_up
     if arguments.command == "train":
-        return measure_in_turns(train_variants(arguments), arguments.repeats)
+        return measure_in_turns(train_variants(arguments), repeats, warm_up, alone=arguments.read)
     if arguments.command == "read":
         with tempfile.TemporaryDirectory() as folder:
             # Reader processes work ahead: those of one variant would take the cores of another.
-            return measure_in_turns(read_variants(arguments, Path(folder)), arguments.repeats, alone=True)
+            return measure_in_turns(read_variants(arguments, Path(folder)), repeats, warm_up, alone=True)
     if arguments.command == "select":
-        variants = [
-            Variant(title, "selection", {"run": arguments.run, "again": again})
-            for title, again in (("one encoding pass", False), ("one for each number of clusters", True))
-        ]
+        again = Variant("one for each number of clusters", "selection", {"run": arguments.run, "again": True})
+        once = Variant("one encoding pass", "selection", {"run": arguments.run, "again": False})
+        variants = [replace(once, compared_with=again.title), again]
     elif arguments.command == "sample":
         common = {"run": arguments.run, "num_images": arguments.images}
         variants = [
@@ -181,38 +221,39 @@ def measure(arguments: argparse.Namespace) -> list[Measured]:
     else:
         groups = arguments.metrics or get_args(MetricGroup)
         variants = [Variant(group, "evaluation", {"run": arguments.run, "group": group}) for group in groups]
-    return measure_in_turns(variants, arguments.repeats)
+    return measure_in_turns(variants, repeats, warm_up)
 
 
 def format_table(measured: Sequence[Measured]) -> str:
-    """A Markdown table: medians, ranges, and the rate in multiples of the last row's of its kind."""
-    ceiling = next((m.median_flops for m in measured if m.variant.job == "ceiling"), None)
+    """A Markdown table: medians, ranges, shares of the ceiling, and rates in multiples of one another."""
+    ceilings = {m.facts["precision"]: m.median_flops for m in measured if m.variant.job == "ceiling"}
     rows = [m for m in measured if m.variant.job != "ceiling"]
     head = [
         "",
         "items/s",
         "range",
         "seconds a run",
-        "times the last",
         "GFLOP/s",
         "of the ceiling",
         "data wait",
         "GiB",
+        "times as fast as",
     ]
     lines = [head]
     for m in rows:
         flops, share = m.median_flops, m.data_wait_share
+        ceiling, ratio = ceilings.get(m.facts.get("precision")), rate_ratio(m, rows)
         lines.append(
             [
                 m.variant.title,
                 f"{m.median_rate:.3g}",
                 f"{min(m.rates):.3g}–{max(m.rates):.3g}",
-                f"{m.num_items / m.median_rate:.3g}",
-                f"{m.median_rate / rows[-1].median_rate:.2f}",
+                f"{m.median_seconds:.3g}",
                 "" if flops is None else f"{flops / 1e9:.0f}",
                 "" if flops is None or ceiling is None else f"{flops / ceiling:.0%}",
                 "" if share is None else f"{share:.1%}",
                 f"{m.peak_memory_bytes / 2**30:.2f}",
+                "" if ratio is None else f"{ratio:.2f} × {m.variant.compared_with}",
             ]
         )
     filled = [place for place in range(len(head)) if any(line[place] for line in lines[1:])]
@@ -223,9 +264,20 @@ def format_table(measured: Sequence[Measured]) -> str:
         f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
         for line in lines
     )
-    if ceiling is not None:
-        table += f"\n\nceiling: {ceiling / 1e9:.0f} GFLOP/s in 3×3 convolutions, forward and backward"
-    return table
+    notes = [
+        f"{m.variant.title}, forward and backward: {m.median_flops / 1e9:.0f} GFLOP/s"
+        for m in measured
+        if m.variant.job == "ceiling" and m.median_flops is not None
+    ]
+    if all(m.variant.job == "evaluation" for m in measured):
+        notes.append(f"all groups: {sum(m.median_seconds for m in measured):.3g} seconds")
+    return "\n\n".join([table, *notes])
+
+
+def rate_ratio(measured: Measured, among: Sequence[Measured]) -> float | None:
+    """How many times as fast it is as that which it is compared with; None if with nothing."""
+    others = (m for m in among if m.variant.title == measured.variant.compared_with)
+    return next((measured.median_rate / other.median_rate for other in others), None)
 
 
 def record(arguments: argparse.Namespace, measured: Sequence[Measured]) -> dict[str, Any]:
@@ -251,6 +303,8 @@ def record(arguments: argparse.Namespace, measured: Sequence[Measured]) -> dict[
                 "items": m.num_items,
                 "seconds": m.seconds,
                 "median_items_per_second": m.median_rate,
+                "compared_with": m.variant.compared_with,
+                "times_as_fast": rate_ratio(m, measured),
                 "flops_per_second": m.median_flops,
                 "peak_memory_bytes": m.peak_memory_bytes,
                 "data_wait_share": m.data_wait_share,

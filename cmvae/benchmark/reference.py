@@ -1,7 +1,7 @@
 """The way of working of the released code, with the same objective: what a benchmark of training is against.
 
 One decoder call for every pair of source and target, upsampling before convolving, the default memory layout,
-fp32 everywhere.
+fp32 everywhere, torch's default Adam.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cmvae.config import ObjectiveConfig
+from cmvae.config import ObjectiveConfig, OptimizerConfig
 from cmvae.model import CMVAE
 from cmvae.networks.encoder import TwoTrunkEncoder
 from cmvae.networks.image import ImageDecoder, ResidualBlock, UpsampledResidualBlock
@@ -85,3 +85,14 @@ class ReferenceTask(CMVAETask):
                 latents = auxiliary.sample(noise.private[target, source])
             decoded.append(self._decode(name, x, shared[source], latents))
         return torch.stack(decoded)
+
+
+def build_reference_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Adam:
+    """Adam as torch makes it by default: not fused."""
+    return torch.optim.Adam(
+        module.parameters(),
+        lr=config.learning_rate,
+        betas=config.betas,
+        amsgrad=config.amsgrad,
+        weight_decay=config.weight_decay,
+    )

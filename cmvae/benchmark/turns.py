@@ -28,6 +28,8 @@ class Variant:
     arguments: dict[str, Any] = field(default_factory=dict)
     checkout: Path = OWN_CHECKOUT
     """Whose `cmvae` does it."""
+    compared_with: str | None = None
+    """Title of the variant whose rate its own is told in multiples of."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Measured:
         return [self.num_items / seconds for seconds in self.seconds]
 
     @property
+    def median_seconds(self) -> float:
+        """Of a run."""
+        return statistics.median(self.seconds)
+
+    @property
     def median_rate(self) -> float:
         """Items a second."""
         return statistics.median(self.rates)
@@ -58,7 +65,7 @@ class Measured:
     def median_flops(self) -> float | None:
         """Floating-point operations a second, if they were counted."""
         flops = self.facts.get("flops")
-        return None if flops is None else flops / statistics.median(self.seconds)
+        return None if flops is None else flops / self.median_seconds
 
 
 def measure_in_turns(

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from cmvae.benchmark.reference import ReferenceTask
-from cmvae.config import ModalityConfig, ModelConfig, ObjectiveConfig
+from cmvae.benchmark.reference import ReferenceTask, build_reference_optimizer
+from cmvae.config import ModalityConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from cmvae.data.schema import ModalitySchema
 from cmvae.model import CMVAE, channels_last
 from cmvae.tasks import CMVAETask
+from cmvae.training.optimization import build_optimizer
 
 NAMES = ("a", "b", "c")
 SCHEMA = ModalitySchema(kind="image", shape=(3, 16, 16), dtype="uint8")
@@ -47,3 +48,19 @@ def test_upsampling_comes_before_convolving():
     kinds = {type(module).__name__ for module in reference.model.decoders["a"].modules()}
     assert "Upsample" in kinds
     assert "UpsampledConv" not in kinds
+
+
+def test_the_optimizer_makes_the_same_updates_and_is_not_fused():
+    config = OptimizerConfig(learning_rate=0.1, amsgrad=True, weight_decay=0.01)
+    updated = []
+    for build in (build_optimizer, build_reference_optimizer):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 3)
+        optimizer = build(layer, config)
+        for _ in range(3):
+            layer(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        updated.append(layer.weight.detach())
+    assert not optimizer.defaults["fused"]
+    torch.testing.assert_close(updated[1], updated[0], rtol=1e-5, atol=1e-6)

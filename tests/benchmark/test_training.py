@@ -13,12 +13,30 @@ SMALL = ["train.batch_size=4", "train.mixed_precision=fp32", "optimizer.max_grad
 
 
 def test_the_ceiling_counts_the_operations_of_its_convolutions(monkeypatch):
-    for name, value in (("CEILING_CHANNELS", 8), ("CEILING_SIZE", 6), ("CEILING_BATCH", 2)):
-        monkeypatch.setattr(training, name, value)
+    for name, value in (("SHAPES", ((8, 6),)), ("BATCH", 2), ("SECONDS", 0)):
+        monkeypatch.setattr(training, f"CEILING_{name}", value)
     job = ceiling_job("fp32")
     # Forward, and for the gradients of images and of weights as much each; a multiplication and an addition.
-    assert job.facts["flops"] == training.CEILING_RUNS * 3 * 2 * (2 * 6 * 6) * (8 * 8 * 9)
-    assert job.measure()["seconds"] > 0
+    assert job.facts["flops"] == 3 * 2 * (2 * 6 * 6) * (8 * 8 * 9)
+    assert job.num_items == 2
+    assert job.facts["precision"] == "fp32"
+
+
+def test_the_ceiling_is_of_the_fastest_shape_and_long_enough_to_be_timed(monkeypatch):
+    taken = {}
+
+    def measure(job):
+        # A thousandth of a second a convolution; the second shape takes half of that.
+        times = job.num_items / training.CEILING_BATCH
+        taken[job.facts["side"]] = times * (0.5e-3 if job.facts["side"] == 3 else 1e-3)
+        return {"seconds": taken[job.facts["side"]]}
+
+    monkeypatch.setattr(training, "CEILING_SHAPES", ((4, 6), (8, 3)))
+    monkeypatch.setattr(training, "CEILING_SECONDS", 0.01)
+    monkeypatch.setattr(training.Job, "measure", measure)
+    job = ceiling_job("bf16")
+    assert (job.facts["channels"], job.facts["side"]) == (8, 3)
+    assert min(taken.values()) >= 0.01
 
 
 def test_an_update_is_of_the_config_with_what_was_changed():

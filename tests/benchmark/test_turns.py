@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 from commands import ROOT
 
@@ -48,6 +49,12 @@ def test_variants_take_turns_in_the_checkout_that_they_name(checkout):
     log.unlink()
     measure_in_turns([variant("a", folder), variant("b", folder)], repeats=2, warm_up=0, alone=True)
     assert log.read_text() == "aabb"
+
+
+def test_memory_is_that_of_the_child_whatever_its_parent_holds(checkout):
+    held = np.ones(2**27)  # 1 GiB, more than Python with torch takes
+    (measured,) = measure_in_turns([variant("a", checkout[0])], repeats=1)
+    assert 2**20 < measured.peak_memory_bytes < held.nbytes
 
 
 @pytest.mark.parametrize(("precision", "message"), [("refused", "refused: no such"), ("dies", "with code 3")])
