@@ -136,6 +136,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parsed
 
 
+def check_files(arguments: argparse.Namespace) -> None:
+    """Refuse files that could not be written when all is measured.
+
+    Raises:
+        UserError: their folder is not there.
+    """
+    for option in ("out", "profile"):
+        path: Path | None = getattr(arguments, option, None)
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"--{option} {path}: there is no folder {path.parent}. Make it, or name another")
+
+
 def train_variants(arguments: argparse.Namespace) -> list[Variant]:
     """The config as it is, then what stands beside it."""
     from cmvae.benchmark.turns import Variant
@@ -322,6 +334,7 @@ def main() -> int:
     """Measure, print the table, write the record."""
     arguments = parse_arguments()
     try:
+        check_files(arguments)
         measured = measure(arguments)
         print(format_table(measured))
         if arguments.out is not None:

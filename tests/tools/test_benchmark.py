@@ -7,6 +7,7 @@ import pytest
 from commands import ROOT, run_tool
 
 from cmvae.benchmark.turns import Measured, Variant
+from cmvae.errors import UserError
 
 GROUPS = (("clustering", [1.0, 5.0, 2.0], 5), ("probe", [20.0], 3), ("text", [0.001], 0))
 
@@ -86,6 +87,15 @@ def test_an_evaluation_is_summed_up(tool):
     assert "| text" not in table
     assert "GFLOP/s" not in table
     assert tool["format_table"](groups[2:]).endswith("all of them: 0 seconds\n\nno metric for this run: text")
+
+
+@pytest.mark.parametrize("option", ["--out", "--profile"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, tool, option):
+    arguments = tool["parse_arguments"](["train", "a.yaml", option, str(tmp_path / "none/a.json")])
+    with pytest.raises(UserError, match=f"{option} .*: there is no folder .*none"):
+        tool["check_files"](arguments)
+    for path in ("a.json", str(tmp_path / "a.json")):
+        tool["check_files"](tool["parse_arguments"](["train", "a.yaml", option, path]))
 
 
 def test_what_cannot_be_measured_is_told(tmp_path):
