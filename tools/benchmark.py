@@ -136,6 +136,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parsed
 
 
+def check_files(arguments: argparse.Namespace) -> None:
+    """Refuse files that could not be written when all is measured.
+
+    Raises:
+        UserError: their folder is not there.
+    """
+    for option in ("out", "profile"):
+        path: Path | None = getattr(arguments, option, None)
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"--{option} {path}: there is no folder {path.parent}. Make it, or name another")
+
+
 def train_variants(arguments: argparse.Namespace) -> list[Variant]:
     """The config as it is, then what stands beside it."""
     from cmvae.benchmark.turns import Variant
@@ -227,7 +239,8 @@ def measure(arguments: argparse.Namespace) -> list[Measured]:
 def format_table(measured: Sequence[Measured]) -> str:
     """A Markdown table: medians, ranges, shares of the ceiling, and rates in multiples of one another."""
     ceilings = {m.facts["precision"]: m.median_flops for m in measured if m.variant.job == "ceiling"}
-    rows = [m for m in measured if m.variant.job != "ceiling"]
+    idle = [m for m in measured if m.facts.get("metrics") == 0]
+    rows = [m for m in measured if m.variant.job != "ceiling" and m not in idle]
     head = [
         "",
         "items/s",
@@ -256,7 +269,7 @@ def format_table(measured: Sequence[Measured]) -> str:
                 "" if ratio is None else f"{ratio:.2f} × {m.variant.compared_with}",
             ]
         )
-    filled = [place for place in range(len(head)) if any(line[place] for line in lines[1:])]
+    filled = [place for place in range(len(head)) if not rows or any(line[place] for line in lines[1:])]
     lines = [[line[place] for place in filled] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
@@ -270,7 +283,9 @@ def format_table(measured: Sequence[Measured]) -> str:
         if m.variant.job == "ceiling" and m.median_flops is not None
     ]
     if all(m.variant.job == "evaluation" for m in measured):
-        notes.append(f"all groups: {sum(m.median_seconds for m in measured):.3g} seconds")
+        notes.append(f"all of them: {sum(m.median_seconds for m in rows):.3g} seconds")
+    if idle:
+        notes.append(f"no metric for this run: {', '.join(m.variant.title for m in idle)}")
     return "\n\n".join([table, *notes])
 
 
@@ -319,6 +334,7 @@ def main() -> int:
     """Measure, print the table, write the record."""
     arguments = parse_arguments()
     try:
+        check_files(arguments)
         measured = measure(arguments)
         print(format_table(measured))
         if arguments.out is not None:

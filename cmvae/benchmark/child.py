@@ -1,7 +1,8 @@
 """The process that one job has to itself: what it keeps in memory is then its own.
 
 Reads from standard input a line of JSON that says which job, then a line for every time that it shall run;
-answers each with a line of JSON. At the end of the input it tells the memory that it took.
+answers each with a line of JSON. At the end of the input it tells what the job was about, and the memory that
+it took.
 """
 
 from __future__ import annotations
@@ -52,10 +53,11 @@ def main() -> None:
     except UserError as error:
         answer({"error": str(error)})
         return
-    answer({"num_items": job.num_items, "facts": job.facts})
+    answer({"ready": True})
     for _ in sys.stdin:
         answer(job.measure())
-    answer({"peak_memory_bytes": _peak_memory()})
+    about = {"num_items": job.num_items, "facts": job.facts}
+    answer({**about, "peak_memory_bytes": _peak_memory()})
 
 
 def _builder(name: str) -> Callable[..., Job]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from cmvae.dcmvae import DCMVAE
 from cmvae.distributed import start_evaluation_accelerator
 from cmvae.errors import UserError
 from cmvae.evaluation.clustering import all_log_weights, encode_split, select_model_clusters
+from cmvae.evaluation.result import GroupResult
 from cmvae.evaluation.run import evaluate_groups, load_context
 from cmvae.model import CMVAE
 
@@ -89,15 +91,19 @@ def evaluation_job(run: str, group: str) -> Job:
 
     Args:
         run: folder of a run.
-        group: of `evaluation.metrics`.
+        group: of `evaluation.metrics`. After a run the facts `metrics` and `left_out` say how many
+            it has for this model, and why not more.
     """
     config = load_run_config(Path(run), [f"evaluation.metrics=[{group}]"])
     index = ShardIndex.load(config.data.shards)
     context = load_context(config, index, Path(run), start_evaluation_accelerator())
 
     def run_once() -> None:
-        for _ in evaluate_groups(context, config):
-            pass
+        total = GroupResult()
+        for result in evaluate_groups(context, config):
+            total.add(result)
+        facts.update(metrics=len(total.metrics), left_out=total.left_out)
 
+    facts: dict[str, Any] = {}
     num_samples = index.split(config.evaluation.split, config.data.shards).num_samples
-    return Job(run_once, num_samples)
+    return Job(run_once, num_samples, facts)

@@ -19,7 +19,7 @@ class Job:
     num_items: int
     """How many samples or images one run is about."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What else is worth knowing; `flops` are those of one run."""
+    """What else is worth knowing, when all runs are done; `flops` are those of one run."""
     waited: Callable[[], float] | None = None
     """Seconds that the last run waited for data, if it reads any."""
 

@@ -120,7 +120,7 @@ class _Child:
         self._answers = cast(IO[str], self._process.stdout)
         self._runs: list[dict[str, float]] = []
         request = {"job": variant.job, "arguments": variant.arguments, "warm_up": warm_up}
-        self._about = self._ask(json.dumps(request))
+        self._ask(json.dumps(request))
 
     def _ask(self, line: str) -> dict[str, Any]:
         try:
@@ -147,14 +147,14 @@ class _Child:
     def end(self) -> Measured:
         """What it measured, when all is done."""
         self._requests.close()
-        memory = self._answer()["peak_memory_bytes"]
+        about = self._answer()
         shares = [run["data_wait_share"] for run in self._runs if "data_wait_share" in run]
         return Measured(
             self._variant,
-            self._about["num_items"],
+            about["num_items"],
             [run["seconds"] for run in self._runs],
-            self._about["facts"],
-            memory,
+            about["facts"],
+            about["peak_memory_bytes"],
             statistics.median(shares) if shares else None,
         )
 

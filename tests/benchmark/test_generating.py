@@ -49,8 +49,17 @@ def test_refined_images_are_counted_over_all_modalities(runs, monkeypatch):
 
 def test_a_group_of_metrics_is_computed_and_nothing_written(runs):
     before = sorted(runs[0].rglob("*"))
-    evaluation_job(str(runs[0]), "clustering").run()
+    job = evaluation_job(str(runs[0]), "clustering")
+    job.run()
     assert sorted(runs[0].rglob("*")) == before
+    assert job.facts["metrics"] > 0
+
+
+def test_a_group_that_has_no_metric_for_the_run_says_so(runs):
+    job = evaluation_job(str(runs[0]), "text")
+    job.run()
+    assert job.facts["metrics"] == 0
+    assert job.facts["left_out"]
 
 
 def test_runs_of_the_other_kind_are_refused(runs):

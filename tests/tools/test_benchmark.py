@@ -7,8 +7,9 @@ import pytest
 from commands import ROOT, run_tool
 
 from cmvae.benchmark.turns import Measured, Variant
+from cmvae.errors import UserError
 
-GROUPS = (("clustering", [1.0, 5.0, 2.0]), ("prediction", [20.0]))
+GROUPS = (("clustering", [1.0, 5.0, 2.0], 5), ("probe", [20.0], 3), ("text", [0.001], 0))
 
 
 @pytest.fixture
@@ -75,12 +76,26 @@ def test_settings_stand_before_and_after_options(tool, capsys):
 
 
 def test_an_evaluation_is_summed_up(tool):
-    groups = [Measured(Variant(name, "evaluation"), 10, seconds, {}, 2**30) for name, seconds in GROUPS]
+    groups = [
+        Measured(Variant(name, "evaluation"), 10, seconds, {"metrics": count}, 2**30)
+        for name, seconds, count in GROUPS
+    ]
     table = tool["format_table"](groups)
     # Medians of 2 and 20 seconds.
-    assert table.endswith("all groups: 22 seconds")
-    assert "| prediction | 0.5 " in table
+    assert table.endswith("all of them: 22 seconds\n\nno metric for this run: text")
+    assert "| probe      | 0.5 " in table
+    assert "| text" not in table
     assert "GFLOP/s" not in table
+    assert tool["format_table"](groups[2:]).endswith("all of them: 0 seconds\n\nno metric for this run: text")
+
+
+@pytest.mark.parametrize("option", ["--out", "--profile"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, tool, option):
+    arguments = tool["parse_arguments"](["train", "a.yaml", option, str(tmp_path / "none/a.json")])
+    with pytest.raises(UserError, match=f"{option} .*: there is no folder .*none"):
+        tool["check_files"](arguments)
+    for path in ("a.json", str(tmp_path / "a.json")):
+        tool["check_files"](tool["parse_arguments"](["train", "a.yaml", option, path]))
 
 
 def test_what_cannot_be_measured_is_told(tmp_path):
