@@ -156,13 +156,13 @@ def test_validating_more_often_changes_no_training(refiner_experiment, tmp_path)
 
 
 def test_pictures_are_drawn_without_dropout(refiner_experiment, monkeypatch):
-    modes, original = [], RefinerTask.pictures
+    modes, original = [], RefinerTask.show
 
-    def pictures(task, *arguments):
+    def show(task, *arguments):
         modes.append([module.training for module in task.modules()])
         return original(task, *arguments)
 
-    monkeypatch.setattr(RefinerTask, "pictures", pictures)
+    monkeypatch.setattr(RefinerTask, "show", show)
     train(refiner_experiment("train.validate_every=3"))
     assert len(modes) == 2
     assert not any(any(training) for training in modes)
