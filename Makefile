@@ -15,16 +15,20 @@ REFINER_ARGS ?=
 
 .PHONY: demo polymnist cubicc test test-faults lint format
 
-# The stamp is newer than what it was installed from, or it is installed again.
+# A stamp is newer than what it was installed from, or it is installed again. Byte code is compiled for what is
+# imported, when it is: for all that is installed it takes longer than anything else here but the download.
+INSTALL = $(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet --disable-pip-version-check --no-compile \
+	--constraint constraints.txt --editable
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV): a few minutes, once"
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	$(INSTALL) .
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	touch $@
+$(VENV)/installed-dev: pyproject.toml constraints.txt
+	@echo "installing into $(VENV), with what the tests need: a few minutes, once"
+	$(INSTALL) '.[dev]'
+	touch $(VENV)/installed $@
 
 shards/digits/index.json: | $(VENV)/installed
 	$(BIN)/python tools/make_shards.py digits --out shards/digits
