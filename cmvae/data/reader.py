@@ -1,7 +1,7 @@
 """Read shards as batches, under a plan that says which samples and in which order.
 
-WebDataset iterates over the tars. What is read stays undecoded until its batch is due, so that what a plan
-leaves out or a resume skips is never decoded.
+What is read of the tars stays undecoded until its batch is due, so that what a plan leaves out or a resume
+skips is never decoded.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset.tariterators import tar_file_iterator
 
+from cmvae.data.members import read_members
 from cmvae.data.plan import EvaluationPlan, Handover, Plan, RankPlan, TrainingPlan
 from cmvae.data.schema import ModalitySchema, OnError, ShardIndex, ShardSchema
 from cmvae.data.store import Location, WrongContentError, is_remote, open_file
@@ -308,9 +308,8 @@ class SplitReader:
     def _scan(self, stream: BinaryIO, path: str) -> Iterator[RawSample | UserError]:
         """What a tar holds, sample after sample: members side by side whose names begin alike."""
         seen: set[str] = set()
-        members = tar_file_iterator(stream, skip_meta=None)
         try:
-            for key, group in itertools.groupby(members, key=lambda member: _key_of(member["fname"])):
+            for key, group in itertools.groupby(read_members(stream), key=lambda member: _key_of(member[0])):
                 sample = self._assemble(key, list(group), path)
                 if key in seen and not isinstance(sample, UserError):
                     sample = _damaged(path, f"sample {key} is there twice")
@@ -328,12 +327,11 @@ class SplitReader:
             problem.__cause__ = error
             yield problem
 
-    def _assemble(self, key: str, members: list[dict[str, Any]], path: str) -> RawSample | UserError:
+    def _assemble(self, key: str, members: Sequence[tuple[str, bytes]], path: str) -> RawSample | UserError:
         """One sample of its members, or what is wrong: only what the index speaks of passes, no pickle."""
         sample: RawSample = {"__key__": key, "__url__": path}
         found = set()
-        for member in members:
-            name = member["fname"]
+        for name, content in members:
             suffix = name.removeprefix(f"{key}.")
             if not key or suffix not in self._known:
                 return _damaged(
@@ -345,7 +343,7 @@ class SplitReader:
                 return _damaged(path, f"member {name!r} is there twice")
             found.add(suffix)
             if suffix in self._wanted:
-                sample[suffix] = member["data"]
+                sample[suffix] = content
         lacking = sorted(self._required - sample.keys())
         if lacking:
             return _damaged(path, f"sample {key} has no member .{lacking[0]}")

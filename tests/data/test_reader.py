@@ -498,7 +498,7 @@ def test_a_disk_that_fails_is_no_damage(make_folder, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
         yield
 
-    monkeypatch.setattr(reader, "tar_file_iterator", failing)
+    monkeypatch.setattr(reader, "read_members", failing)
     loader = training(make_folder([4]), on_error="skip")
     with pytest.raises(UserError, match=r"train-0\.tar: cannot be read: Input/output error"):
         list(loader.epoch_batches(0))

@@ -167,6 +167,47 @@ def test_pictures_of_another_form_are_refused(mode, size):
         KINDS["image"].decode(buffer.getvalue(), IMAGE)
 
 
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 7, 5), (3, 65, 64), (1, 256, 256)])
+def test_images_are_png_that_others_read(shape):
+    """Small ones are written without a library, large ones by it."""
+    schema = ModalitySchema(kind="image", shape=shape, dtype="uint8")
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    content = KINDS["image"].encode(pixels)
+    with Image.open(io.BytesIO(content)) as image:
+        image.verify()
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.mode == ("L" if shape[0] == 1 else "RGB")
+        np.testing.assert_array_equal(
+            np.asarray(image).reshape(*shape[1:], shape[0]), pixels.transpose(1, 2, 0)
+        )
+    np.testing.assert_array_equal(KINDS["image"].decode(content, schema), pixels)
+
+
+@pytest.mark.parametrize("level", [0, 9])
+def test_png_of_others_is_read(level):
+    """Level 0 has filters, but no compression: nearly the form in which small images are written here."""
+    pixels = np.arange(72, dtype=np.uint8).reshape(3, 4, 6)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "PNG", compress_level=level)
+    np.testing.assert_array_equal(KINDS["image"].decode(buffer.getvalue(), IMAGE), pixels)
+
+
+def test_no_changed_byte_of_a_small_image_is_taken_for_a_pixel():
+    schema, (pixels, _) = STORED["image"]
+    content = KINDS["image"].encode(pixels)
+    refused = 0
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 0x10
+        try:
+            decoded = KINDS["image"].decode(bytes(changed), schema)
+        except ValueError:
+            refused += 1
+        else:  # what says nothing about the pixels
+            np.testing.assert_array_equal(decoded, pixels)
+    assert refused > len(content) - 25
+
+
 def test_only_png_is_decoded():
     buffer = io.BytesIO()
     Image.new("RGB", (6, 4)).save(buffer, "JPEG")
