@@ -168,6 +168,9 @@ class SamplerConfig(_Settings):
     guidance_from: float = Field(default=0.0, ge=0, lt=1)
     """Guidance acts from this share of T on: what a picture shows is decided in the noisy time steps; in the
     others guidance only takes variety away (compare Kynkäänniemi et al., 2024)."""
+    candidates: PositiveInt = 1
+    """Pictures that are made of every image. The one is kept from which the CMVAE reads z best; compare the
+    reranking of Ramesh et al. (2021), here without another model."""
 
 
 class RefinerConfig(_Settings):

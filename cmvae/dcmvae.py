@@ -14,6 +14,7 @@ from cmvae.errors import UserError
 from cmvae.exports import weights_sha256
 from cmvae.model import CMVAE, stack_shared_locations
 from cmvae.refiner import Refiner
+from cmvae.seeds import derive_seed
 
 
 class DCMVAE:
@@ -80,6 +81,7 @@ class DCMVAE:
             config.refiner.sampler,
         )
 
+    @torch.no_grad()
     def refine(
         self,
         images: Mapping[str, Tensor],
@@ -89,13 +91,33 @@ class DCMVAE:
     ) -> dict[str, Tensor]:
         """Sharp images from what the CMVAE made; see `Refiner.refine`.
 
-        Without `shared`, a refiner that is conditioned on z takes what the CMVAE reads back from the images:
-        the mean of their joint posterior (1/M) Σ_m q(z|x_m).
+        Of `sampler.candidates` pictures of an image x̂_m the one with the largest q(z | picture) is kept.
+
+        Without `shared`, z is what the CMVAE reads back from the images where it is needed: the mean of their
+        joint posterior (1/M) Σ_m q(z|x_m).
         """
-        if shared is None and self.refiner.config.conditioning.latent:
-            with torch.no_grad():
-                shared = stack_shared_locations(self.cmvae.encode(images)).mean(1)
-        return self.refiner.refine(images, shared, seeds=seeds)
+        candidates = self.refiner.config.sampler.candidates
+        if shared is None and (self.refiner.config.conditioning.latent or candidates > 1):
+            shared = stack_shared_locations(self.cmvae.encode(images)).mean(1)
+        if shared is None or candidates == 1:
+            return self.refiner.refine(images, shared, seeds=seeds)
+        if seeds is None:
+            seeds = torch.randint(2**62, (len(next(iter(images.values()))),)).tolist()
+        kept = self.refiner.refine(images, shared, seeds=seeds)
+        log_density = self._log_density_of(shared, kept)
+        for candidate in range(1, candidates):
+            others = [derive_seed(seed, f"candidate {candidate}") for seed in seeds]
+            made = self.refiner.refine(images, shared, seeds=others)
+            for name, better in self._log_density_of(shared, made).items():
+                is_better = better > log_density[name]
+                kept[name] = torch.where(is_better[:, None, None, None], made[name], kept[name])
+                log_density[name] = torch.where(is_better, better, log_density[name])
+        return kept
+
+    def _log_density_of(self, shared: Tensor, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Log q(z|x_m) in nats, (B,), of the modalities that are refined."""
+        refined = {name: x for name, x in made.items() if name in self.refiner.schemas}
+        return {name: q.shared.log_prob(shared) for name, q in self.cmvae.encode(refined).items()}
 
     def generate(
         self,

@@ -2,14 +2,16 @@
 
 import hashlib
 
+import numpy as np
 import pytest
 import torch
-from refining import NAMES, make_cmvae, make_refiner, record_calls, tell
+from refining import NAMES, SHARED_DIM, make_cmvae, make_refiner, record_calls, tell
 
 from cmvae.config import SamplerConfig
 from cmvae.dcmvae import DCMVAE
 from cmvae.errors import UserError
 from cmvae.exports import weights_sha256
+from cmvae.seeds import derive_seed
 
 
 def stream():
@@ -54,6 +56,47 @@ def test_without_z_the_cmvae_reads_it_back_from_the_images(given):
     for name in given:
         torch.testing.assert_close(made[name], expected[name])
         assert not torch.allclose(elsewhere[name], expected[name])
+
+
+def test_of_candidates_the_one_is_kept_that_is_read_as_z(given):
+    """Against all of them, made one by one and read by the encoders."""
+    cmvae, refiner = make_cmvae(), make_refiner(("a", "c"), sampler={"num_steps": 2, "candidates": 3})
+    torch.manual_seed(2)
+    shared, seeds = torch.randn(4, SHARED_DIM), [11, 12, 13, 14]
+    made = [refiner.refine(given, shared, seeds=seeds)]
+    for number in (1, 2):
+        others = [derive_seed(seed, f"candidate {number}") for seed in seeds]
+        made.append(refiner.refine(given, shared, seeds=others))
+    kept = DCMVAE(cmvae, refiner).refine(given, shared, seeds=seeds)
+    chosen = set()
+    for name in given:
+        for row in range(4):
+            pictures = [candidate[name][row] for candidate in made]
+            density = []
+            for picture in pictures:
+                q = cmvae.encode({name: picture[None]})[name].shared
+                density.append(torch.distributions.Laplace(q.loc, q.scale).log_prob(shared[row]).sum().item())
+            best = int(np.argmax(density))
+            torch.testing.assert_close(kept[name][row], pictures[best], rtol=0, atol=1e-5)
+            chosen.add((name, best))
+    assert len({number for _, number in chosen}) > 1, "a test of a choice must see different ones"
+
+
+def test_candidates_are_the_same_in_any_batch_and_leave_other_kinds_alone(given):
+    refiner = make_refiner(("a",), sampler={"num_steps": 2, "candidates": 2})
+    both = DCMVAE(make_cmvae(), refiner)
+    whole = both.refine(given, torch.ones(4, SHARED_DIM), seeds=[1, 2, 3, 4])
+    assert torch.equal(whole["c"], given["c"])
+    one = {name: x[2:3] for name, x in given.items()}
+    alone = both.refine(one, torch.ones(1, SHARED_DIM), seeds=[3])
+    torch.testing.assert_close(alone["a"], whole["a"][2:3], rtol=0, atol=1e-5)
+    read_back = both.refine(given, seeds=[1, 2, 3, 4])
+    shared = sum(both.cmvae.encode({name: x})[name].shared.loc for name, x in given.items()) / len(given)
+    torch.testing.assert_close(read_back, both.refine(given, shared, seeds=[1, 2, 3, 4]))
+    torch.manual_seed(3)
+    drawn = torch.randint(2**62, (4,)).tolist()
+    torch.manual_seed(3)
+    torch.testing.assert_close(both.refine(given), both.refine(given, seeds=drawn))
 
 
 def test_of_a_refiner_that_repeats_its_condition_the_generations_are_the_cmvaes_own(ways):

@@ -81,7 +81,7 @@ def refining_job(run: str, overrides: list[str], num_images: int) -> Job:
             rows = slice(first, first + size)
             seeds = range(each)[rows]
             part = {name: x[rows] for name, x in blurred.items()}
-            both.refiner.refine(part, latents.shared[rows], seeds=seeds)
+            both.refine(part, latents.shared[rows], seeds=seeds)
 
     return Job(run_once, each * len(images))
 

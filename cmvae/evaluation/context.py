@@ -28,7 +28,7 @@ from cmvae.model import CMVAE
 from cmvae.seeds import derive_seed
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
-    from cmvae.refiner import Refiner
+    from cmvae.dcmvae import DCMVAE
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class EvaluationContext:
     index: ShardIndex
     settings: EvaluationConfig
     accelerator: Accelerator
-    refiner: Refiner | None = None
-    """Makes what the model generates sharp, if there is one; on the same device."""
+    dcmvae: DCMVAE | None = None
+    """The model with its refiner, if there is one; on the same device."""
 
     @property
     def device(self) -> torch.device:

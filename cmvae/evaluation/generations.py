@@ -122,9 +122,9 @@ class Generations:
         context = self._context
         values = context.model.decode(latents.shared, latents.private)
         readings = read(values)
-        if refine and context.refiner is not None:
+        if refine and context.dcmvae is not None:
             seeds = context.draw_seeds(f"{stream}/refine", positions)
-            refined = context.refiner.refine(values, latents.shared, seeds=seeds)
+            refined = context.dcmvae.refine(values, latents.shared, seeds=seeds)
             readings |= {f"{REFINED}{key}": value for key, value in read(refined).items()}
         return readings
 

@@ -227,7 +227,7 @@ def measure_generations(
     targets = networks.targets
     # Generations as they are, and refined.
     tallies = {"": _Tally(comparisons)}
-    if context.refiner is not None:
+    if context.dcmvae is not None:
         tallies[REFINED] = _Tally(comparisons)
     read = networks.read if comparisons else networks.classify
     names = reference.sources
@@ -536,8 +536,8 @@ def _describe(context: EvaluationContext, reference: Reference) -> dict[str, Any
         "fidelity.neighbours": NUM_NEIGHBOURS,
         "fidelity.num_samples.unconditional": min(num_real, settings.num_generated),
     }
-    if context.refiner is not None:
-        sampler = context.refiner.config.sampler
+    if context.dcmvae is not None:
+        sampler = context.dcmvae.refiner.config.sampler
         described |= {f"refined.sampler.{key}": value for key, value in sampler.model_dump().items()}
         described["refined.seed"] = settings.seed
     for name in context.model.modality_names:

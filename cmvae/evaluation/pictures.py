@@ -18,8 +18,8 @@ from cmvae.evaluation.listing import cross_modal_listing
 from cmvae.model import CMVAE
 
 if TYPE_CHECKING:  # it draws with this module
+    from cmvae.dcmvae import DCMVAE
     from cmvae.evaluation.clustering import EncodedSplit
-    from cmvae.refiner import Refiner
 
 
 @dataclass(frozen=True)
@@ -73,25 +73,25 @@ def generate_cross_modal(
 
 
 def draw_refinements(
-    model: CMVAE, refiner: Refiner, inputs: Mapping[str, Tensor], mask: Tensor, generator: torch.Generator
+    dcmvae: DCMVAE, inputs: Mapping[str, Tensor], mask: Tensor, generator: torch.Generator
 ) -> Figure:
     """Inputs, what the CMVAE generates from every modality, self included, and its images refined.
 
     Args:
-        model: the CMVAE.
-        refiner: of its images.
+        dcmvae: the CMVAE and its refiner.
         inputs: by modality, data (B, *shape).
         mask: (B, M) bool, the modalities that each sample has.
         generator: random stream on the model's device.
     """
+    model = dcmvae.cmvae
     generated, refined = {}, {}
     for source, x in inputs.items():
         latents = model.sample_latents(given={source: x}, generator=generator)
         blurred = model.decode(latents.shared, latents.private)
-        sharp = refiner.refine(blurred, latents.shared, seeds=range(len(x)))
+        sharp = dcmvae.refine(blurred, latents.shared, seeds=range(len(x)))
         for target in inputs:
             generated[source, target] = as_stored(blurred[target], model.schemas[target])
-        for target in refiner.modality_names:
+        for target in dcmvae.refiner.modality_names:
             refined[source, target] = as_stored(sharp[target], model.schemas[target])
     return figures.cross_modal_grid(
         {name: as_stored(x, model.schemas[name]) for name, x in inputs.items()},

@@ -70,12 +70,12 @@ def load_context(
     if isinstance(config, RefinerExperiment):
         from cmvae.dcmvae import DCMVAE
 
-        both = DCMVAE.from_run(config, run_dir, accelerator.device)
-        model, refiner = both.cmvae, both.refiner
+        dcmvae = DCMVAE.from_run(config, run_dir, accelerator.device)
+        model = dcmvae.cmvae
     else:
-        model, refiner = CMVAE.from_pretrained(run_dir / "export", accelerator.device), None
+        dcmvae, model = None, CMVAE.from_pretrained(run_dir / "export", accelerator.device)
     index.check_modalities(model.schemas, config.data.shards)
-    return EvaluationContext(model, config.data.shards, index, config.evaluation, accelerator, refiner)
+    return EvaluationContext(model, config.data.shards, index, config.evaluation, accelerator, dcmvae)
 
 
 def evaluate_groups(context: EvaluationContext, config: ExperimentConfig) -> Iterator[GroupResult]:
@@ -127,8 +127,8 @@ def _show_generations(context: EvaluationContext) -> GroupResult:
     inputs = {name: batch[name][shown] for name in context.model.modality_names}
     mask = batch["mask"][shown]
     generator = torch.Generator(context.device).manual_seed(context.settings.seed)
-    if context.refiner is not None:
-        figure = draw_refinements(context.model, context.refiner, inputs, mask, generator)
+    if context.dcmvae is not None:
+        figure = draw_refinements(context.dcmvae, inputs, mask, generator)
         return GroupResult(figures={"refinements": figure})
     made = generate_cross_modal(context.model, inputs, mask, generator)
     text = made.write()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cmvae.config import RefinerExperiment, SamplerConfig
 from cmvae.data.schema import ShardIndex
+from cmvae.dcmvae import DCMVAE
 from cmvae.distributed import AUTOCAST_DTYPES, start_evaluation_accelerator
 from cmvae.errors import UserError
 from cmvae.evaluation import figures
@@ -30,6 +31,7 @@ from cmvae.evaluation.generative import (
 )
 from cmvae.evaluation.run import load_context
 from cmvae.exports import weights_sha256
+from cmvae.model import CMVAE
 from cmvae.refiner import Refiner
 
 FLOOR, UNREFINED = "real train images", "CMVAE alone"
@@ -93,7 +95,7 @@ def measure_samplers(
         if accelerator.num_processes > 1:
             raise UserError("times are those of one process: start without `accelerate launch`")
         context = load_context(config, index, run_dir, accelerator)
-        context = replace(context, refiner=None)
+        context = replace(context, dcmvae=None)
         images = context.measured_by("generative")
         classifiers = load_classifiers(context.shards, index, images, context.device)
         networks = Networks(images, classifiers, inception=None)
@@ -106,8 +108,9 @@ def measure_samplers(
         yield _measure(context, reference, UNREFINED, max_sources)
         dtype = AUTOCAST_DTYPES[config.train.mixed_precision]
         for sampler, title in zip(samplers, sampler_titles(samplers), strict=True):
-            refiner = _TimedRefiner.from_pretrained(run_dir / "export", context.device, dtype, sampler)
-            yield _measure(replace(context, refiner=refiner), reference, title, max_sources)
+            refiner = Refiner.from_pretrained(run_dir / "export", context.device, dtype, sampler)
+            timed = _TimedDCMVAE(context.model, refiner)
+            yield _measure(replace(context, dcmvae=timed), reference, title, max_sources)
     finally:
         accelerator.end_training()
 
@@ -189,11 +192,11 @@ def draw_samplers(measurements: Sequence[Measurement]) -> dict[str, Figure]:
     return drawn
 
 
-class _TimedRefiner(Refiner):
-    """A refiner that knows how many images it made in which time."""
+class _TimedDCMVAE(DCMVAE):
+    """Knows how many images it refined in which time."""
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
+    def __init__(self, cmvae: CMVAE, refiner: Refiner) -> None:
+        super().__init__(cmvae, refiner)
         self._calls: list[tuple[int, float]] = []
 
     def refine(
@@ -203,10 +206,10 @@ class _TimedRefiner(Refiner):
         *,
         seeds: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        """See `Refiner.refine`."""
+        """See `DCMVAE.refine`."""
         started = self._now()
         refined = super().refine(images, shared, seeds=seeds)
-        known = [image for name, image in images.items() if name in self.schemas]
+        known = [image for name, image in images.items() if name in self.refiner.schemas]
         self._calls.append((sum(map(len, known)), self._now() - started))
         return refined
 
@@ -227,13 +230,13 @@ def _measure(context: EvaluationContext, reference: Reference, title: str, max_s
     started = time.perf_counter()
     metrics = measure_generations(context, reference, max_sources=max_sources).metrics
     seconds = time.perf_counter() - started
-    refiner = context.refiner
-    if not isinstance(refiner, _TimedRefiner):
+    timed = context.dcmvae
+    if not isinstance(timed, _TimedDCMVAE):
         return Measurement(title, None, metrics, seconds)
     refined = {
         name.removeprefix(REFINED): value for name, value in metrics.items() if name.startswith(REFINED)
     }
-    return Measurement(title, refiner.config.sampler, refined, seconds, refiner.images_per_second)
+    return Measurement(title, timed.refiner.config.sampler, refined, seconds, timed.images_per_second)
 
 
 def _limit(config: RefinerExperiment, num_samples: int | None) -> RefinerExperiment:
@@ -269,7 +272,7 @@ class _Names(NamedTuple):
     """On that line, whose name and colour say the rest: its number of steps, if that differs."""
 
 
-_WORDS = {"start": "start", "guidance": "guidance", "guidance_from": "from"}
+_WORDS = {"start": "start", "guidance": "guidance", "guidance_from": "from", "candidates": "best of"}
 
 
 def _name(samplers: Sequence[SamplerConfig]) -> list[_Names]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cmvae.config import RefinerExperiment
 from cmvae.data.schema import ModalitySchema, ShardIndex
+from cmvae.dcmvae import DCMVAE
 from cmvae.evaluation.pictures import draw_refinements
 from cmvae.exports import weights_sha256
 from cmvae.model import CMVAE
@@ -197,7 +198,7 @@ class RefinerTask(Task):
         """The first samples of a batch: input, CMVAE and D-CMVAE for every pair of modalities."""
         inputs = {name: batch[name][:num_samples] for name in self.modality_names}
         mask = batch["mask"][:num_samples]
-        figure = draw_refinements(self.cmvae, self.refiner, inputs, mask, generator)
+        figure = draw_refinements(DCMVAE(self.cmvae, self.refiner), inputs, mask, generator)
         return Shown({"refinements": figure})
 
     def export(

@@ -21,6 +21,7 @@ from cmvae.config import EvaluationConfig, ModalityConfig, ModelConfig
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
 from cmvae.data.writer import write_shards
+from cmvae.dcmvae import DCMVAE
 from cmvae.errors import UserError
 from cmvae.evaluation import generative
 from cmvae.evaluation.classifiers import train_classifiers
@@ -94,7 +95,7 @@ def evaluation_context(quadrants_shards: Path) -> Callable[..., EvaluationContex
             index or ShardIndex.load(quadrants_shards),
             EvaluationConfig(**{"num_generated": 200, "batch_size": 32} | settings),
             Accelerator(cpu=True),
-            refiner,
+            None if refiner is None else DCMVAE(model, refiner),
         )
 
     return make
@@ -319,6 +320,7 @@ def test_before_refinement_all_is_as_without_a_refiner(untrained, evaluation_con
         "refined.sampler.start": 1.0,
         "refined.sampler.guidance": 1.0,
         "refined.sampler.guidance_from": 0.0,
+        "refined.sampler.candidates": 1,
         "refined.seed": 0,
     }
 

@@ -133,15 +133,15 @@ def test_without_classifiers_nothing_is_measured(run):
 
 def test_a_rate_leaves_out_the_call_that_warms_up(run, monkeypatch):
     config, _ = run
-    refiner = module._TimedRefiner.from_pretrained(config.run_dir / "export")
+    timed = module._TimedDCMVAE.from_pretrained(config.run_dir / "export", config.cmvae / "export")
     clock = iter([0.0, 100.0, 101.0, 103.0, 104.0, 108.0])
-    monkeypatch.setattr(module._TimedRefiner, "_now", staticmethod(lambda: next(clock)))
+    monkeypatch.setattr(module._TimedDCMVAE, "_now", staticmethod(lambda: next(clock)))
     images = {"m0": torch.zeros(2, 3, 8, 8), "m1": torch.zeros(2, 1, 8, 8), "unknown": torch.zeros(2, 5)}
-    refiner.refine(images, seeds=[0, 1])
-    assert refiner.images_per_second == 4 / 100
+    timed.refine(images, seeds=[0, 1])
+    assert timed.images_per_second == 4 / 100
     for _ in range(2):
-        refiner.refine(images, seeds=[0, 1])
-    assert refiner.images_per_second == 8 / 6
+        timed.refine(images, seeds=[0, 1])
+    assert timed.images_per_second == 8 / 6
 
 
 def test_titles_say_what_differs():
