@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 from sklearn.metrics import r2_score
 
+from cmvae.data.schema import ModalitySchema
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.generations import Pair, generate_pairs
 from cmvae.evaluation.result import GroupResult
+
+_LEAST_SPREAD = 1e-5
 
 
 def evaluate_prediction(context: EvaluationContext) -> GroupResult:
@@ -15,7 +18,7 @@ def evaluate_prediction(context: EvaluationContext) -> GroupResult:
 
     Returns:
         `prediction/r2/SOURCE/TARGET` of vectors: share of the variance that is explained, a mean over
-        dimensions; at most 1, and below 0 where the mean of the split would do better. And
+        dimensions that vary; at most 1, and below 0 where the mean of the split would do better. And
         `prediction/accuracy/SOURCE/TARGET` of the others: share of values that are right, beside it
         `prediction/accuracy_by_chance/SOURCE/TARGET`, that of always saying what is most frequent.
     """
@@ -32,14 +35,29 @@ def evaluate_prediction(context: EvaluationContext) -> GroupResult:
         name = f"{pair.source}/{pair.target}"
         result.protocol[f"prediction.num_samples.{pair.source}.{pair.target}"] = len(pair.real)
         if np.issubdtype(pair.real.dtype, np.floating):
+            varying = _varying(pair.real, context.model.schemas[pair.target])
             if len(pair.real) < 2:
                 result.left_out[f"prediction/r2/{name}"] = "a single sample has no variance"
+            elif not varying.any():
+                result.left_out[f"prediction/r2/{name}"] = (
+                    f"the {context.settings.split} split has no variance"
+                )
             else:
-                result.metrics[f"prediction/r2/{name}"] = float(r2_score(pair.real, pair.generated))
+                r2 = r2_score(pair.real[:, varying], pair.generated[:, varying])
+                result.metrics[f"prediction/r2/{name}"] = float(r2)
         else:
             result.metrics[f"prediction/accuracy/{name}"] = float(np.mean(pair.generated == pair.real))
             result.metrics[f"prediction/accuracy_by_chance/{name}"] = _by_chance(pair)
     return result
+
+
+def _varying(real: np.ndarray, schema: ModalitySchema) -> np.ndarray:
+    """(D,) bool, which dimensions are not constant in the split: of those there is no share of a variance.
+
+    Compared with the train split's spread: a constant that was standardised and put back differs by rounding.
+    """
+    usual = 1.0 if schema.std is None else np.asarray(schema.std)
+    return real.std(axis=0, dtype=np.float64) > _LEAST_SPREAD * usual
 
 
 def _by_chance(pair: Pair) -> float:

@@ -47,3 +47,19 @@ def test_a_missing_target_is_no_reference():
     assert result.protocol["prediction.num_samples.photo.habitat"] == 35
     assert result.left_out["prediction/r2/photo/sizes"] == "a single sample has no variance"
     assert "prediction/accuracy/sizes/habitat" not in result.metrics
+
+
+def test_a_dimension_that_is_constant_in_the_split_has_no_share():
+    """Constant but for rounding: its share would be minus some power of ten, and rule the mean."""
+    data = {"test": mixed_batch(Mixed(), "test")}
+    whole = evaluate_prediction(make_context(MixedOracle(), data, tuple(COLOURS))).metrics
+    own = data["test"]["sizes"].numpy().copy()
+    said = data["test"]["label"].numpy() - 1.0
+    data["test"]["sizes"][:, 1] = 0.7 + 1e-7 * torch.arange(60) / 60
+    result = evaluate_prediction(make_context(MixedOracle(), data, tuple(COLOURS)))
+    expected = 1 - ((own[:, 0] - said) ** 2).sum() / ((own[:, 0] - own[:, 0].mean()) ** 2).sum()
+    assert result.metrics["prediction/r2/caption/sizes"] == pytest.approx(expected, abs=1e-5)
+    assert result.metrics["prediction/r2/caption/sizes"] != whole["prediction/r2/caption/sizes"]
+    data["test"]["sizes"][:, 0] = -0.2
+    result = evaluate_prediction(make_context(MixedOracle(), data, tuple(COLOURS)))
+    assert result.left_out["prediction/r2/caption/sizes"] == "the test split has no variance"
