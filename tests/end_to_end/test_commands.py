@@ -43,7 +43,7 @@ def demo(tmp_path_factory):
             environment / "installed",
             "ARGS=train.max_steps=100 evaluation.num_generated=500 evaluation.likelihood_samples=6",
             "REFINER_ARGS=train.max_steps=20 evaluation.num_generated=100 "
-            "refiner.sampler.num_steps=1 refiner.sampler.guidance=1",
+            "refiner.sampler.num_steps=1 refiner.sampler.candidates=1",
         ],
         copy,
         timeout=1200,
