@@ -215,7 +215,7 @@ def test_a_refiner_reads_the_modalities_of_its_cmvae(tmp_path):
     [
         (DIGITS, ["train.batchsize=3"], "did you mean 'batch_size'"),
         (DIGITS, ["data.shards=shards/nowhere"], "no such shard folder"),
-        (REFINER, ["refiner.conditioning.dropout=0"], "set conditioning.dropout"),
+        (REFINER, ["refiner.sampler.guidance=2", "refiner.conditioning.dropout=0"], "conditioning.dropout"),
         (REFINER, ["cmvae=runs/nowhere"], "digits_refiner.yaml: cmvae: runs/nowhere/config.yaml: missing"),
     ],
 )

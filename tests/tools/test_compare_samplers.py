@@ -74,6 +74,7 @@ def test_a_table_and_figures_below_the_run(call, folder):
         "start": 1.0,
         "guidance": 1.0,
         "guidance_from": 0.0,
+        "candidates": 1,
     }
     metrics = last["metrics"]
     assert cells["ddim, 3 steps"][:5] == [
