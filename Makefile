@@ -16,7 +16,9 @@ REFINER_ARGS ?=
 .PHONY: demo polymnist cubicc test test-faults lint format
 
 # A stamp is newer than what it was installed from, or it is installed again. Byte code is compiled for what is
-# imported, when it is: for all that is installed it takes longer than anything else here but the download.
+# imported, when it is: for all that is installed it takes longer than anything else here but the download. Where the
+# environment says that it is not to be kept, every process would compile torch again, for four seconds.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet --disable-pip-version-check --no-compile \
 	--constraint constraints.txt --editable
 
