@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cmvae.config import ExperimentConfig
 from cmvae.errors import UserError
+from cmvae.memory import keep_freed_memory
 
 Decision = TypeVar("Decision")
 
@@ -85,6 +86,8 @@ def start_accelerator(config: ExperimentConfig) -> Accelerator:
         kwargs_handlers=handlers,
     )
     _check_world_size(accelerator)
+    if on_cpu:
+        keep_freed_memory()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator, config)
     return accelerator
@@ -101,8 +104,11 @@ def start_evaluation_accelerator() -> Accelerator:
             "an evaluation has nothing to shard, so DeepSpeed has no part in it. Launch it with "
             "configs/accelerate/ddp.yaml, or as one process"
         )
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    on_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpu)
     _check_world_size(accelerator)
+    if on_cpu:
+        keep_freed_memory()
     return accelerator
 
 

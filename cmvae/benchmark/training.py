@@ -19,6 +19,7 @@ from cmvae.data.reader import TrainingLoader
 from cmvae.data.schema import ModalitySchema, ShardIndex
 from cmvae.distributed import AUTOCAST_DTYPES
 from cmvae.errors import UserError
+from cmvae.memory import keep_freed_memory
 from cmvae.model import CMVAE, channels_last
 from cmvae.tasks import CMVAETask
 from cmvae.training.optimization import build_optimizer
@@ -82,6 +83,8 @@ def update_job(
     else:
         task = CMVAETask(model, config.objective)
         channels_last(task)
+        if device.type == "cpu":
+            keep_freed_memory()
     task.to(device)
     optimizer = build(task, config.optimizer)
     waited = [0.0]

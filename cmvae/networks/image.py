@@ -9,6 +9,7 @@ src/models/encoder_decoder_blocks/resnet_cub_image.py.
 from __future__ import annotations
 
 import itertools
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from cmvae.data.schema import ModalitySchema
 from cmvae.errors import UserError
 from cmvae.networks.encoder import TwoTrunkEncoder
+from cmvae.networks.gradients import LeakyReLU, conv_transpose2d
 
 LEAKY_SLOPE = 0.2
 # A residual branch starts small, so that a block is near the identity at initialisation.
@@ -55,9 +57,9 @@ class ResidualBlock(nn.Module):
         super().__init__()
         hidden = min(in_channels, out_channels)
         self.branch = nn.Sequential(
-            nn.LeakyReLU(LEAKY_SLOPE),
+            LeakyReLU(LEAKY_SLOPE),
             nn.Conv2d(in_channels, hidden, 3, padding=1),
-            nn.LeakyReLU(LEAKY_SLOPE),
+            LeakyReLU(LEAKY_SLOPE),
             nn.Conv2d(hidden, out_channels, 3, padding=1),
         )
         self.shortcut = _shortcut(in_channels, out_channels)
@@ -83,7 +85,7 @@ class UpsampledConv(nn.Conv2d):
         flipped = rearrange(self.weight, "o i h w -> i o h w").flip(2, 3)
         shifts = [(left, 1 - left, top, 1 - top) for left in (0, 1) for top in (0, 1)]
         kernel = torch.stack([F.pad(flipped, shift) for shift in shifts]).sum(0)
-        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+        return conv_transpose2d(x, kernel, cast(Tensor, self.bias), stride=2, padding=1)
 
 
 class UpsampledResidualBlock(nn.Module):
@@ -93,9 +95,9 @@ class UpsampledResidualBlock(nn.Module):
         super().__init__()
         hidden = min(in_channels, out_channels)
         self.branch = nn.Sequential(
-            nn.LeakyReLU(LEAKY_SLOPE),
+            LeakyReLU(LEAKY_SLOPE),
             UpsampledConv(in_channels, hidden),
-            nn.LeakyReLU(LEAKY_SLOPE),
+            LeakyReLU(LEAKY_SLOPE),
             nn.Conv2d(hidden, out_channels, 3, padding=1),
         )
         self.shortcut = _shortcut(in_channels, out_channels)
@@ -103,7 +105,8 @@ class UpsampledResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Upsample and apply the block."""
         shortcut = F.interpolate(self.shortcut(x), scale_factor=2.0, mode="nearest")
-        return torch.add(shortcut, self.branch(x), alpha=RESIDUAL_SCALE)
+        # In place, as nobody keeps what was upsampled.
+        return shortcut.add_(self.branch(x), alpha=RESIDUAL_SCALE)
 
 
 def _shortcut(in_channels: int, out_channels: int) -> nn.Module:
@@ -162,7 +165,7 @@ class ImageDecoder(nn.Module):
         self.layers = nn.Sequential(
             ResidualBlock(*lowest),
             *(UpsampledResidualBlock(before, after) for before, after in higher),
-            nn.LeakyReLU(LEAKY_SLOPE),
+            LeakyReLU(LEAKY_SLOPE),
             nn.Conv2d(width, channels, 3, padding=1),
         )
 
