@@ -89,6 +89,24 @@ def test_modalities_have_hues_of_their_own(source):
     assert all(len(found) >= 3 for found in hues.values())
 
 
+def test_there_may_be_more_modalities_each_with_hues_of_its_own(originals):
+    masks, labels = originals
+    source = DigitsSource(seed=1, pairings=1, num_modalities=5)
+    assert list(source.modalities) == ["m0", "m1", "m2", "m3", "m4"]
+    hues: list[list[float]] = [[] for _ in range(5)]
+    for index in range(100):
+        sample = source.sample("train", index)
+        for modality, image in enumerate(sample.values.values()):
+            underlying = source.partners["train"][modality, index]
+            assert labels[underlying] == sample.label
+            background = image[:, ~masks[underlying]]
+            hue = colorsys.rgb_to_hsv(*(background.mean(1) / 255))[0]
+            hues[modality].append((hue + 0.05) % 1)  # where the circle is cut, no colour is
+    # A fifth of the colour circle each; the noise's mean over a background turns a hue by less than 0.01.
+    assert [min(found) for found in hues] == pytest.approx([0.05, 0.25, 0.45, 0.65, 0.85], abs=0.01)
+    assert all(0.1 < max(found) - min(found) < 0.17 for found in hues)
+
+
 def test_a_sample_depends_on_seed_split_and_index_alone(source):
     again = DigitsSource(seed=1, pairings=1, held_out_pairings=3)
     other = DigitsSource(seed=2)

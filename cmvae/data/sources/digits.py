@@ -1,4 +1,4 @@
-"""The embedded data set: scikit-learn's handwritten digits through three colour modalities, no download.
+"""The embedded data set: scikit-learn's handwritten digits through several colour modalities, no download.
 
 Backgrounds are one dark colour with slight noise. That is deliberate: with photographs behind digits this
 small, a model finds the backgrounds and not the ten digits.
@@ -18,9 +18,10 @@ from cmvae.data.sources.pairing import invert_under, pair_within_classes
 from cmvae.data.sources.source import SPLIT_NUMBERS, Sample, random_stream
 from cmvae.errors import UserError
 
-DESCRIPTION = "scikit-learn's 1,797 digits in three colour modalities of 3×16×16; needs no download"
+DESCRIPTION = "scikit-learn's 1,797 digits in three colour modalities of 3×16×16, or more; needs no download"
 
-NUM_MODALITIES = 3
+MAX_MODALITIES = 8
+"""Of more, the hues could no longer be told apart by eye."""
 PALETTE_SIZE = 8
 NUM_TRAIN_IMAGES = 1500
 INK_THRESHOLD = 7
@@ -35,6 +36,13 @@ _SPLIT_STREAM, _PARTNER_STREAM, _BACKGROUND_STREAM, _MISSING_STREAM = range(4)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `make_shards.py digits`."""
     add_pairing_arguments(parser)
+    parser.add_argument(
+        "--modalities",
+        type=int,
+        default=3,
+        choices=range(2, MAX_MODALITIES + 1),
+        help="m0, m1, …, each with a part of the colour circle (default: 3, those of configs/digits.yaml)",
+    )
     parser.add_argument(
         "--missing",
         type=share_below_one,
@@ -70,27 +78,33 @@ def config_for(arguments: argparse.Namespace) -> Path:
 
 def from_arguments(arguments: argparse.Namespace) -> DigitsSource:
     """The source that the flags describe."""
-    return DigitsSource(arguments.seed, arguments.pairings, arguments.held_out_pairings, arguments.missing)
+    return DigitsSource(
+        arguments.seed,
+        arguments.pairings,
+        arguments.held_out_pairings,
+        arguments.missing,
+        arguments.modalities,
+    )
 
 
-def make_palettes() -> np.ndarray:
-    """Eight dark colours a modality, its third of the colour circle: (M, 8, 3) in grey levels 0..255.
+def make_palettes(num_modalities: int) -> np.ndarray:
+    """Eight dark colours a modality, its part of the colour circle: (M, 8, 3) in grey levels 0..255.
 
-    The thirds keep a gap between them, so that no two modalities share a hue.
+    The parts keep a gap between them, so that no two modalities share a hue.
     """
     return np.array(
         [
             [
-                colorsys.hsv_to_rgb((modality + 0.75 * colour / PALETTE_SIZE) / NUM_MODALITIES, 0.85, 0.35)
+                colorsys.hsv_to_rgb((modality + 0.75 * colour / PALETTE_SIZE) / num_modalities, 0.85, 0.35)
                 for colour in range(PALETTE_SIZE)
             ]
-            for modality in range(NUM_MODALITIES)
+            for modality in range(num_modalities)
         ]
     ) * np.float64(255)
 
 
 class DigitsSource:
-    """Digits, binarised and doubled to 16×16, as three images of the same class on coloured backgrounds.
+    """Digits, binarised and doubled to 16×16, as M images of the same class on coloured backgrounds.
 
     Args:
         seed: seed of the splits, the partners and the backgrounds.
@@ -98,7 +112,8 @@ class DigitsSource:
         held_out_pairings: samples made of each validation or test image.
         missing: probability of each modality of a sample to be left out, in train and validation: clusters
             are selected on data as complete as what trains, and measured on complete data. Of a sample that
-            would have none one stays, so that the share that is missing is missing − missing³/3.
+            would have none one stays, so that the share that is missing is missing − missing^M / M.
+        num_modalities: M.
 
     Raises:
         UserError: a number of pairings is below 1.
@@ -108,7 +123,12 @@ class DigitsSource:
     class_names = tuple(str(digit) for digit in range(10))
 
     def __init__(
-        self, seed: int = 0, pairings: int = 4, held_out_pairings: int = 5, missing: float = 0.0
+        self,
+        seed: int = 0,
+        pairings: int = 4,
+        held_out_pairings: int = 5,
+        missing: float = 0.0,
+        num_modalities: int = 3,
     ) -> None:
         if min(pairings, held_out_pairings) < 1:
             raise UserError(
@@ -126,18 +146,19 @@ class DigitsSource:
         self.labels = digits.target.astype(np.int64)
         self.masks = (digits.images > INK_THRESHOLD).repeat(2, axis=1).repeat(2, axis=2)
         """(1797, 16, 16) bool: where the ink is."""
-        self.palettes = make_palettes()
+        self.palettes = make_palettes(num_modalities)
         self.modalities = {
             f"m{modality}": ModalitySchema(
                 kind="image", shape=(3, *self.masks.shape[1:]), dtype="uint8", optional=missing > 0
             )
-            for modality in range(NUM_MODALITIES)
+            for modality in range(num_modalities)
         }
         self.settings: dict[str, str | int | float | bool | None] = {
             "source": "sklearn.datasets.load_digits",
             "pairings": pairings,
             "held_out_pairings": held_out_pairings,
             "missing": missing,
+            "modalities": num_modalities,
         }
 
         split_seeds = random_stream(seed, _SPLIT_STREAM).integers(2**32, size=2).tolist()
@@ -155,11 +176,11 @@ class DigitsSource:
             "validation": self._pair("validation", validation, held_out_pairings),
             "test": self._pair("test", test, held_out_pairings),
         }
-        """Of each split (3, number of samples): the underlying image of every modality and sample."""
+        """Of each split (M, number of samples): the underlying image of every modality and sample."""
         self.split_sizes = {split: partners.shape[1] for split, partners in self.partners.items()}
 
     def sample(self, split: SplitName, index: int) -> Sample:
-        """Three images of one class, each on a colour of its modality's palette, or fewer."""
+        """An image a modality, all of one class, each on a colour of its modality's palette, or fewer."""
         images = {}
         underlying = self.partners[split][:, index]
         for modality in self._present(split, index):
@@ -175,14 +196,16 @@ class DigitsSource:
     def _present(self, split: SplitName, index: int) -> list[int]:
         """The modalities that a sample has. A larger share leaves out those of a smaller one, and more."""
         if split == "test":
-            return list(range(NUM_MODALITIES))
-        luck = random_stream(self.seed, _MISSING_STREAM, SPLIT_NUMBERS[split], index).random(NUM_MODALITIES)
+            return list(range(len(self.modalities)))
+        stream = random_stream(self.seed, _MISSING_STREAM, SPLIT_NUMBERS[split], index)
+        luck = stream.random(len(self.modalities))
         kept = np.flatnonzero(luck >= self.missing)
         return kept.tolist() if len(kept) else [int(luck.argmax())]
 
     def _pair(self, split: SplitName, images: np.ndarray, pairings: int) -> np.ndarray:
         rng = random_stream(self.seed, _PARTNER_STREAM, SPLIT_NUMBERS[split])
         rounds = [
-            images[pair_within_classes(self.labels[images], NUM_MODALITIES, rng)] for _ in range(pairings)
+            images[pair_within_classes(self.labels[images], len(self.modalities), rng)]
+            for _ in range(pairings)
         ]
         return np.concatenate(rounds, axis=1)
