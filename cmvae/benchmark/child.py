@@ -56,8 +56,10 @@ def main() -> None:
     answer({"ready": True})
     for _ in sys.stdin:
         answer(job.measure())
-    about = {"num_items": job.num_items, "facts": job.facts}
-    answer({**about, "peak_memory_bytes": _peak_memory()})
+    peak_memory = _peak_memory()
+    afterwards = getattr(job, "afterwards", None)  # the jobs of another checkout may have none
+    facts = job.facts | (afterwards() if afterwards is not None else {})
+    answer({"num_items": job.num_items, "facts": facts, "peak_memory_bytes": peak_memory})
 
 
 def _builder(name: str) -> Callable[..., Job]:

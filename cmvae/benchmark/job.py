@@ -19,9 +19,11 @@ class Job:
     num_items: int
     """How many samples or images one run is about."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What else is worth knowing, when all runs are done; `flops` are those of one run."""
+    """What else is worth knowing, when all runs are done; `flops` are the operations of one run."""
     waited: Callable[[], float] | None = None
     """Seconds that the last run waited for data, if it reads any."""
+    afterwards: Callable[[], dict[str, Any]] | None = None
+    """More facts, from what would take time and memory itself: asked for once, when both are measured."""
 
     def measure(self) -> dict[str, float]:
         """Run once: `seconds` of wall time, and `data_wait_share` if data is read."""

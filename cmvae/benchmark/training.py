@@ -53,7 +53,7 @@ def update_job(
         reference: the plain way, see `cmvae.benchmark.reference`.
         read: read the config's shards; else one random batch is taken again and again.
         updates: in one run.
-        profile: file for a trace of one run, for chrome://tracing; null profiles nothing.
+        profile: file for a trace of one run, for chrome://tracing; None profiles nothing.
 
     Raises:
         UserError: the config is of no CMVAE, or has other modalities than images and nothing is read.
@@ -102,20 +102,23 @@ def update_job(
             optimizer.step()
             optimizer.zero_grad()
 
-    with FlopCounterMode(display=False) as counter:
-        run()
-    if profile is not None:
-        with torch.profiler.profile() as trace:
+    def count_and_trace() -> dict[str, Any]:
+        with FlopCounterMode(display=False) as counter:  # keeps what a checkpointed decoder would give back
             run()
-        trace.export_chrome_trace(profile)
+        if profile is not None:
+            with torch.profiler.profile() as trace:
+                run()
+            trace.export_chrome_trace(profile)
+        return {"flops": counter.get_total_flops()}
+
     facts = {
         "batch_size": config.train.batch_size,
-        "flops": counter.get_total_flops(),
         "parameters": sum(parameter.numel() for parameter in task.parameters()),
         "precision": "fp32" if reference else config.train.mixed_precision,
         "device": str(device),
     }
-    return Job(run, updates * config.train.batch_size, facts, (lambda: waited[0]) if read else None)
+    waiting = (lambda: waited[0]) if read else None
+    return Job(run, updates * config.train.batch_size, facts, waiting, count_and_trace)
 
 
 def ceiling_job(precision: str) -> Job:

@@ -203,7 +203,7 @@ class CMVAETask(Task):
         return data_log_prob(self.model.likelihoods[name], scale, x, parameters)
 
     def _decode_in_parts(self, name: str, x: Tensor, shared: Tensor, private: Tensor) -> Tensor:
-        """As `_decode`, of so many latents at a time as the objective says."""
+        """As `_decode`, of so many latents at a time as the objective says; only the last part is kept."""
         lead, part = shared.shape[:-1], self.objective.max_decoded
         total = lead.numel()
         if part is None or part >= total or _has_batch_norm(self.model.decoders[name]):
@@ -214,14 +214,10 @@ class CMVAETask(Task):
             members = torch.arange(rows.start, rows.stop, device=x.device) % len(x)
             return self._decode(name, x[members], shared[rows], private[rows])
 
+        *again, last = [slice(first, min(first + part, total)) for first in range(0, total, part)]
         # Decoders draw nothing, so there is no random state to keep.
-        decoded = [
-            checkpoint(
-                decode, slice(first, min(first + part, total)), use_reentrant=False, preserve_rng_state=False
-            )
-            for first in range(0, total, part)
-        ]
-        return torch.cat(decoded).view(lead)
+        decoded = [checkpoint(decode, rows, use_reentrant=False, preserve_rng_state=False) for rows in again]
+        return torch.cat([*decoded, decode(last)]).view(lead)
 
     def _cluster_report(self, posteriors: Mapping[str, Posterior]) -> dict[str, Tensor]:
         shared_loc = stack_shared_locations(posteriors)
