@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cmvae.benchmark.training import read_forever
 from cmvae.config import load_cmvae_run
 from cmvae.data.batch import to_device
-from cmvae.data.reader import TrainingLoader
 from cmvae.model import CMVAE, channels_last
 from cmvae.tasks import CMVAETask
 
@@ -85,27 +86,12 @@ def variance_of_run(run_dir: Path, overrides: Sequence[str], num_draws: int) -> 
     model = CMVAE.from_pretrained(run_dir / "export", device)
     task = CMVAETask(model, config.objective)
     channels_last(task).train()
-    loader = TrainingLoader(
-        config.data.shards,
-        modalities=model.modality_names,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        num_workers=0,
-        shuffle_window=config.data.shuffle_window,
-        cache_bytes=config.data.cache_megabytes * 2**20,
-    )
     torch.manual_seed(config.seed)
 
     def losses() -> Iterator[Tensor]:
-        draws = epoch = 0
-        while draws < num_draws:
-            for batch in loader.epoch_batches(epoch):
-                if draws == num_draws:
-                    return
-                loss, _ = task(to_device(batch, task.schemas, device))
-                yield loss
-                draws += 1
-            epoch += 1
+        for batch in itertools.islice(read_forever(config, model.modality_names), num_draws):
+            loss, _ = task(to_device(batch, task.schemas, device))
+            yield loss
 
     groups: dict[str, list[nn.Parameter]] = {"encoders": [], "decoders": [], "priors": []}
     for name, parameter in model.named_parameters():

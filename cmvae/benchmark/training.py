@@ -67,7 +67,7 @@ def update_job(
     names = list(config.model.modalities)
     if read:
         schemas: Mapping[str, ModalitySchema] = ShardIndex.load(config.data.shards).modalities
-        batches = _read_forever(config, names)
+        batches = read_forever(config, names)
     else:
         schemas = _made_up_schemas(config, image_size)
         batches = _repeat_random(config, schemas)
@@ -202,7 +202,8 @@ def _repeat_random(
         yield batch
 
 
-def _read_forever(config: CMVAEExperiment, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def read_forever(config: CMVAEExperiment, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Train batches of the modalities `names`, epoch after epoch, as one rank reads them."""
     loader = TrainingLoader(
         config.data.shards,
         modalities=names,
