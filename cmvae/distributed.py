@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
@@ -208,22 +208,46 @@ class StopRequest:
             restore()
 
 
-def agree(
-    accelerator: Accelerator, loss: Tensor, report: Mapping[str, Tensor], stop: StopRequest
-) -> signal.Signals | None:
-    """Let all ranks know, before the update, whether one of them has a non-finite loss or must stop.
+class Finding:
+    """What all ranks found in a step; only reading it waits for a GPU to come that far.
+
+    Args:
+        names: of what must be finite.
+        flags: (number of names + 1,), on all ranks alike: not zero where it is not, then the number of the
+            signal that some rank caught, or zero.
+    """
+
+    def __init__(self, names: Sequence[str], flags: Tensor) -> None:
+        self._names = names
+        self._flags = flags.to("cpu", non_blocking=True)
+        self._copied = None
+        if flags.device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> signal.Signals | None:
+        """The signal that some rank caught, or None.
+
+        Raises:
+            NonFiniteError: something is not finite.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        *not_finite, caught = self._flags.tolist()
+        broken = [name for name, flag in zip(self._names, not_finite, strict=True) if flag]
+        if broken:
+            raise NonFiniteError(", ".join(broken))
+        return signal.Signals(caught) if caught else None
+
+
+def agree(accelerator: Accelerator, loss: Tensor, report: Mapping[str, Tensor], stop: StopRequest) -> Finding:
+    """Let all ranks know whether one of them has a non-finite loss or must stop; to be called on all ranks.
 
     Args:
         accelerator: the ranks.
         loss: this rank's loss.
         report: this rank's terms, by name, (B,) each.
         stop: this rank's request.
-
-    Returns:
-        The signal that some rank caught, on all ranks alike, or None.
-
-    Raises:
-        NonFiniteError: on all ranks, when a term or the loss of any rank is not finite.
     """
     names = [*report, "loss"]
     finite = torch.stack([value.isfinite().all() for value in (*report.values(), loss.detach())])
@@ -232,8 +256,4 @@ def agree(
     flags[-1] = stop.signal or 0
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-    values = flags.tolist()
-    broken = [name for name, flag in zip(names, values[:-1], strict=True) if flag]
-    if broken:
-        raise NonFiniteError(", ".join(broken))
-    return signal.Signals(values[-1]) if values[-1] else None
+    return Finding(names, flags)

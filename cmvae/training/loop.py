@@ -7,6 +7,7 @@ import math
 import shutil
 import signal
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -25,7 +26,7 @@ from cmvae.data.reader import EvaluationLoader, TrainingLoader
 from cmvae.data.schema import ShardIndex
 from cmvae.distributed import (
     AUTOCAST_DTYPES,
-    NonFiniteError,
+    Finding,
     StopRequest,
     agree,
     decide_on_main,
@@ -214,6 +215,8 @@ class Trainer:
         self.skipped_in_validation = SkippedSamples(config.data.max_skipped)
         self.heartbeat = Heartbeat(config.run_dir / LOGS_NAME, rank, world_size, config.train.hang_timeout)
         self.saved_step = state.step
+        self.findings: deque[Finding] = deque()
+        self.runs_ahead = _runs_ahead(accelerator)
 
     def fit(self, stop: StopRequest) -> signal.Signals | None:
         """Train to the last step, or to a signal; a checkpoint is there in either case."""
@@ -230,6 +233,9 @@ class Trainer:
                 self.average.update(self.state.step)
             self.state.step += 1
             progress.update(self.samples_per_batch * self.accumulation)
+            written = (every.log_every, every.validate_every, every.checkpoint_every)
+            if any(_is_due(self.state.step, n) for n in written):
+                caught = self._read_findings() or caught
             if _is_due(self.state.step, every.log_every):
                 progress.set_postfix(self._log_curves())
             # A signal does not wait for a validation: one that is due then follows on resume.
@@ -237,6 +243,7 @@ class Trainer:
             if is_best or _is_due(self.state.step, every.checkpoint_every):
                 self._save_if_possible()
         progress.close()
+        self._read_findings()
         if self.saved_step != self.state.step:
             self._save_checkpoint()
         return caught
@@ -247,6 +254,7 @@ class Trainer:
         restart_parameters(self.accelerator, self.optimizer, values)
 
     def _first_train_batches(self, num_samples: int) -> Iterator[dict[str, Any]]:
+        self._read_findings()  # what restarts takes the weights as they are
         loader = EvaluationLoader(
             self.config.data.shards,
             split="train",
@@ -275,7 +283,8 @@ class Trainer:
                 self.heartbeat.beat("in the forward pass")
                 loss, report = self.module(batch)
                 self.heartbeat.beat("waiting for the losses of the other ranks")
-                caught = agree(self.accelerator, loss, report, stop) or caught
+                self.findings.append(agree(self.accelerator, loss, report, stop))
+                caught = self._read_findings(keep=1 if self.runs_ahead else 0) or caught
                 self.heartbeat.beat("in the backward pass and the update")
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
@@ -286,13 +295,30 @@ class Trainer:
         return caught
 
     def _clip_gradients(self) -> None:
-        """Clip to `max_grad_norm`; refuse a gradient that is not finite, where fp16 does not expect some."""
+        """Clip to `max_grad_norm`; find a gradient that is not finite, where fp16 does not expect some."""
         limit = self.config.optimizer.max_grad_norm or math.inf
         # DeepSpeed has clipped already, and only tells the norm.
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
-        fp16 = self.config.train.mixed_precision == "fp16"
-        if norm is not None and not fp16 and not math.isfinite(norm):
-            raise NonFiniteError("the gradient, though the loss is")
+        if norm is None or self.config.train.mixed_precision == "fp16":
+            return
+        finite = torch.as_tensor(norm, device=self.accelerator.device).isfinite()
+        flags = torch.stack([~finite, torch.zeros_like(finite)]).int()
+        self.findings.append(Finding(["the gradient, though the loss is"], flags))
+        if not self.runs_ahead:
+            self._read_findings()
+
+    def _read_findings(self, keep: int = 0) -> signal.Signals | None:
+        """Read what was found, but for the last `keep`: the signal that some rank caught, or None.
+
+        Whatever is written down between updates, and what ends a training, reads all before.
+
+        Raises:
+            NonFiniteError: something was not finite.
+        """
+        caught = None
+        while len(self.findings) > keep:
+            caught = self.findings.popleft().read() or caught
+        return caught
 
     def _validate_if_due(self) -> bool:
         """Validate between updates, once a step, whatever came between; whether it was the best so far."""
@@ -435,6 +461,11 @@ class Trainer:
             unit_scale=True,
             disable=not self.accelerator.is_main_process,
         )
+
+
+def _runs_ahead(accelerator: Accelerator) -> bool:
+    """Whether what a step found is read after the next forward pass: a GPU then never waits for Python."""
+    return accelerator.device.type != "cpu"
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -64,7 +64,7 @@ def main() -> None:
             )
             with accelerator.accumulate(module):
                 loss, report = module(batch)
-                agree(accelerator, loss, report, stop)
+                agree(accelerator, loss, report, stop).read()
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -221,8 +221,15 @@ def test_accumulation_equals_one_large_batch(experiment, tmp_path, monkeypatch):
         )
 
 
+@pytest.fixture(params=[False, True], ids=["at_once", "a_step_later"])
+def when_read(request, monkeypatch):
+    """What a step found is read at once, as on a CPU, or a step later, as on a GPU."""
+    monkeypatch.setattr(loop, "_runs_ahead", lambda accelerator: request.param)
+    return "later" if request.param else "at once"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves(experiment, monkeypatch, number):
+def test_a_signal_saves_and_leaves(experiment, monkeypatch, number, when_read):
     config = experiment("train.max_steps=1000", "train.checkpoint_every=null")
     update = loop.Trainer._update
 
@@ -235,7 +242,8 @@ def test_a_signal_saves_and_leaves(experiment, monkeypatch, number):
     before = signal.getsignal(number)
     assert train(config) == number
     assert signal.getsignal(number) == before
-    assert [path.name for path in list_checkpoints(config.run_dir / "checkpoints")] == ["step-00000005"]
+    saved = "step-00000005" if when_read == "at once" else "step-00000006"
+    assert [path.name for path in list_checkpoints(config.run_dir / "checkpoints")] == [saved]
     assert not (config.run_dir / "export").exists()
 
 
@@ -247,7 +255,29 @@ def test_a_second_signal_has_its_usual_effect():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_non_finite_term_stops_before_the_update_and_is_named(experiment, monkeypatch):
+def test_reading_a_step_later_changes_nothing(experiment, monkeypatch):
+    train(experiment("train.gradient_accumulation_steps=2"))
+    expected = load_file(experiment().run_dir / "export/model.safetensors")
+    monkeypatch.setattr(loop, "_runs_ahead", lambda accelerator: True)
+    waiting = []
+    read = loop.Trainer._read_findings
+
+    def count(trainer, keep=0):
+        caught = read(trainer, keep)
+        waiting.append(len(trainer.findings))
+        return caught
+
+    monkeypatch.setattr(loop.Trainer, "_read_findings", count)
+    train(experiment("train.gradient_accumulation_steps=2"), overwrite=True)
+    assert max(waiting) == 1
+    assert waiting[-1] == 0
+    found = load_file(experiment().run_dir / "export/model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.usefixtures("when_read")
+def test_a_non_finite_term_is_named_and_never_reaches_a_checkpoint(experiment, monkeypatch):
     config = experiment()
     original = cmvae_task.LogWeightTerms
     steps = []
@@ -268,6 +298,7 @@ def test_a_non_finite_term_stops_before_the_update_and_is_named(experiment, monk
     assert all(tensor.isfinite().all() for tensor in load_file(last / "model.safetensors").values())
 
 
+@pytest.mark.usefixtures("when_read")
 def test_a_non_finite_gradient_never_reaches_a_checkpoint(experiment, monkeypatch):
     config = experiment("train.checkpoint_every=1")
     original = CMVAETask.forward
