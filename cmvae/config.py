@@ -76,6 +76,12 @@ class ModelConfig(_Settings):
     modalities: dict[ModalityName, ModalityConfig] = Field(min_length=1)
 
 
+def _as_several(value: object) -> object:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else value
+
+
 class ObjectiveConfig(_Settings):
     """The bound that is maximised."""
 
@@ -94,11 +100,12 @@ class ObjectiveConfig(_Settings):
     with the square of the number of modalities, and a step takes longer by at most a decoding. null decodes
     and keeps all at once. A decoder with batch norm does so in any case, since its statistics are those of
     all samples."""
-    refit_clusters_at: PositiveInt | None = None
+    refit_clusters_at: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_several)] = ()
     """Before the update that follows so many, the cluster means are found anew by k-means on encoded train
-    data, see `cmvae.clustering.find_cluster_means`, and π becomes uniform; null never does. A cluster that
-    took two classes early on seldom lets one go. VaDE (Jiang et al., 2017) sets its mixture up by k-means,
-    too, after pretraining."""
+    data, see `cmvae.clustering.find_cluster_means`, and π becomes uniform: at one step, at several (`[800,
+    1500]`), or never (null). A cluster that took two classes early on seldom lets one go, and later, when
+    they lie apart, the halves of one class are known as such. VaDE (Jiang et al., 2017) sets its mixture up
+    by k-means, too, after pretraining."""
 
     @model_validator(mode="after")
     def _terms_add_up(self) -> ObjectiveConfig:

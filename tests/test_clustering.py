@@ -6,14 +6,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import entropy as entropy_of
+from sklearn.metrics import mutual_info_score
 from torch.distributions import Laplace, Normal
 
 from cmvae.clustering import (
     MEANS_SPREAD,
+    _agreement,
     clustering_metrics,
     confidence,
     confusion,
     find_cluster_means,
+    merge_pieces,
     responsibilities,
     select_clusters,
     vote,
@@ -345,11 +349,50 @@ def test_cluster_means_lie_on_the_data_and_share_its_largest_groups():
     places = np.array([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
     sizes = [50, 400, 150]
     points = np.repeat(places, sizes, axis=0) + 0.01 * rng.standard_normal((600, 2))
-    means = find_cluster_means(rng.permutation(points), num_clusters=5)
+    # Two modalities, one of which some samples lack; what is said of it then means nothing.
+    shared_loc = np.stack([points, points + 0.01], axis=1)[rng.permutation(600)]
+    present = np.ones((600, 2), dtype=bool)
+    present[:100, 1] = False
+    shared_loc[:100, 1] = -50
+    means = find_cluster_means(shared_loc, present, num_clusters=5)
     assert means.shape == (5, 2)
     assert means.dtype == np.float32
     distances = np.abs(means[:, None] - places).max(axis=2)
-    assert (distances.min(axis=1) < MEANS_SPREAD + 0.01).all()
+    assert (distances.min(axis=1) < MEANS_SPREAD + 0.02).all()
     assert np.bincount(distances.argmin(axis=1)).tolist() == [1, 2, 2], "of five, three centres, two shared"
     assert len(np.unique(means, axis=0)) == 5, "what shares a centre must be able to part"
-    assert (find_cluster_means(points, 5) == find_cluster_means(points, 5)).all()
+    assert (find_cluster_means(shared_loc, present, 5) == means).all()
+
+
+def test_pieces_of_one_class_are_made_one_and_classes_stay_apart():
+    """Six pieces: two of class 0 and three of class 1, drawn anew by every modality, and class 2."""
+    rng = np.random.default_rng(0)
+    label = rng.choice(3, size=3000, p=[0.6, 0.37, 0.03])
+    of_class = [[0, 3], [1, 4, 5], [2]]
+    pieces = np.array([[rng.choice(of_class[c]) for _ in range(3)] for c in label])
+    # Every modality takes one sample in twenty for another class.
+    wrong = rng.random(pieces.shape) < 0.05
+    pieces[wrong] = rng.integers(6, size=wrong.sum())
+    pieces[rng.random(pieces.shape) < 0.2] = -1
+    assert merge_pieces(pieces, 6).tolist() == [0, 1, 2, 0, 1, 1]
+    alone = np.where(np.arange(3) == 1, pieces, -1)
+    assert merge_pieces(alone, 6).tolist() == list(range(6)), "one modality says nothing about agreement"
+
+
+def test_agreement_is_the_information_that_merging_loses():
+    """Against scikit-learn's mutual information and entropy, before and after a merger."""
+    rng = np.random.default_rng(1)
+    one = rng.integers(4, size=500)
+    other = np.where(rng.random(500) < 0.6, one, rng.integers(4, size=500))
+    left, right = np.concatenate([one, other]), np.concatenate([other, one])
+    joint = np.zeros((4, 4))
+    np.add.at(joint, (left, right), 1 / 1000)
+    found = _agreement(joint)
+    assert np.isinf(found.diagonal()).all()
+    np.testing.assert_allclose(found, found.T)
+    for first, second in itertools.combinations(range(4), 2):
+        merged = [np.where(pieces == second, first, pieces) for pieces in (left, right)]
+        loss = mutual_info_score(left, right) - mutual_info_score(*merged)
+        either = np.isin(left, (first, second))
+        entropy_of_which = either.mean() * entropy_of(np.bincount(left[either]))
+        assert found[first, second] == pytest.approx(loss / entropy_of_which)

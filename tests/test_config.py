@@ -237,3 +237,13 @@ def test_mistakes_are_told_before_torch_is_imported(path, overrides, expected, r
     # The first second is what is promised; what costs seconds is this import, whatever the machine's load.
     assert " torch\n" not in done.stderr
     assert seconds < 20
+
+
+@pytest.mark.parametrize(("value", "steps"), [("null", ()), ("7", (7,)), ("[3, 7]", (3, 7))])
+def test_clusters_are_refitted_never_once_or_several_times(tmp_path, value, steps):
+    config = load_config(DIGITS, [f"objective.refit_clusters_at={value}"])
+    assert config.objective.refit_clusters_at == steps
+    save_config(config, tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml") == config
+    with pytest.raises(UserError, match="refit_clusters_at"):
+        load_config(DIGITS, ["objective.refit_clusters_at=[0]"])

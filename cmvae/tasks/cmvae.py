@@ -236,14 +236,14 @@ class CMVAETask(Task):
         The means are found among the posterior locations of every modality on its own, as the clusters see
         them.
         """
-        if step != self.objective.refit_clusters_at:
+        if step not in self.objective.refit_clusters_at:
             return {}
         self.eval()
         split = encode_split(self.model, train_batches(REFIT_SAMPLES))
         self.train()
         prior = self.model.cluster_prior
         num_clusters = self.model.config.num_clusters
-        means = find_cluster_means(split.shared_loc[split.present], num_clusters)
+        means = find_cluster_means(split.shared_loc, split.present, num_clusters)
         device = self.model.private_scale.device
         return {
             prior.means: torch.from_numpy(means).to(device),

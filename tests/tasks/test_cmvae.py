@@ -18,7 +18,7 @@ SCHEMA = ModalitySchema(kind="image", shape=(3, 8, 8), dtype="uint8")
 NAMES = ("a", "b", "c")
 
 
-def make_task(autocast_dtype=None, num_samples=2, cross_sources="all", refit_clusters_at=None):
+def make_task(autocast_dtype=None, num_samples=2, cross_sources="all", refit_clusters_at=()):
     torch.manual_seed(0)
     config = ModelConfig(
         shared_dim=5,
@@ -199,13 +199,14 @@ def test_validation_metrics_know_occupancy_and_agreement():
 
 
 def test_a_refit_finds_means_in_what_is_there_and_only_when_it_is_due(batch):
-    task = make_task(refit_clusters_at=4)
+    task = make_task(refit_clusters_at=[2, 4])
     read = {name: (batch[name] * 255).byte() for name in NAMES} | {
         key: batch[key] for key in ("valid", "label")
     }
     read["mask"] = torch.rand(9, 3, generator=torch.Generator().manual_seed(0)) < 0.8
     read["mask"][:, 0] = True
     assert task.restart(3, lambda size: [read]) == {}
+    assert len(task.restart(2, lambda size: [read])) == 2
     values = task.restart(4, lambda size: [read])
     assert task.training
     prior = task.model.cluster_prior
@@ -213,9 +214,8 @@ def test_a_refit_finds_means_in_what_is_there_and_only_when_it_is_due(batch):
     assert (values[prior.logits] == 0).all()
     task.eval()
     posteriors = task.model.encode({name: read[name] / 255 for name in NAMES})
-    points = torch.stack([posterior.shared.loc for posterior in posteriors.values()], 1)[read["mask"]]
-    # Sample by sample, as a refit sees them.
-    expected = find_cluster_means(points.detach().numpy(), num_clusters=6)
+    shared_loc = torch.stack([posterior.shared.loc for posterior in posteriors.values()], 1)
+    expected = find_cluster_means(shared_loc.detach().numpy(), read["mask"].numpy(), num_clusters=6)
     torch.testing.assert_close(values[prior.means], torch.from_numpy(expected), rtol=1e-3, atol=1e-4)
 
 
