@@ -90,8 +90,10 @@ def measure_in_turns(
         groups = [[variant] for variant in variants] if alone else [list(variants)]
         measured: list[Measured] = []
         for group in groups:
-            children = [_Child(variant, warm_up) for variant in group]
+            children: list[_Child] = []
             try:
+                for variant in group:
+                    children.append(_Child(variant, warm_up))
                 for _ in range(repeats):
                     for child in children:
                         child.run()

@@ -1,6 +1,8 @@
 """Turns, statistics and what goes wrong in a child."""
 
 import shutil
+import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -58,9 +60,16 @@ def test_memory_is_that_of_the_child_whatever_its_parent_holds(checkout):
 
 
 @pytest.mark.parametrize(("precision", "message"), [("refused", "refused: no such"), ("dies", "with code 3")])
-def test_what_a_child_dies_of_is_told(checkout, precision, message):
+def test_what_a_child_dies_of_is_told_and_the_others_end(checkout, monkeypatch, precision, message):
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args, **kwargs: started.append(popen(*args, **kwargs)) or started[-1]
+    )
     with pytest.raises(UserError, match=message):
         measure_in_turns([variant("a", checkout[0]), variant(precision, checkout[0])], repeats=1)
+    assert len(started) == 2
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def test_medians_by_hand():
