@@ -42,26 +42,27 @@ def gradient_variance(
     Raises:
         ValueError: fewer than two losses.
     """
-    means = {name: [torch.zeros_like(p) for p in parameters] for name, parameters in groups.items()}
-    deviations = dict.fromkeys(groups, 0.0)
+    owners, parameters = zip(*((name, p) for name, owned in groups.items() for p in owned), strict=True)
+    means = [torch.zeros_like(parameter) for parameter in parameters]
+    deviations, squares = dict.fromkeys(groups, 0.0), dict.fromkeys(groups, 0.0)
     draws = 0
     for loss in losses:
         draws += 1
-        for name, parameters in groups.items():
-            gradients = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
-            for mean, gradient in zip(means[name], gradients, strict=True):
-                before = -mean if gradient is None else gradient - mean
-                mean += before / draws
-                after = before * (1 - 1 / draws)
-                deviations[name] += (before * after).sum(dtype=torch.float64).item()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for name, mean, gradient in zip(owners, means, gradients, strict=True):
+            before = -mean if gradient is None else gradient - mean
+            mean += before / draws
+            after = before * (1 - 1 / draws)
+            deviations[name] += (before * after).sum(dtype=torch.float64).item()
     if draws < 2:
         raise ValueError(f"{draws} losses: a variance takes two at least")
+    for name, mean in zip(owners, means, strict=True):
+        squares[name] += mean.square().sum(dtype=torch.float64).item()
     moments = {}
     for name in groups:
         variance = deviations[name] / (draws - 1)
-        squared = sum(mean.square().sum(dtype=torch.float64).item() for mean in means[name])
         # The square of a mean over draws exceeds that of the expectation by the mean's own variance.
-        moments[name] = GradientVariance(squared - variance / draws, variance)
+        moments[name] = GradientVariance(squares[name] - variance / draws, variance)
     return moments
 
 
