@@ -213,8 +213,8 @@ def _agreement(joint: FloatArray) -> FloatArray:
     share = joint.sum(0)
     entropy = entr(share)[:, None] + entr(share) - entr(share[:, None] + share)
     loss = 2 * entropy - 2 * (rest_before - rest_after) - (block_before - block_after)
-    # Nothing can be told of a piece that nothing falls into: it may go with any.
-    agreement = np.divide(loss, entropy, out=np.zeros_like(loss), where=entropy > 0)
+    # Of a piece that no sample of two modalities falls into nothing is known: it stays by itself.
+    agreement = np.divide(loss, entropy, out=np.full_like(loss, np.inf), where=entropy > 0)
     np.fill_diagonal(agreement, np.inf)
     return agreement
 

@@ -375,6 +375,9 @@ def test_pieces_of_one_class_are_made_one_and_classes_stay_apart():
     pieces[wrong] = rng.integers(6, size=wrong.sum())
     pieces[rng.random(pieces.shape) < 0.2] = -1
     assert merge_pieces(pieces, 6).tolist() == [0, 1, 2, 0, 1, 1]
+    # Another piece, of samples that were seen through one modality alone.
+    lone = np.tile([-1, 6, -1], (100, 1))
+    assert merge_pieces(np.concatenate([pieces, lone]), 7).tolist() == [0, 1, 2, 0, 1, 1, 3]
     alone = np.where(np.arange(3) == 1, pieces, -1)
     assert merge_pieces(alone, 6).tolist() == list(range(6)), "one modality says nothing about agreement"
 
