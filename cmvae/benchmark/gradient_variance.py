@@ -14,6 +14,7 @@ from cmvae.benchmark.training import read_forever
 from cmvae.config import load_cmvae_run
 from cmvae.data.batch import to_device
 from cmvae.model import CMVAE, channels_last
+from cmvae.progress import progress_bar
 from cmvae.tasks import CMVAETask
 
 
@@ -90,7 +91,8 @@ def variance_of_run(run_dir: Path, overrides: Sequence[str], num_draws: int) -> 
     torch.manual_seed(config.seed)
 
     def losses() -> Iterator[Tensor]:
-        for batch in itertools.islice(read_forever(config, model.modality_names), num_draws):
+        batches = itertools.islice(read_forever(config, model.modality_names), num_draws)
+        for batch in progress_bar(batches, total=num_draws, desc="draws", unit="draw", leave=False):
             loss, _ = task(to_device(batch, task.schemas, device))
             yield loss
 
