@@ -79,7 +79,11 @@ class ModelConfig(_Settings):
 def _as_several(value: object) -> object:
     if value is None:
         return ()
-    return (value,) if isinstance(value, int) else value
+    if isinstance(value, int):
+        return (value,)
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("give one step, several as [800, 1500], or null")
+    return value
 
 
 class ObjectiveConfig(_Settings):

@@ -247,3 +247,5 @@ def test_clusters_are_refitted_never_once_or_several_times(tmp_path, value, step
     assert load_config(tmp_path / "again.yaml") == config
     with pytest.raises(UserError, match="refit_clusters_at"):
         load_config(DIGITS, ["objective.refit_clusters_at=[0]"])
+    with pytest.raises(UserError, match="'often' does not fit: give one step, several as"):
+        load_config(DIGITS, ["objective.refit_clusters_at=often"])
