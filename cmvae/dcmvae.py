@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from cmvae.config import RefinerExperiment, SamplerConfig
-from cmvae.distributed import AUTOCAST_DTYPES
 from cmvae.errors import UserError
 from cmvae.exports import weights_sha256
 from cmvae.model import CMVAE, stack_shared_locations
+from cmvae.precision import autocast_dtype
 from cmvae.refiner import Refiner
 from cmvae.seeds import derive_seed
 
@@ -77,7 +77,7 @@ class DCMVAE:
             run_dir / "export",
             config.cmvae / "export",
             device,
-            AUTOCAST_DTYPES[config.train.mixed_precision],
+            autocast_dtype(config.train.mixed_precision, torch.device(device)),
             config.refiner.sampler,
         )
 

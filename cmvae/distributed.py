@@ -25,6 +25,7 @@ from torch import Tensor
 from cmvae.config import ExperimentConfig
 from cmvae.errors import UserError
 from cmvae.memory import keep_freed_memory
+from cmvae.precision import autocast_dtype, computes_in_bf16
 
 Decision = TypeVar("Decision")
 
@@ -43,7 +44,7 @@ class NonFiniteError(UserError):
 # How much longer than the heartbeat a collective operation waits.
 _GROUP_GRACE = timedelta(minutes=2)
 
-AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LOGGER = logging.getLogger(__name__)
 
 
 def start_accelerator(config: ExperimentConfig) -> Accelerator:
@@ -88,6 +89,12 @@ def start_accelerator(config: ExperimentConfig) -> Accelerator:
     _check_world_size(accelerator)
     if on_cpu:
         keep_freed_memory()
+    if precision == "bf16" and accelerator.is_main_process and not computes_in_bf16(accelerator.device):
+        _LOGGER.warning(
+            "train.mixed_precision: %s has no instructions for bf16, which takes up to ten times as long as "
+            "fp32 here. Set train.mixed_precision=auto for what is faster, or fp32",
+            "this processor" if on_cpu else accelerator.device,
+        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator, config)
     return accelerator
@@ -128,7 +135,7 @@ def _configure_deepspeed(accelerator: Accelerator, config: ExperimentConfig) -> 
     settings["train_micro_batch_size_per_gpu"] = config.train.batch_size
     settings["gradient_accumulation_steps"] = config.train.gradient_accumulation_steps
     settings["gradient_clipping"] = config.optimizer.max_grad_norm or 0.0
-    dtype = AUTOCAST_DTYPES[config.train.mixed_precision]
+    dtype = autocast_dtype(config.train.mixed_precision, accelerator.device)
     if dtype is not None:
         settings["torch_autocast"] = {"enabled": True, "dtype": str(dtype).removeprefix("torch.")}
 
@@ -253,7 +260,7 @@ def agree(accelerator: Accelerator, loss: Tensor, report: Mapping[str, Tensor], 
     finite = torch.stack([value.isfinite().all() for value in (*report.values(), loss.detach())])
     flags = torch.zeros(len(names) + 1, dtype=torch.int32, device=loss.device)
     flags[:-1] = (~finite).int()
-    flags[-1] = stop.signal or 0
+    flags[-1].fill_(stop.signal or 0)
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
     return Finding(names, flags)

@@ -46,7 +46,7 @@ class LocationLikelihood(Likelihood):
 
     def log_prob(self, x: Tensor, parameters: Tensor, scale: float) -> Tensor:
         """As `Likelihood.log_prob`."""
-        return FAMILIES[self.family](parameters, parameters.new_tensor(scale)).log_prob(x, event_dims=0)
+        return FAMILIES[self.family](parameters, parameters.new_full((), scale)).log_prob(x, event_dims=0)
 
     def to_data(self, parameters: Tensor) -> Tensor:
         """As `Likelihood.to_data`: the location."""

@@ -150,8 +150,12 @@ def check_files(arguments: argparse.Namespace) -> None:
 
 def train_variants(arguments: argparse.Namespace) -> list[Variant]:
     """The config as it is, then what stands beside it."""
-    from cmvae.benchmark.turns import Variant
+    import torch
 
+    from cmvae.benchmark.turns import Variant
+    from cmvae.precision import network_precision
+
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     common = {
         "config_path": str(Path(arguments.config).resolve()),
         "synthetic": arguments.synthetic,
@@ -177,7 +181,9 @@ def train_variants(arguments: argparse.Namespace) -> list[Variant]:
     precisions = [
         "fp32"
         if variant.arguments.get("reference")
-        else load_config(arguments.config, variant.arguments["overrides"]).train.mixed_precision
+        else network_precision(
+            load_config(arguments.config, variant.arguments["overrides"]).train.mixed_precision, device
+        )
         for variant in variants
     ]
     return variants + [

@@ -1,7 +1,7 @@
 """The way of working of the released code, with the same objective: what a benchmark of training is against.
 
-One decoder call for every pair of source and target, upsampling before convolving, the default memory layout,
-fp32 everywhere, torch's default Adam.
+One decoder call for every pair of source and target, upsampling before convolving and pooling after it, the
+default memory layout, fp32 everywhere, torch's default Adam.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from cmvae.config import ObjectiveConfig, OptimizerConfig
 from cmvae.model import CMVAE
 from cmvae.networks.encoder import TwoTrunkEncoder
-from cmvae.networks.image import ImageDecoder, ResidualBlock, UpsampledResidualBlock
+from cmvae.networks.image import (
+    ImageDecoder,
+    ImageEncoder,
+    PooledResidualBlock,
+    ResidualBlock,
+    UpsampledResidualBlock,
+)
 from cmvae.tasks.cmvae import CMVAETask, LatentNoise
 
 
@@ -32,14 +38,7 @@ class PlainImageDecoder(nn.Module):
         super().__init__()
         decoder = copy.deepcopy(decoder)
         self.height, self.width_px, self.stem = decoder.height, decoder.width_px, decoder.stem
-        self.layers = nn.Sequential(
-            *(
-                nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), _as_plain_block(layer))
-                if isinstance(layer, UpsampledResidualBlock)
-                else layer
-                for layer in decoder.layers
-            )
-        )
+        self.layers = plain_layers(decoder.layers)
 
     def forward(self, latents: Tensor) -> Tensor:
         """As of `ImageDecoder`."""
@@ -47,11 +46,24 @@ class PlainImageDecoder(nn.Module):
         return self.layers(maps.contiguous())
 
 
-def _as_plain_block(upsampled: UpsampledResidualBlock) -> ResidualBlock:
-    first, second = (cast(nn.Conv2d, upsampled.branch[place]) for place in (1, 3))
-    block = ResidualBlock(first.in_channels, second.out_channels)
-    block.load_state_dict(upsampled.state_dict())
-    return block
+def plain_layers(layers: nn.Sequential) -> nn.Sequential:
+    """The same layers and weights, where a block upsamples before its convolutions and pools after them."""
+    plain: list[nn.Module] = []
+    for layer in layers:
+        if isinstance(layer, UpsampledResidualBlock):
+            plain += [nn.Upsample(scale_factor=2, mode="nearest"), _plain_block(layer)]
+        elif isinstance(layer, PooledResidualBlock):
+            plain += [_plain_block(layer), nn.AvgPool2d(3, stride=2, padding=1)]
+        else:
+            plain.append(layer)
+    return nn.Sequential(*plain)
+
+
+def _plain_block(block: UpsampledResidualBlock | PooledResidualBlock) -> ResidualBlock:
+    first, second = (cast(nn.Conv2d, block.branch[place]) for place in (1, 3))
+    plain = ResidualBlock(first.in_channels, second.out_channels)
+    plain.load_state_dict(block.state_dict())
+    return plain
 
 
 class ReferenceTask(CMVAETask):
@@ -69,8 +81,11 @@ class ReferenceTask(CMVAETask):
             if isinstance(decoder, ImageDecoder):
                 plain.decoders[name] = PlainImageDecoder(decoder)
         for encoder in plain.encoders.values():
-            # Of images it would change the layout, which every convolution passes on.
-            encoder.prepare = MethodType(TwoTrunkEncoder.prepare, encoder)  # type: ignore[assignment]
+            if isinstance(encoder, ImageEncoder):
+                for trunk in (encoder.shared_trunk, encoder.private_trunk):
+                    trunk.layers = plain_layers(cast(nn.Sequential, trunk.layers))
+                # It would change the layout, which every convolution passes on.
+                encoder.prepare = MethodType(TwoTrunkEncoder.prepare, encoder)  # type: ignore[method-assign]
         super().__init__(plain, objective.model_copy(update={"cross_sources": "all"}))
 
     def _log_likelihood(

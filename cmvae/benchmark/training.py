@@ -17,10 +17,10 @@ from cmvae.config import CMVAEExperiment, load_config
 from cmvae.data.batch import to_device
 from cmvae.data.reader import TrainingLoader
 from cmvae.data.schema import ModalitySchema, ShardIndex
-from cmvae.distributed import AUTOCAST_DTYPES
 from cmvae.errors import UserError
 from cmvae.memory import keep_freed_memory
 from cmvae.model import CMVAE, channels_last
+from cmvae.precision import AUTOCAST_DTYPES, Precision, network_precision
 from cmvae.tasks import CMVAETask
 from cmvae.training.optimization import build_optimizer
 
@@ -71,8 +71,8 @@ def update_job(
     else:
         schemas = _made_up_schemas(config, image_size)
         batches = _repeat_random(config, schemas)
-    precision = AUTOCAST_DTYPES[config.train.mixed_precision]
-    model = CMVAE(config.model, schemas, None if reference else precision)
+    precision = "fp32" if reference else network_precision(config.train.mixed_precision, device)
+    model = CMVAE(config.model, schemas, AUTOCAST_DTYPES[precision])
     build = build_optimizer
     if reference:
         # Only here: another checkout, whose code is timed, may lack what it builds on.
@@ -114,14 +114,14 @@ def update_job(
     facts = {
         "batch_size": config.train.batch_size,
         "parameters": sum(parameter.numel() for parameter in task.parameters()),
-        "precision": "fp32" if reference else config.train.mixed_precision,
+        "precision": precision,
         "device": str(device),
     }
     waiting = (lambda: waited[0]) if read else None
     return Job(run, updates * config.train.batch_size, facts, waiting, count_and_trace)
 
 
-def ceiling_job(precision: str) -> Job:
+def ceiling_job(precision: Precision) -> Job:
     """3×3 convolutions, forward and backward, channels-last: the rate that networks of them can reach.
 
     Of several shapes it takes the fastest.

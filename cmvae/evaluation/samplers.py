@@ -15,7 +15,7 @@ from torch import Tensor
 from cmvae.config import RefinerExperiment, SamplerConfig
 from cmvae.data.schema import ShardIndex
 from cmvae.dcmvae import DCMVAE
-from cmvae.distributed import AUTOCAST_DTYPES, start_evaluation_accelerator
+from cmvae.distributed import start_evaluation_accelerator
 from cmvae.errors import UserError
 from cmvae.evaluation import figures
 from cmvae.evaluation.classifiers import NUM_FEATURES, load_classifiers
@@ -32,6 +32,7 @@ from cmvae.evaluation.generative import (
 from cmvae.evaluation.run import load_context
 from cmvae.exports import weights_sha256
 from cmvae.model import CMVAE
+from cmvae.precision import autocast_dtype, network_precision
 from cmvae.refiner import Refiner
 
 FLOOR, UNREFINED = "real train images", "CMVAE alone"
@@ -106,7 +107,7 @@ def measure_samplers(
         # Several sources are for coherence only, and are not refined.
         max_sources = 0 if unconditional else 1
         yield _measure(context, reference, UNREFINED, max_sources)
-        dtype = AUTOCAST_DTYPES[config.train.mixed_precision]
+        dtype = autocast_dtype(config.train.mixed_precision, context.device)
         for sampler, title in zip(samplers, sampler_titles(samplers), strict=True):
             refiner = Refiner.from_pretrained(run_dir / "export", context.device, dtype, sampler)
             timed = _TimedDCMVAE(context.model, refiner)
@@ -121,6 +122,7 @@ def describe_measurements(
     """The protocol of `measure_samplers`, in parameters; its arguments."""
     settings = _limit(config, num_samples).evaluation
     total = index.split(settings.split, config.data.shards).num_samples
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     return {
         "run": str(run_dir),
         "export_sha256": weights_sha256(run_dir / "export"),
@@ -131,8 +133,8 @@ def describe_measurements(
         "num_generated": settings.num_generated,
         "seed": settings.seed,
         "batch_size": settings.batch_size,
-        "mixed_precision": config.train.mixed_precision,
-        "device": str(torch.accelerator.current_accelerator() or "cpu"),
+        "precision": network_precision(config.train.mixed_precision, device),
+        "device": str(device),
         "classifier_accuracy": {name: entry.accuracy for name, entry in index.classifiers.items()},
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from cmvae.kinds.kind import ColumnsKind, check_lengths, column_names
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.axes import Axes
     from torch import Tensor
 
@@ -38,7 +40,8 @@ class Vector(ColumnsKind):
 
     def to_data(self, stored: Tensor, schema: ModalitySchema) -> Tensor:
         """As `Kind.to_data`."""
-        return (stored - stored.new_tensor(schema.mean)) / stored.new_tensor(schema.std)
+        mean, std = _statistics(schema, stored.device)
+        return (stored - mean) / std
 
     def to_stored(self, data: np.ndarray, schema: ModalitySchema) -> np.ndarray:
         """As `Kind.to_stored`."""
@@ -55,3 +58,12 @@ class Vector(ColumnsKind):
         """As `Kind.to_text`."""
         named = zip(column_names(schema), stored, strict=True)
         return ", ".join(f"{column}: {value:.4g}" for column, value in named)
+
+
+@lru_cache(maxsize=256)
+def _statistics(schema: ModalitySchema, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (dimensions,), copied once to a device: a GPU waits for what comes from Python."""
+    import torch
+
+    mean = torch.tensor(schema.mean, dtype=torch.float32, device=device)
+    return mean, torch.tensor(schema.std, dtype=torch.float32, device=device)

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -67,3 +68,62 @@ def conv_transpose2d(x: Tensor, kernel: Tensor, bias: Tensor, stride: int, paddi
     """
     biased = F.conv_transpose2d(x, kernel, bias.detach(), stride=stride, padding=padding)
     return cast(Tensor, _BiasGradient.apply(biased, bias))
+
+
+class _BoxMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        rows = rearrange(x, "b c h w -> b h w c")
+        return F.avg_pool2d(x, 3, stride=1, padding=1), rows[:, 0].clone(), rows[:, :, 0].clone()
+
+    @staticmethod
+    def backward(ctx: Any, of_means: Tensor, of_top: Tensor, of_left: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        sizes = [3, 3], [1, 1], [1, 1]
+        of_x = torch.ops.aten.avg_pool2d_backward(of_means, x, *sizes, False, True, None)
+        return _add_to_borders(of_x, of_top, of_left)
+
+
+def box_mean(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of 3×3 pixels, zeros beyond the border counted; and the first row and the first column of `x`.
+
+    The gradients of row and column are added where they belong, without a map of zeros for each.
+
+    Args:
+        x: (B, C, H, W).
+
+    Returns:
+        (B, C, H, W), (B, W, C) and (B, H, C).
+    """
+    return cast("tuple[Tensor, Tensor, Tensor]", _BoxMean.apply(x))
+
+
+class _AddToBorders(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, top: Tensor, left: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return _add_to_borders(x, top, left)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = rearrange(gradient, "b c h w -> b h w c")
+        return gradient, rows[:, 0], rows[:, :, 0]
+
+
+def add_to_borders(x: Tensor, top: Tensor, left: Tensor) -> Tensor:
+    """Add to the first row and the first column of `x`, in place; their gradients are parts of its own.
+
+    Args:
+        x: (B, C, H, W), which nothing keeps for its gradient.
+        top: (B, W, C).
+        left: (B, H, C).
+    """
+    return cast(Tensor, _AddToBorders.apply(x, top, left))
+
+
+def _add_to_borders(x: Tensor, top: Tensor, left: Tensor) -> Tensor:
+    rows = rearrange(x, "b c h w -> b h w c")
+    rows[:, 0] += top
+    rows[:, :, 0] += left
+    return x

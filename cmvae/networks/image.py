@@ -9,6 +9,8 @@ src/models/encoder_decoder_blocks/resnet_cub_image.py.
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from cmvae.data.schema import ModalitySchema
 from cmvae.errors import UserError
 from cmvae.networks.encoder import TwoTrunkEncoder
-from cmvae.networks.gradients import LeakyReLU, conv_transpose2d
+from cmvae.networks.gradients import LeakyReLU, add_to_borders, box_mean, conv_transpose2d
 
 LEAKY_SLOPE = 0.2
 # A residual branch starts small, so that a block is near the identity at initialisation.
@@ -88,6 +90,89 @@ class UpsampledConv(nn.Conv2d):
         return conv_transpose2d(x, kernel, cast(Tensor, self.bias), stride=2, padding=1)
 
 
+class PooledConv(nn.Conv2d):
+    """A 3×3 convolution, then means of 3×3 pixels at every other: (B, C_in, H, W) to (B, C_out, H/2, W/2).
+
+    On a CPU with a quarter of the operations, and the same numbers: a mean and a convolution may change
+    places, and of a convolution behind the mean only every other pixel is wanted. At the border they differ:
+    the mean that comes last counts no pixels above the image, where a convolution of means would find some.
+    So for the first row of the result the image's first row is taken from the lower weights and given to the
+    upper ones, and for the first column likewise. H and W must be even, or the last ones would want it, too.
+
+    On a GPU the dozen small operations at the border take longer to start than the large one that they save.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve and pool."""
+        if x.device.type != "cpu":
+            return F.avg_pool2d(super().forward(x), 3, stride=2, padding=1)
+        means, top, left = box_mean(x)
+        weight, bias = self.weight / 9, cast(Tensor, self.bias) / 9
+        to_top = rearrange(weight[:, :, 0] - weight[:, :, 2], "o i k -> (k i) o")
+        to_left = rearrange(weight[..., 0] - weight[..., 2], "o i k -> (k i) o")
+        # Of nine pixels a mean counts six at an edge, but four in the corner, which is of both edges.
+        missing = torch.full((top.shape[1] // 2, 1), 3.0, dtype=bias.dtype)
+        missing[0] = 2
+        return add_to_borders(
+            F.conv2d(means, self.weight, self.bias, stride=2, padding=1),
+            _meet_weights(top, mean_last=True) @ to_top - missing * bias,
+            _meet_weights(left, mean_last=False) @ to_left - 3 * bias,
+        )
+
+
+def _meet_weights(line: Tensor, mean_last: bool) -> Tensor:
+    """Sums of the pixels that each of three weights meets for every other place of a line.
+
+    Args:
+        line: (B, L, C).
+        mean_last: a convolution, then sums of three; else sums of three, then a convolution.
+
+    Returns:
+        (B, L/2, 3 C)
+    """
+    met = _met_by_weights(line.shape[1], mean_last).to(line.dtype)
+    return rearrange(met @ line, "b (l k) c -> b l (k c)", k=3)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _met_by_weights(length: int, mean_last: bool) -> Tensor:
+    """`_meet_weights` as a matrix of zeros and ones, (L/2 · 3, L)."""
+
+    def windows(lines: Tensor, stride: int) -> Tensor:
+        """Three neighbours along the first axis, zeros beyond its ends, as a last axis."""
+        beyond = [0, 0] * (lines.ndim - 1) + [1, 1]
+        return F.pad(lines, beyond).unfold(0, 3, stride)
+
+    neighbours = windows(torch.eye(length), 1)
+    met = windows(neighbours, 2).sum(-1) if mean_last else windows(neighbours.sum(-1), 2)
+    return rearrange(met, "l x k -> (l k) x")
+
+
+class PooledResidualBlock(nn.Module):
+    """A `ResidualBlock`, then means of 3×3 pixels at every other; what commutes with them comes after."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        hidden = min(in_channels, out_channels)
+        self.branch = nn.Sequential(
+            LeakyReLU(LEAKY_SLOPE),
+            nn.Conv2d(in_channels, hidden, 3, padding=1),
+            LeakyReLU(LEAKY_SLOPE),
+            PooledConv(hidden, out_channels),
+        )
+        self.shortcut = _shortcut(in_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block and pool."""
+        shortcut = self.shortcut(F.avg_pool2d(x, 3, stride=2, padding=1))
+        # In place, as nobody keeps what was pooled.
+        return shortcut.add_(self.branch(x), alpha=RESIDUAL_SCALE)
+
+
 class UpsampledResidualBlock(nn.Module):
     """Nearest ×2, then a `ResidualBlock`; what commutes with the upsampling is done before it."""
 
@@ -120,10 +205,14 @@ class ImageTrunk(nn.Module):
 
     def __init__(self, channels: int, filters: list[int]) -> None:
         super().__init__()
-        layers = [nn.Conv2d(channels, filters[0], 3, padding=1), ResidualBlock(filters[0], filters[0])]
-        for before, after in itertools.pairwise(filters):
-            layers += [nn.AvgPool2d(3, stride=2, padding=1), ResidualBlock(before, after)]
-        self.layers = nn.Sequential(*layers)
+        *pooled, last = itertools.pairwise([filters[0], *filters])
+        layers: list[nn.Module] = [nn.Conv2d(channels, filters[0], 3, padding=1)]
+        layers += [*(PooledResidualBlock(*way) for way in pooled), ResidualBlock(*last)]
+        # Exports know the weights by the places that they had when pooling was a layer of its own.
+        places = [0, *range(1, 2 * len(layers) - 1, 2)]
+        self.layers = nn.Sequential(
+            OrderedDict((str(place), layer) for place, layer in zip(places, layers, strict=True))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Features in the order (h, w, c): with channels-last maps that is no copy."""

@@ -185,16 +185,18 @@ class CMVAETask(Task):
         """
         name, num_modalities = self.model.modality_names[target], len(private)
         cross = [(target + shift) % num_modalities for shift in noise.cross_shifts]
-        targets_private = private[target : target + 1]
-        if cross:
-            substitutes = self.model.auxiliary_prior(name).sample(noise.private[target, cross])
-            targets_private = torch.cat([targets_private, substitutes])
         sources = [target, *cross]
-        decoded = self._decode_in_parts(name, x, shared[sources], targets_private)
-        each = [1.0] + [(num_modalities - 1) / len(cross) for _ in cross]
-        counted = decoded * decoded.new_tensor(each).view(-1, 1, 1)
-        into = torch.tensor(sources, device=decoded.device)
-        return decoded.new_zeros((num_modalities, *decoded.shape[1:])).index_copy(0, into, counted)
+        privates = [private[target]]
+        if cross:
+            auxiliary = self.model.auxiliary_prior(name)
+            privates += [auxiliary.sample(noise.private[target, source]) for source in cross]
+        # Stacked one by one: a GPU would have to wait for a list of places to come from Python.
+        latents = torch.stack([shared[source] for source in sources]), torch.stack(privates)
+        decoded = dict(zip(sources, self._decode_in_parts(name, x, *latents), strict=True))
+        for source in cross:
+            decoded[source] = decoded[source] * ((num_modalities - 1) / len(cross))
+        nothing = torch.zeros_like(decoded[target])
+        return torch.stack([decoded.get(source, nothing) for source in range(num_modalities)])
 
     def _decode(self, name: str, x: Tensor, shared: Tensor, private: Tensor) -> Tensor:
         """Log p(x | z, w) of x (B, ...) under latents (..., B, D): (..., B)."""

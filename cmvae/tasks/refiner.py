@@ -89,7 +89,8 @@ class RefinerTask(Task):
         for name, x in images.items():
             batch_size, device = len(x), x.device
             if conditioning.source == "any":
-                source = mask.float().multinomial(1).squeeze(1)
+                # Not `multinomial`, for which a GPU waits to have its probabilities checked.
+                source = torch.rand(mask.shape, device=device).masked_fill(~mask, -1).argmax(1)
             else:
                 source = torch.full((batch_size,), self.modality_names.index(name), device=device)
             drawn[name] = RefinerNoise(
@@ -121,7 +122,7 @@ class RefinerTask(Task):
         # Without any modality there is no source; without an image nothing to denoise.
         sources = mask | ~mask.any(1, keepdim=True)
         places = [self.modality_names.index(name) for name in self.refiner.modality_names]
-        targets = mask[:, places].T  # (images, B)
+        targets = torch.stack([mask[:, place] for place in places])  # (images, B)
         valid = valid & targets.any(0)
         # Whatever precision a launcher switched on around this call is for networks alone.
         with torch.autocast(valid.device.type, enabled=False):

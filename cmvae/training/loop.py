@@ -25,7 +25,6 @@ from cmvae.data.batch import to_device
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
 from cmvae.data.schema import ShardIndex
 from cmvae.distributed import (
-    AUTOCAST_DTYPES,
     Finding,
     StopRequest,
     agree,
@@ -37,6 +36,7 @@ from cmvae.distributed import (
 from cmvae.errors import UserError
 from cmvae.files import remove_folder
 from cmvae.model import channels_last
+from cmvae.precision import autocast_dtype
 from cmvae.progress import progress_bar
 from cmvae.tasks import Task, build_task
 from cmvae.tracking import RUN_RECORD_NAME, Status, Tracker, open_tracker
@@ -87,7 +87,9 @@ def run_training(
     accelerator = start_accelerator(config)
     # Every rank starts from the same weights, then draws noise of its own.
     set_seed(config.seed)
-    task = build_task(config, index, accelerator.device, AUTOCAST_DTYPES[config.train.mixed_precision])
+    task = build_task(
+        config, index, accelerator.device, autocast_dtype(config.train.mixed_precision, accelerator.device)
+    )
     if task.channels_last and accelerator.distributed_type != DistributedType.DEEPSPEED:
         # DeepSpeed broadcasts and flattens weights as bytes and so needs them in the default layout.
         channels_last(task)

@@ -42,12 +42,13 @@ def test_loss_and_gradients_are_those_of_the_library(objective, names):
         assert (gradients[1][name] - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_upsampling_comes_before_convolving():
+def test_upsampling_comes_before_convolving_and_pooling_after_it():
     config = ModelConfig(modalities={"a": ModalityConfig(width=4)}, num_clusters=2)
     reference = ReferenceTask(CMVAE(config, {"a": SCHEMA}), ObjectiveConfig())
-    kinds = {type(module).__name__ for module in reference.model.decoders["a"].modules()}
-    assert "Upsample" in kinds
-    assert "UpsampledConv" not in kinds
+    kinds = [type(module).__name__ for module in reference.model.modules()]
+    # Two halvings, in a decoder and in two trunks of an encoder.
+    assert (kinds.count("Upsample"), kinds.count("AvgPool2d")) == (2, 4)
+    assert not {"UpsampledConv", "PooledConv"} & set(kinds)
 
 
 def test_the_optimizer_makes_the_same_updates_and_is_not_fused():

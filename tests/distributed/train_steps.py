@@ -19,9 +19,10 @@ from cmvae.config import load_config
 from cmvae.data.batch import to_device
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
 from cmvae.data.schema import ShardIndex
-from cmvae.distributed import AUTOCAST_DTYPES, StopRequest, agree, start_accelerator
+from cmvae.distributed import StopRequest, agree, start_accelerator
 from cmvae.leaving import leave
 from cmvae.model import CMVAE
+from cmvae.precision import autocast_dtype
 from cmvae.tasks.cmvae import CMVAETask, LatentNoise
 from cmvae.training.optimization import build_optimizer
 
@@ -36,7 +37,9 @@ def main() -> None:
 
     set_seed(config.seed)
     index = ShardIndex.load(config.data.shards)
-    model = CMVAE(config.model, index.modalities, AUTOCAST_DTYPES[config.train.mixed_precision])
+    model = CMVAE(
+        config.model, index.modalities, autocast_dtype(config.train.mixed_precision, accelerator.device)
+    )
     task = CMVAETask(model, config.objective)
     draw_noise = task.draw_noise
 
