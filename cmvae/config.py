@@ -99,11 +99,10 @@ class ObjectiveConfig(_Settings):
     """Other modalities that each is decoded from in a training step: all, or so many, drawn anew every step
     and weighted to keep the bound's expectation. Takes time linear in the number of modalities."""
     max_decoded: PositiveInt | None = None
-    """Samples that a decoder takes at a time. More are decoded in parts, of which each decoder keeps the last
-    and the backward pass computes the others again: the memory no longer grows with the number of samples or
-    with the square of the number of modalities, and a step takes longer by at most a decoding. null decodes
-    and keeps all at once. A decoder with batch norm does so in any case, since its statistics are those of
-    all samples."""
+    """Samples of which each decoder keeps its feature maps. Those above are decoded in parts of that size at
+    most, and computed again in the backward pass: the memory no longer grows with the number of samples or
+    with the square of the number of modalities, and a step takes longer by the decoding of those above. null
+    keeps all, and so does a decoder with batch norm, since its statistics are those of all samples."""
     refit_clusters_at: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_several)] = ()
     """Before the update that follows so many, the cluster means are found anew by k-means on encoded train
     data, see `cmvae.clustering.find_cluster_means`, and π becomes uniform: at one step, at several (`[800,

@@ -18,7 +18,7 @@ from cmvae.config import ObjectiveConfig
 from cmvae.data.schema import ModalitySchema
 from cmvae.evaluation.clustering import encode_split, select_model_clusters
 from cmvae.evaluation.pictures import generate_cross_modal
-from cmvae.model import CMVAE, Posterior, stack_shared_locations
+from cmvae.model import CMVAE, Posterior, has_batch_norm, stack_shared_locations
 from cmvae.objectives import (
     LogWeightTerms,
     cluster_log_prob,
@@ -205,10 +205,10 @@ class CMVAETask(Task):
         return data_log_prob(self.model.likelihoods[name], scale, x, parameters)
 
     def _decode_in_parts(self, name: str, x: Tensor, shared: Tensor, private: Tensor) -> Tensor:
-        """As `_decode`, of so many latents at a time as the objective says; only the last part is kept."""
+        """As `_decode`; maps of so many latents as the objective says are kept, of others computed again."""
         lead, part = shared.shape[:-1], self.objective.max_decoded
         total = lead.numel()
-        if part is None or part >= total or _has_batch_norm(self.model.decoders[name]):
+        if part is None or part >= total or has_batch_norm(self.model.decoders[name]):
             return self._decode(name, x, shared, private)
         shared, private = shared.flatten(0, -2), private.flatten(0, -2)
 
@@ -216,10 +216,12 @@ class CMVAETask(Task):
             members = torch.arange(rows.start, rows.stop, device=x.device) % len(x)
             return self._decode(name, x[members], shared[rows], private[rows])
 
-        *again, last = [slice(first, min(first + part, total)) for first in range(0, total, part)]
+        # Last in, first out: in the backward pass the kept maps are gone before others take their place.
+        kept = total - part
+        again = [slice(first, min(first + part, kept)) for first in range(0, kept, part)]
         # Decoders draw nothing, so there is no random state to keep.
         decoded = [checkpoint(decode, rows, use_reentrant=False, preserve_rng_state=False) for rows in again]
-        return torch.cat([*decoded, decode(last)]).view(lead)
+        return torch.cat([*decoded, decode(slice(kept, total))]).view(lead)
 
     def _cluster_report(self, posteriors: Mapping[str, Posterior]) -> dict[str, Tensor]:
         shared_loc = stack_shared_locations(posteriors)
@@ -308,10 +310,6 @@ class CMVAETask(Task):
         made = generate_cross_modal(self.model, inputs, mask, generator)
         text = made.write()
         return Shown({"cross_modal": made.draw()}, {} if text is None else {"cross_modal": text})
-
-
-def _has_batch_norm(module: nn.Module) -> bool:
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
 def _per_sample(terms: LogWeightTerms, present: Tensor) -> dict[str, Tensor]:

@@ -85,15 +85,18 @@ def test_decoding_in_parts_changes_nothing_but_what_is_kept(batch, name):
     parts = whole.model_copy(update={"max_decoded": 20})
     loss_in_parts, gradients_in_parts, sizes, again, kept_in_parts = run_step(parts, batch)
     # Neither a batch nor a source ends where a part does.
-    assert (sizes, again) == ([20, 20, 14] * 3, 2 * 3)
+    assert (sizes, again) == ([20, 14, 20] * 3, 2 * 3)
     torch.testing.assert_close(loss_in_parts, loss, rtol=1e-6, atol=0)
     for found, expected in zip(gradients_in_parts, gradients, strict=True):
         # Sums in another order, of terms that cancel.
         assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    # A part that is kept whole leaves less to compute again.
+    *_, sizes, again, kept_in_most = run_step(whole.model_copy(update={"max_decoded": 40}), batch)
+    assert (sizes, again) == ([14, 40] * 3, 3)
     # What the encoders, the densities and the last part of each decoder need stays.
     *_, kept_in_more = run_step(whole.model_copy(update={"max_decoded": 6}), batch)
     assert kept_in_more < 0.5 * kept
-    assert kept_in_more < kept_in_parts < 0.7 * kept
+    assert kept_in_more < kept_in_parts < 0.7 * kept < kept_in_most < kept
 
 
 def test_decoders_with_batch_norm_are_never_decoded_in_parts():
