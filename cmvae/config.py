@@ -261,6 +261,9 @@ class TrainConfig(_Settings):
     mixed_precision: MixedPrecision = "fp32"
     """Precision of the networks; densities and reductions are always fp32. `auto` is bf16 where the device
     has instructions for it, else fp32: a processor without them takes ten times as long in bf16."""
+    compile: bool = False
+    """Let torch compile the networks, which takes minutes at the start. For GPUs, where it joins the small
+    operations between convolutions; a CPU gains nothing, and DeepSpeed does not go with it."""
     log_every: PositiveInt = 25
     """Steps between two points of the training curves."""
     validate_every: PositiveInt | None = None

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from mixed import mixed_model
 
 from cmvae import CMVAE
 from cmvae.config import LikelihoodConfig, ModalityConfig, ModelConfig, load_config
@@ -45,6 +46,34 @@ def test_decoding_keeps_rows_apart_and_in_order():
         for j in range(3):
             alone = model.decode(z[i, j][None], {"b": w[i, j][None]})["b"][0]
             torch.testing.assert_close(together[i, j], alone)
+
+
+def test_on_a_cpu_a_decoder_takes_so_many_that_its_maps_stay_small(monkeypatch):
+    model, sizes = make_model(width=4), []
+    for name in ("a", "b"):
+        model.decoders[name].register_forward_hook(
+            lambda _, inputs, __, name=name: sizes.append((name, len(inputs[0])))
+        )
+    latents = torch.randn(2, 7, 6), {"a": torch.randn(2, 7, 3), "b": torch.randn(2, 7, 3)}
+    whole = model.decode_parameters(*latents)
+    assert sizes == [("a", 14), ("b", 14)]
+    sizes.clear()
+    # An image of a has 288 values, one of b 256; both have four filters.
+    monkeypatch.setattr("cmvae.model._DECODED_AT_A_TIME", 5 * 256 * 4)
+    in_parts = model.decode_parameters(*latents)
+    assert sizes == [("a", 4), ("a", 4), ("a", 4), ("a", 2), ("b", 5), ("b", 5), ("b", 4)]
+    for name in ("a", "b"):
+        torch.testing.assert_close(in_parts[name], whole[name])
+
+
+def test_in_training_a_decoder_with_batch_norm_takes_all_at_once(monkeypatch):
+    model, sizes = mixed_model(), []
+    monkeypatch.setattr("cmvae.model._DECODED_AT_A_TIME", 1)
+    model.decoders["caption"].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    for training, expected in ((True, [3]), (False, [1, 1, 1])):
+        sizes.clear()
+        model.train(training).decode_parameters(torch.randn(3, 4), {"caption": torch.randn(3, 3)})
+        assert sizes == expected
 
 
 def test_polymnist_has_the_published_number_of_parameters():

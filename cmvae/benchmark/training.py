@@ -85,6 +85,8 @@ def update_job(
         channels_last(task)
         if device.type == "cpu":
             keep_freed_memory()
+    if config.train.compile and not reference:
+        task.compile_networks()
     task.to(device)
     optimizer = build(task, config.optimizer)
     waited = [0.0]

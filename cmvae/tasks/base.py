@@ -48,6 +48,20 @@ class Task(nn.Module, ABC):
         return tuple(self.schemas)
 
     @property
+    @abstractmethod
+    def networks(self) -> tuple[nn.Module, ...]:
+        """What takes nearly all of the time of a step."""
+
+    def compile_networks(self, backend: str = "inductor") -> None:
+        """Let torch compile the networks when they are first called; their weights keep their names.
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        for network in self.networks:
+            network.compile(backend=backend)
+
+    @property
     def belongs_to(self) -> dict[str, str]:
         """Hashes of what is not trained but must be the same when a training goes on, by name."""
         return {}

@@ -86,6 +86,11 @@ class CMVAETask(Task):
         """The model's modalities."""
         return self.model.schemas
 
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """Encoders and decoders."""
+        return (*self.model.encoders.values(), *self.model.decoders.values())
+
     def draw_noise(self, batch_size: int, device: torch.device) -> LatentNoise:
         """Noise of one step from torch's default stream."""
         num_modalities, num_samples = len(self.model.modality_names), self.objective.num_samples

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmvae.config import RefinerExperiment
 from cmvae.data.schema import ModalitySchema, ShardIndex
@@ -72,6 +72,12 @@ class RefinerTask(Task):
     def schemas(self) -> Mapping[str, ModalitySchema]:
         """The CMVAE's modalities: all are sources, and the images among them targets."""
         return self.cmvae.schemas
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The U-Nets, and what encodes and reconstructs for them."""
+        cmvae = self.cmvae
+        return (*self.refiner.denoisers.values(), *cmvae.encoders.values(), *cmvae.decoders.values())
 
     @property
     def belongs_to(self) -> dict[str, str]:

@@ -93,6 +93,8 @@ def run_training(
     if task.channels_last and accelerator.distributed_type != DistributedType.DEEPSPEED:
         # DeepSpeed broadcasts and flattens weights as bytes and so needs them in the default layout.
         channels_last(task)
+    if config.train.compile:
+        _compile_networks(accelerator, task)
     module, optimizer = accelerator.prepare(task, build_optimizer(task, config.optimizer))
     average = average_weights(accelerator, module, config.train.ema_decay)
     set_seed(config.seed + 1 + accelerator.process_index)
@@ -121,10 +123,34 @@ def run_training(
             status = "FINISHED" if stopped_by is None else "KILLED"
         except torch.OutOfMemoryError as error:
             raise UserError(out_of_memory_advice(config, zero_stage(accelerator))) from error
+        except RuntimeError as error:
+            if config.train.compile:
+                _explain_compiler(error)
+            raise
         finally:
             tracker.end(status)
             accelerator.end_training()
     return stopped_by
+
+
+def _compile_networks(accelerator: Accelerator, task: Task) -> None:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UserError(
+            "train.compile: under DeepSpeed networks are not compiled, as ZeRO takes their parameters away "
+            "between layers. Set train.compile=false, or launch with configs/accelerate/ddp.yaml"
+        )
+    task.compile_networks()
+
+
+def _explain_compiler(error: RuntimeError) -> None:
+    # Slow to import, and torch itself does so only when it compiles.
+    from torch._dynamo.exc import TorchDynamoException
+
+    if isinstance(error, TorchDynamoException):
+        reason = " ".join(str(error).splitlines()[:2])
+        raise UserError(
+            f"train.compile: torch cannot compile the networks here: {reason}. Set train.compile=false"
+        ) from error
 
 
 def _prepare_run_folder(config: ExperimentConfig, resumed: bool, overwrite: bool) -> None:

@@ -21,7 +21,7 @@ STATE_NAME = "state.json"
 _CHANGEABLE = re.compile(
     r"name|output_dir|cmvae|refiner\.sampler\..*|tracking\..*|evaluation\..*"
     r"|data\.(shards|num_workers|cache_megabytes|on_error|max_skipped)"
-    r"|train\.(log_every|validate_every|checkpoint_every|keep_checkpoints|hang_timeout)"
+    r"|train\.(compile|log_every|validate_every|checkpoint_every|keep_checkpoints|hang_timeout)"
 )
 _BATCH_SIZE = "train.batch_size"
 _LENGTH = re.compile(r"train\.(epochs|max_steps)")

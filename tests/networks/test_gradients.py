@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmvae.networks.gradients import LeakyReLU, conv_transpose2d
+from cmvae.networks.gradients import LeakyReLU, add_to_borders, box_mean, conv_transpose2d
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -63,3 +63,29 @@ def test_under_autocast_the_bias_gets_a_gradient_of_its_own_precision():
     assert y.dtype == torch.bfloat16
     y.sum().backward()
     torch.testing.assert_close(bias.grad, torch.full((2,), 3.0 * 10 * 12))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_means_and_borders_have_the_gradients_of_torchs_operations(layout):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 4, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    expected = F.avg_pool2d(x, 3, stride=1, padding=1), x[:, :, 0].mT, x[..., 0].mT
+    found = box_mean(x)
+    towards = [torch.randn_like(part) for part in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    (gradient,) = torch.autograd.grad(found, x, towards)
+    (expected_gradient,) = torch.autograd.grad(expected, x, towards)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_what_is_added_to_the_borders_is_added_in_the_corner_twice():
+    torch.manual_seed(0)
+    x, top, left = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 6, 4), (2, 4, 3), (2, 6, 3)))
+    y = add_to_borders(x * 1, top, left)
+    expected = x + F.pad(top.mT[:, :, None], (0, 0, 0, 5)) + F.pad(left.mT[..., None], (0, 3))
+    torch.testing.assert_close(y, expected)
+    towards = torch.randn_like(y)
+    gradients = [torch.autograd.grad((z * towards).sum(), (x, top, left)) for z in (y, expected)]
+    for found, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, other)

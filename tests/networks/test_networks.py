@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from commands import ROOT
+from torch.utils.flop_counter import FlopCounterMode
 
 from cmvae.config import ModalityConfig, ModelConfig, ObjectiveConfig, load_config
 from cmvae.data.schema import ModalitySchema
@@ -13,7 +14,7 @@ from cmvae.kinds import KINDS
 from cmvae.kinds.text import SPECIAL_TOKENS
 from cmvae.model import CMVAE
 from cmvae.networks import NETWORKS, network_family
-from cmvae.networks.image import ResidualBlock, UpsampledResidualBlock
+from cmvae.networks.image import PooledConv, PooledResidualBlock, ResidualBlock, UpsampledResidualBlock
 from cmvae.tasks import CMVAETask
 
 D_Z, D_W, B = 5, 3, 4
@@ -189,6 +190,21 @@ def test_the_names_of_the_weights_by_which_exports_are_read(size):
     assert decoder.stem.out_features == 16 * (size[0] // 4) * (size[1] // 4)
 
 
+def values_and_gradients(network, x, towards):
+    """What a network makes of `x`, and the gradients of `x` and of its parameters, by name."""
+    leaf = x.clone().requires_grad_()
+    y = network(leaf)
+    names = ["x", *(name for name, _ in network.named_parameters())]
+    gradients = torch.autograd.grad((y * towards).sum(), [leaf, *network.parameters()])
+    return {"y": y, **dict(zip(names, gradients, strict=True))}
+
+
+def assert_close_to_the_largest(found, expected, rtol):
+    """Relative to the largest: single values may cancel to nothing."""
+    for one, other in zip(found.values(), expected.values(), strict=True):
+        assert (one - other).abs().max() <= rtol * other.abs().max()
+
+
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(("inputs", "outputs"), [(8, 4), (4, 4), (3, 5)])
 def test_an_upsampled_block_gives_the_numbers_of_upsampling_then_the_block(dtype, rtol, inputs, outputs):
@@ -199,15 +215,45 @@ def test_an_upsampled_block_gives_the_numbers_of_upsampling_then_the_block(dtype
     plain = torch.nn.Sequential(torch.nn.Upsample(scale_factor=2, mode="nearest"), block)
     x = torch.randn(2, inputs, 7, 5, dtype=dtype)
     towards = torch.randn(2, outputs, 14, 10, dtype=dtype)
-    results = []
-    for network in (fast, plain):
-        leaf = x.clone().requires_grad_()
-        y = network(leaf)
-        gradients = torch.autograd.grad((y * towards).sum(), [leaf, *network.parameters()])
-        results.append([y, *gradients])
-    for found, expected in zip(*results, strict=True):
-        # Relative to the largest: single values may cancel to nothing.
-        assert (found - expected).abs().max() <= rtol * expected.abs().max()
+    found, expected = (values_and_gradients(network, x, towards) for network in (fast, plain))
+    assert_close_to_the_largest(found, expected, rtol)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(32, 24), (24, 24), (24, 30), (4, 4)])
+@pytest.mark.parametrize("size", [(8, 14), (2, 2), (4, 2)])
+def test_a_pooled_block_gives_the_numbers_of_the_block_then_pooling(dtype, rtol, inputs, outputs, size):
+    torch.manual_seed(0)
+    fast = PooledResidualBlock(inputs, outputs).to(dtype)
+    block = ResidualBlock(inputs, outputs).to(dtype)
+    block.load_state_dict(fast.state_dict())
+    plain = torch.nn.Sequential(block, torch.nn.AvgPool2d(3, stride=2, padding=1))
+    x = torch.randn(2, inputs, *size, dtype=dtype)
+    towards = torch.randn(2, outputs, size[0] // 2, size[1] // 2, dtype=dtype)
+    found, expected = (values_and_gradients(network, x, towards) for network in (fast, plain))
+    assert_close_to_the_largest(found, expected, rtol)
+
+
+def test_pooling_before_convolving_takes_a_quarter_of_the_operations():
+    conv, x = PooledConv(32, 32), torch.randn(2, 32, 16, 16)
+    with FlopCounterMode(display=False) as counter:
+        conv(x)
+    plain = 2 * 2 * 16 * 16 * 32 * 32 * 9
+    # At the border two lines of eight pixels, three weights each, and the sums of their pixels.
+    border = 2 * 2 * 2 * 8 * 3 * 32 * (32 + 16)
+    assert counter.get_total_flops() == plain / 4 + border
+    few = PooledConv(16, 32)
+    with FlopCounterMode(display=False) as counter:
+        few(x[:, :16])
+    assert counter.get_total_flops() == plain / 2, "with few filters the plain order is faster"
+
+
+def test_what_was_first_made_in_inference_mode_can_be_trained_with():
+    conv, x = PooledConv(24, 24), torch.randn(1, 24, 18, 22, requires_grad=True)
+    with torch.inference_mode():
+        conv(x)
+    conv(x).sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("name", ["cubicc", "cub_mini"])
