@@ -43,6 +43,9 @@ def write_starter_config(index: ShardIndex, shards: Path) -> str:
         clusters, reason = 2 * len(index.class_names), "twice as many as there are labels"
     else:
         clusters, reason = _UNKNOWN_CLUSTERS, "more than you expect"
+    # Convolutions gain from bf16; small layers do not, and numbers would only lose digits.
+    has_images = any(schema.kind == "image" for schema in index.modalities.values())
+    precision = "auto" if has_images else "fp32"
     modalities = "\n".join(_describe(key, schema) for key, schema in index.modalities.items())
     return f"""\
 # {name}: a start for data that nobody has tuned yet, written by tools/make_shards.py.
@@ -74,6 +77,7 @@ optimizer:
 train:
   batch_size: {batch_size}
   max_steps: {steps}
+  mixed_precision: {precision}
   log_every: 25
   validate_every: {steps // 4}
   checkpoint_every: {steps // 4}

@@ -62,3 +62,12 @@ def test_a_modality_weighs_less_the_more_elements_it_has():
     captions = SCHEMAS["caption"].model_copy(update={"shape": (32,)})
     assert 1 / 60 < likelihood_weight(SCHEMAS["photo"]) / likelihood_weight(captions) < 1 / 15
     assert likelihood_weight(SCHEMAS["size"]) == likelihood_weight(SCHEMAS["colour"]) == 50
+
+
+def test_only_images_are_worth_another_precision(tmp_path):
+    index = make_index(100, None)
+    without = {name: schema for name, schema in SCHEMAS.items() if name != "photo"}
+    for modalities, precision in ((SCHEMAS, "auto"), (without, "fp32")):
+        text = write_starter_config(index.model_copy(update={"modalities": modalities}), Path("s"))
+        (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+        assert load_config(tmp_path / "c.yaml").train.mixed_precision == precision
