@@ -54,18 +54,19 @@ def _filters(width: int, halvings: int) -> list[int]:
     return [width * min(2**stage, 4) for stage in range(halvings + 1)]
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3×3 convolution, (B, C_in, H, W) to (B, C_out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+
 class ResidualBlock(nn.Module):
     """(B, C_in, H, W) to (B, C_out, H, W): shortcut + 0.1 · (lrelu, conv, lrelu, conv)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        hidden = min(in_channels, out_channels)
-        self.branch = nn.Sequential(
-            LeakyReLU(LEAKY_SLOPE),
-            nn.Conv2d(in_channels, hidden, 3, padding=1),
-            LeakyReLU(LEAKY_SLOPE),
-            nn.Conv2d(hidden, out_channels, 3, padding=1),
-        )
+        self.branch = _branch(in_channels, out_channels, Conv3x3, Conv3x3)
         self.shortcut = _shortcut(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,16 +74,13 @@ class ResidualBlock(nn.Module):
         return torch.add(self.shortcut(x), self.branch(x), alpha=RESIDUAL_SCALE)
 
 
-class UpsampledConv(nn.Conv2d):
+class UpsampledConv(Conv3x3):
     """Nearest ×2, then a 3×3 convolution: (B, C_in, H, W) to (B, C_out, 2H, 2W), with 4/9 of the operations.
 
     The four pixels of an upsampled one are equal, so that the weights that meet it can be summed beforehand:
     the same numbers come from one transposed convolution of stride 2, whose 4×4 kernel is the flipped 3×3
     one summed over its four shifts. The 3×3 kernel stays the parameter.
     """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Upsample and convolve."""
@@ -92,7 +90,7 @@ class UpsampledConv(nn.Conv2d):
         return conv_transpose2d(x, kernel, cast(Tensor, self.bias), stride=2, padding=1)
 
 
-class PooledConv(nn.Conv2d):
+class PooledConv(Conv3x3):
     """A 3×3 convolution, then means of 3×3 pixels at every other: (B, C_in, H, W) to (B, C_out, H/2, W/2).
 
     On a CPU with a quarter of the operations, and the same numbers: a mean and a convolution may change
@@ -103,9 +101,6 @@ class PooledConv(nn.Conv2d):
 
     On a GPU, or with few filters, the dozen small operations at the border take longer than what they save.
     """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and pool."""
@@ -159,13 +154,7 @@ class PooledResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        hidden = min(in_channels, out_channels)
-        self.branch = nn.Sequential(
-            LeakyReLU(LEAKY_SLOPE),
-            nn.Conv2d(in_channels, hidden, 3, padding=1),
-            LeakyReLU(LEAKY_SLOPE),
-            PooledConv(hidden, out_channels),
-        )
+        self.branch = _branch(in_channels, out_channels, Conv3x3, PooledConv)
         self.shortcut = _shortcut(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,13 +169,7 @@ class UpsampledResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        hidden = min(in_channels, out_channels)
-        self.branch = nn.Sequential(
-            LeakyReLU(LEAKY_SLOPE),
-            UpsampledConv(in_channels, hidden),
-            LeakyReLU(LEAKY_SLOPE),
-            nn.Conv2d(hidden, out_channels, 3, padding=1),
-        )
+        self.branch = _branch(in_channels, out_channels, UpsampledConv, Conv3x3)
         self.shortcut = _shortcut(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,6 +177,18 @@ class UpsampledResidualBlock(nn.Module):
         shortcut = F.interpolate(self.shortcut(x), scale_factor=2.0, mode="nearest")
         # In place, as nobody keeps what was upsampled.
         return shortcut.add_(self.branch(x), alpha=RESIDUAL_SCALE)
+
+
+def _branch(
+    in_channels: int, out_channels: int, first: type[Conv3x3], second: type[Conv3x3]
+) -> nn.Sequential:
+    hidden = min(in_channels, out_channels)
+    return nn.Sequential(
+        LeakyReLU(LEAKY_SLOPE),
+        first(in_channels, hidden),
+        LeakyReLU(LEAKY_SLOPE),
+        second(hidden, out_channels),
+    )
 
 
 def _shortcut(in_channels: int, out_channels: int) -> nn.Module:
@@ -208,7 +203,7 @@ class ImageTrunk(nn.Module):
     def __init__(self, channels: int, filters: list[int]) -> None:
         super().__init__()
         *pooled, last = itertools.pairwise([filters[0], *filters])
-        layers: list[nn.Module] = [nn.Conv2d(channels, filters[0], 3, padding=1)]
+        layers: list[nn.Module] = [Conv3x3(channels, filters[0])]
         layers += [*(PooledResidualBlock(*way) for way in pooled), ResidualBlock(*last)]
         # Exports know the weights by the places that they had when pooling was a layer of its own.
         places = [0, *range(1, 2 * len(layers) - 1, 2)]
@@ -257,7 +252,7 @@ class ImageDecoder(nn.Module):
             ResidualBlock(*lowest),
             *(UpsampledResidualBlock(before, after) for before, after in higher),
             LeakyReLU(LEAKY_SLOPE),
-            nn.Conv2d(width, channels, 3, padding=1),
+            Conv3x3(width, channels),
         )
 
     def forward(self, latents: Tensor) -> Tensor:

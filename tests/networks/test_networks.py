@@ -234,6 +234,21 @@ def test_a_pooled_block_gives_the_numbers_of_the_block_then_pooling(dtype, rtol,
     assert_close_to_the_largest(found, expected, rtol)
 
 
+def test_in_bf16_a_pooled_block_errs_as_the_block_then_pooling_does():
+    torch.manual_seed(0)
+    fast, block = PooledResidualBlock(24, 30), ResidualBlock(24, 30)
+    block.load_state_dict(fast.state_dict())
+    plain = torch.nn.Sequential(block, torch.nn.AvgPool2d(3, stride=2, padding=1))
+    x, towards = torch.randn(2, 24, 8, 8), torch.randn(2, 30, 4, 4)
+    exact = values_and_gradients(plain, x, towards)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (values_and_gradients(network, x, towards) for network in (fast, plain))
+    dtypes = [value.dtype for value in found.values()]
+    assert dtypes == [torch.bfloat16] + [torch.float32] * (len(dtypes) - 1)
+    for one, other, true in zip(found.values(), expected.values(), exact.values(), strict=True):
+        assert (one - true).abs().max() <= 2 * (other - true).abs().max()
+
+
 def test_pooling_before_convolving_takes_a_quarter_of_the_operations():
     conv, x = PooledConv(32, 32), torch.randn(2, 32, 16, 16)
     with FlopCounterMode(display=False) as counter:
