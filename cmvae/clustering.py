@@ -3,6 +3,9 @@
 Pure functions of numpy arrays. One pass of the encoders over a data set gives `log_density`, of shape
 (N, M, C): log p(z_nm | c) of sample n's encoding by modality m under cluster c. Everything else is
 arithmetic on it. CMVAE is Palumbo et al., ICLR 2024.
+
+scikit-learn and scipy.optimize take as long to import as torch, and every process that has a model imports
+this: so the functions that want them import them.
 """
 
 from __future__ import annotations
@@ -14,11 +17,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linear_sum_assignment
 from scipy.special import entr, logsumexp
-from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-from sklearn.metrics.cluster import contingency_matrix
 
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.integer]
@@ -139,6 +138,8 @@ def find_cluster_means(shared_loc: FloatArray, present: BoolArray, num_clusters:
         (C, D) float32: the centres, largest first, over and over until there are C, each moved by up to
         `MEANS_SPREAD` in every dimension. The same for the same points.
     """
+    from sklearn.cluster import KMeans
+
     points = shared_loc[present]
     num_pieces = math.ceil(CENTRES_SHARE * num_clusters)
     pieces = np.full(present.shape, -1)
@@ -298,6 +299,10 @@ def clustering_metrics(assignments: IntArray, labels: IntArray) -> dict[str, flo
         to classes; samples of unmatched clusters count as wrong), `nmi` (normalised by the arithmetic
         mean), `ari`, `purity` (accuracy when every cluster stands for its most frequent class).
     """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
     counts = contingency_matrix(labels, assignments)
     matching = linear_sum_assignment(counts, maximize=True)
     return {
@@ -326,6 +331,8 @@ def confusion(assignments: IntArray, labels: IntArray, num_classes: int) -> tupl
     Raises:
         ValueError: a label is negative or not below `num_classes`.
     """
+    from scipy.optimize import linear_sum_assignment
+
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"labels must be in 0..{num_classes - 1}; leave out samples without one")
     cluster_ids, columns = np.unique(assignments, return_inverse=True)

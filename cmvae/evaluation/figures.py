@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
-from sklearn.manifold import TSNE
 
 from cmvae.clustering import BoolArray, FloatArray, IntArray, Selection
 from cmvae.data.schema import ModalitySchema
@@ -274,6 +273,9 @@ def project_2d(z: FloatArray, seed: int) -> FloatArray:
     Returns:
         (N, 2), without units.
     """
+    # Slow to import, and only this draws with it.
+    from sklearn.manifold import TSNE
+
     perplexity = min(30.0, (len(z) - 1) / 3)
     tsne = TSNE(n_components=2, init="pca", perplexity=perplexity, random_state=seed)
     return tsne.fit_transform(np.asarray(z, dtype=np.float32))
