@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmvae.benchmark.job import Job
@@ -132,30 +131,30 @@ def ceiling_job(precision: Precision) -> Job:
         precision: `fp32`, `bf16` or `fp16`.
     """
     dtype = AUTOCAST_DTYPES[precision] or torch.float32
-    jobs = [_convolutions(channels, side, dtype) for channels, side in CEILING_SHAPES]
-    fastest = max(jobs, key=lambda job: job.facts["flops"] / job.measure()["seconds"])
+    timed = [_convolutions(channels, side, dtype) for channels, side in CEILING_SHAPES]
+    fastest, _ = max(timed, key=lambda job_and_rate: job_and_rate[1])
     return replace(fastest, facts=fastest.facts | {"precision": precision})
 
 
-def _convolutions(channels: int, side: int, dtype: torch.dtype) -> Job:
-    """So many convolutions of one shape as take `CEILING_SECONDS`."""
+def _convolutions(channels: int, side: int, dtype: torch.dtype) -> tuple[Job, float]:
+    """So many convolutions of one shape as take `CEILING_SECONDS`, and their operations a second."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     batch_size = CEILING_BATCH if device.type == "cpu" else CEILING_BATCH_ON_GPU
 
-    def draw(*shape: int) -> Tensor:
-        tensor = torch.randn(shape, device=device, dtype=dtype)
-        return tensor.to(memory_format=torch.channels_last).requires_grad_()
-
-    x = draw(batch_size, channels, side, side)
-    weight = draw(channels, channels, 3, 3)
-    towards = torch.ones_like(x)
-
-    def convolve() -> None:
-        torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), towards)
+    def prepare(device: torch.device) -> Callable[[], object]:
+        x, weight = (
+            torch.randn(shape, device=device, dtype=dtype)
+            .to(memory_format=torch.channels_last)
+            .requires_grad_()
+            for shape in ((batch_size, channels, side, side), (channels, channels, 3, 3))
+        )
+        towards = torch.ones_like(x)
+        return lambda: torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), towards)
 
     with FlopCounterMode(display=False) as counter:
-        convolve()
+        prepare(torch.device("meta"))()
     flops = counter.get_total_flops()
+    convolve = prepare(device)
 
     def repeat(times: int) -> Job:
         def run() -> None:
@@ -165,9 +164,9 @@ def _convolutions(channels: int, side: int, dtype: torch.dtype) -> Job:
         return Job(run, times * batch_size, {"flops": times * flops, "channels": channels, "side": side})
 
     times = 1
-    while repeat(times).measure()["seconds"] < CEILING_SECONDS:
+    while (seconds := repeat(times).measure()["seconds"]) < CEILING_SECONDS:
         times *= 2
-    return repeat(times)
+    return repeat(times), times * flops / seconds
 
 
 def _with_modalities(config: CMVAEExperiment, synthetic: int | None) -> CMVAEExperiment:

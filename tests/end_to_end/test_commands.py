@@ -25,7 +25,7 @@ FIGURES = [
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A copy of the checkout in which `make demo` ran, with a shorter training."""
+    """A copy of the checkout in which `make demo` ran, with less training and a smaller refiner."""
     copy = tmp_path_factory.mktemp("demo") / "checkout"
     shutil.copytree(
         ROOT,
@@ -41,9 +41,10 @@ def demo(tmp_path_factory):
             f"VENV={environment}",
             "-o",
             environment / "installed",
-            "ARGS=train.max_steps=100 evaluation.num_generated=500 evaluation.likelihood_samples=6",
+            "ARGS=train.max_steps=100 train.batch_size=24 "
+            "evaluation.num_generated=500 evaluation.likelihood_samples=6",
             "REFINER_ARGS=train.max_steps=20 evaluation.num_generated=100 "
-            "refiner.sampler.num_steps=1 refiner.sampler.candidates=1",
+            "refiner.network.channels=8 refiner.sampler.num_steps=1 refiner.sampler.candidates=1",
         ],
         copy,
         timeout=1200,
