@@ -99,7 +99,8 @@ class PooledConv(Conv3x3):
     So for the first row of the result the image's first row is taken from the lower weights and given to the
     upper ones, and for the first column likewise. H and W must be even, or the last ones would want it, too.
 
-    On a GPU, or with few filters, the dozen small operations at the border take longer than what they save.
+    With few filters the dozen small operations at the border take longer than what they save; on a GPU, where
+    each of them is a launch, the plain order is taken, too.
     """
 
     def forward(self, x: Tensor) -> Tensor:
