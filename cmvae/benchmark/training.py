@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmvae.benchmark.job import Job
@@ -141,20 +142,21 @@ def _convolutions(channels: int, side: int, dtype: torch.dtype) -> tuple[Job, fl
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     batch_size = CEILING_BATCH if device.type == "cpu" else CEILING_BATCH_ON_GPU
 
-    def prepare(device: torch.device) -> Callable[[], object]:
-        x, weight = (
-            torch.randn(shape, device=device, dtype=dtype)
-            .to(memory_format=torch.channels_last)
-            .requires_grad_()
-            for shape in ((batch_size, channels, side, side), (channels, channels, 3, 3))
-        )
-        towards = torch.ones_like(x)
-        return lambda: torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), towards)
+    def draw(*shape: int) -> Tensor:
+        tensor = torch.randn(shape, device=device, dtype=dtype)
+        return tensor.to(memory_format=torch.channels_last).requires_grad_()
 
+    x = draw(batch_size, channels, side, side)
+    weight = draw(channels, channels, 3, 3)
+    towards = torch.ones_like(x)
+
+    def convolve() -> None:
+        torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), towards)
+
+    # Counting warms up, too: a first convolution may take longer than all that are timed.
     with FlopCounterMode(display=False) as counter:
-        prepare(torch.device("meta"))()
+        convolve()
     flops = counter.get_total_flops()
-    convolve = prepare(device)
 
     def repeat(times: int) -> Job:
         def run() -> None:
@@ -163,10 +165,10 @@ def _convolutions(channels: int, side: int, dtype: torch.dtype) -> tuple[Job, fl
 
         return Job(run, times * batch_size, {"flops": times * flops, "channels": channels, "side": side})
 
-    times = 1
-    while (seconds := repeat(times).measure()["seconds"]) < CEILING_SECONDS:
-        times *= 2
-    return repeat(times), times * flops / seconds
+    job = repeat(times := 1)
+    while (seconds := job.measure()["seconds"]) < CEILING_SECONDS:
+        job = repeat(times := 2 * times)
+    return job, job.facts["flops"] / seconds
 
 
 def _with_modalities(config: CMVAEExperiment, synthetic: int | None) -> CMVAEExperiment:
