@@ -24,7 +24,9 @@ from cmvae.training.checkpoint_folder import list_checkpoints
 
 # What is imported before a fork is there in every process at once.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["cmvae.training.loop", "faulty_training"])
+_processes.set_forkserver_preload(
+    ["cmvae.training.loop", "sklearn.metrics", "sklearn.cluster", "faulty_training"]
+)
 
 Fault = Callable[[], None]
 """Called in the process before the training: it replaces what is to fail."""
