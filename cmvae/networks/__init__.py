@@ -11,6 +11,7 @@ from cmvae.data.schema import ModalitySchema
 from cmvae.errors import UserError
 from cmvae.networks.caption import CaptionDecoder, CaptionEncoder, check_caption
 from cmvae.networks.image import ImageDecoder, ImageEncoder, check_image_size
+from cmvae.networks.strided import StridedImageDecoder, StridedImageEncoder, check_strided_size
 from cmvae.networks.vector import VectorDecoder, VectorEncoder, check_vector
 
 
@@ -30,6 +31,7 @@ class NetworkFamily:
 
 NETWORKS: dict[str, NetworkFamily] = {
     "resnet": NetworkFamily(ImageEncoder, ImageDecoder, check_image_size),
+    "strided": NetworkFamily(StridedImageEncoder, StridedImageDecoder, check_strided_size),
     "caption": NetworkFamily(CaptionEncoder, CaptionDecoder, check_caption),
     "mlp": NetworkFamily(VectorEncoder, VectorDecoder, check_vector),
 }

@@ -12,7 +12,6 @@ from torch.distributions import Laplace, Normal
 
 from cmvae.clustering import (
     MEANS_SPREAD,
-    _agreement,
     clustering_metrics,
     confidence,
     confusion,
@@ -22,6 +21,7 @@ from cmvae.clustering import (
     select_clusters,
     vote,
 )
+from cmvae.clustering.refit import _agreement
 
 FAMILIES = {"normal": Normal, "laplace": Laplace}
 

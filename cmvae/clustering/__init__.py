@@ -1,0 +1,44 @@
+"""What the model says about clusters: which sample is in which, how many there are, and how good they are.
+
+Pure functions of numpy arrays. CMVAE is Palumbo et al., ICLR 2024.
+"""
+
+from cmvae.clustering.arrays import BoolArray, FloatArray, IntArray
+from cmvae.clustering.assignment import (
+    confidence,
+    joint_location,
+    mean_by_group,
+    responsibilities,
+    vote,
+)
+from cmvae.clustering.criteria import CRITERIA, Curve, agreement_curve, silhouette_curve, stability_curve
+from cmvae.clustering.hierarchy import ClusterHierarchy, merge_clusters, prune_clusters
+from cmvae.clustering.refit import MEANS_SPREAD, find_cluster_means, merge_pieces
+from cmvae.clustering.scores import clustering_metrics, confusion
+from cmvae.clustering.selection import Selection, select_clusters
+
+__all__ = [
+    "CRITERIA",
+    "MEANS_SPREAD",
+    "BoolArray",
+    "ClusterHierarchy",
+    "Curve",
+    "FloatArray",
+    "IntArray",
+    "Selection",
+    "agreement_curve",
+    "clustering_metrics",
+    "confidence",
+    "confusion",
+    "find_cluster_means",
+    "joint_location",
+    "mean_by_group",
+    "merge_clusters",
+    "merge_pieces",
+    "prune_clusters",
+    "responsibilities",
+    "select_clusters",
+    "silhouette_curve",
+    "stability_curve",
+    "vote",
+]

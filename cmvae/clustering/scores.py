@@ -1,0 +1,68 @@
+"""How well clusters agree with labels that they have not seen.
+
+scikit-learn and scipy.optimize take as long to import as torch, so that the functions that need them import them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cmvae.clustering.arrays import IntArray
+
+
+def clustering_metrics(assignments: IntArray, labels: IntArray) -> dict[str, float]:
+    """How well a clustering agrees with labels that it has not seen.
+
+    Args:
+        assignments: (N,) cluster ids.
+        labels: (N,) class ids.
+
+    Returns:
+        `num_clusters` (how many are used), `acc` (accuracy under the best one-to-one matching of clusters
+        to classes; samples of unmatched clusters count as wrong), `nmi` (normalised by the arithmetic
+        mean), `ari`, `purity` (accuracy when every cluster stands for its most frequent class).
+    """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    counts = contingency_matrix(labels, assignments)
+    matching = linear_sum_assignment(counts, maximize=True)
+    return {
+        "num_clusters": float(counts.shape[1]),
+        "acc": float(counts[matching].sum() / counts.sum()),
+        "nmi": float(normalized_mutual_info_score(labels, assignments)),
+        "ari": float(adjusted_rand_score(labels, assignments)),
+        "purity": float(counts.max(axis=0).sum() / counts.sum()),
+    }
+
+
+def confusion(assignments: IntArray, labels: IntArray, num_classes: int) -> tuple[IntArray, IntArray]:
+    """Samples of every class in every used cluster, the clusters ordered by the class they match.
+
+    Args:
+        assignments: (N,) cluster ids.
+        labels: (N,) class ids below `num_classes`.
+        num_classes: number of rows.
+
+    Returns:
+        counts: (num_classes, U), U the number of used clusters. The columns are first the clusters with a
+            class in the best one-to-one matching, in the order of the classes, then the others, the
+            largest first.
+        cluster_ids: (U,) which cluster each column is.
+
+    Raises:
+        ValueError: a label is negative or not below `num_classes`.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"labels must be in 0..{num_classes - 1}; leave out samples without one")
+    cluster_ids, columns = np.unique(assignments, return_inverse=True)
+    counts = np.zeros((num_classes, len(cluster_ids)), dtype=np.int64)
+    np.add.at(counts, (labels, columns), 1)
+    _, matched = linear_sum_assignment(counts, maximize=True)
+    unmatched = np.setdiff1d(np.arange(len(cluster_ids)), matched)
+    unmatched = unmatched[np.argsort(-counts[:, unmatched].sum(axis=0), kind="stable")]
+    order = np.concatenate([matched, unmatched])
+    return counts[:, order], cluster_ids[order]
