@@ -30,13 +30,14 @@ def assign_to_file(
     modalities: Sequence[str],
     batch_size: int,
     out: Path,
+    num_clusters: int | None = None,
 ) -> dict[int | None, int]:
     """Assign every sample to a cluster and write the table, whole or not at all, with a progress bar.
 
-    The columns are `key`, `split`, and by vote `cluster` and `confidence`; then `MODALITY_cluster` and
-    `MODALITY_confidence` of what each modality says on its own. Cells are empty where a sample lacks a
-    modality, and those of the vote where it lacks all. Rows are sorted by their keys: those of a table
-    of one's own stand as they do there.
+    The columns are `key`, `split`, and by all modalities together `cluster` and `confidence`; then
+    `MODALITY_cluster` and `MODALITY_confidence` of what each modality says on its own. Cells are empty where a
+    sample lacks a modality, `cluster` and `confidence` where it lacks all. Rows are sorted by their keys: those
+    of a table of one's own stand as they do there.
 
     Args:
         export: of the model.
@@ -45,6 +46,7 @@ def assign_to_file(
         modalities: those of the model's modalities to assign from.
         batch_size: samples that are encoded together.
         out: the CSV file.
+        num_clusters: so many clusters from the same model; None takes those that were selected.
 
     Returns:
         The number of samples of each cluster that has some; of those that have no modality to assign from
@@ -55,7 +57,7 @@ def assign_to_file(
             model was trained on, or the file cannot be written.
     """
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = CMVAE.from_pretrained(export, device)
+    model = CMVAE.from_pretrained(export, device, num_clusters=num_clusters)
     index = ShardIndex.load(shards)
     index.check_modalities({name: model.schemas[name] for name in modalities}, shards)
     columns = ["key", "split", "cluster", "confidence"]

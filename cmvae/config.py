@@ -30,6 +30,7 @@ from cmvae.kinds import KINDS
 from cmvae.kinds.kind import LikelihoodName
 
 Family = Literal["normal", "laplace"]
+CriterionName = Literal["entropy", "silhouette", "stability", "agreement"]
 
 # Parts of pydantic's locations that are no keys of the YAML: of a mapping's key, and of branches of a union.
 _NO_KEY = re.compile(r"\[key\]|literal\[.*\]|constrained-\w+")
@@ -73,6 +74,9 @@ class ModelConfig(_Settings):
     """Clusters to start from: more than are expected, the selection drops what is not needed."""
     cluster_mean_range: float = Field(default=1.0, gt=0)
     """Cluster means start uniform in (−range, range)."""
+    assign_by: Literal["vote", "joint"] = "vote"
+    """Where a sample's modalities disagree: each chooses a cluster and the mode is taken (the paper), or the
+    cluster is read from the geometric median of their locations, see `cmvae.clustering.joint_location`."""
     modalities: dict[ModalityName, ModalityConfig] = Field(min_length=1)
 
 
@@ -84,6 +88,27 @@ def _as_several(value: object) -> object:
     if not isinstance(value, (list, tuple)):
         raise ValueError("give one step, several as [800, 1500], or null")
     return value
+
+
+class AlignmentConfig(_Settings):
+    """The contrast between modalities beside the bound, see `cmvae.alignment`. Off with one modality."""
+
+    weight: float = Field(default=0.0, ge=0)
+    """What the contrast is multiplied by, in nats of the bound a sample; 0 is the published objective."""
+    pretrain: Annotated[float, Field(ge=0, lt=1)] | PositiveInt = 0.0
+    """The training begins with the contrast alone, on the encoders of z: for a share of its steps, or for so
+    many. Then cluster means are found as by `refit_clusters_at`."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the logits. At 1 two encodings of one sample are expected to differ as two samples of p(z|c) do."""
+    augment: dict[ModalityName, tuple[Literal["flip", "crop"], ...]] = {}
+    """Image modalities that the contrast sees mirrored at random (`flip`) or as a random part (`crop`): what
+    a picture shows must be the same after it. The bound sees them as they are."""
+
+    @model_validator(mode="after")
+    def _pretrains_with_a_weight(self) -> AlignmentConfig:
+        if self.pretrain and not self.weight:
+            raise ValueError("pretrain needs a weight above 0: it trains with this term alone")
+        return self
 
 
 class ObjectiveConfig(_Settings):
@@ -109,6 +134,7 @@ class ObjectiveConfig(_Settings):
     1500]`), or never (null). A cluster that took two classes early on seldom lets one go, and later, when
     they lie apart, the halves of one class are known as such. VaDE (Jiang et al., 2017) sets its mixture up
     by k-means, too, after pretraining."""
+    alignment: AlignmentConfig = AlignmentConfig()
 
     @model_validator(mode="after")
     def _terms_add_up(self) -> ObjectiveConfig:
@@ -118,6 +144,20 @@ class ObjectiveConfig(_Settings):
                 "out is unbiased with one sample only. Set cross_sources to all, or num_samples to 1"
             )
         return self
+
+
+class ClustersConfig(_Settings):
+    """The clusters of the export: how many, and where."""
+
+    criterion: CriterionName = "entropy"
+    """`entropy` is the paper's: components of the trained mixture are dropped while the penalised normalised
+    entropy falls. The others set the clusters anew by what z shows, see `cmvae.clustering.merge_clusters`,
+    and take the number with the highest mean `silhouette`, the largest number that halves of the data agree
+    about (`stability`), or that modalities agree about most (`agreement`)."""
+    normaliser: Literal["active", "initial"] = "active"
+    """Of `entropy`: the clusters in use, or as in the released code all that the training began with."""
+    num_clusters: int | None = Field(default=None, ge=2)
+    """Take so many, whatever the criterion selects; null lets it decide."""
 
 
 class UNetConfig(_Settings):
@@ -341,6 +381,23 @@ class CMVAEExperiment(ExperimentConfig):
 
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
+    clusters: ClustersConfig = ClustersConfig()
+
+    @model_validator(mode="after")
+    def _fits_its_model(self) -> CMVAEExperiment:
+        told, largest = self.clusters.num_clusters, self.model.num_clusters
+        if told is not None and told > largest:
+            raise ValueError(
+                f"clusters.num_clusters is {told}, but the model has {largest}; set model.num_clusters to "
+                f"{told} or more"
+            )
+        for name in self.objective.alignment.augment:
+            if name not in self.model.modalities:
+                raise ValueError(
+                    f"objective.alignment.augment: no modality {name!r} in model.modalities, which has "
+                    f"{', '.join(self.model.modalities)}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _there_are_so_many_sources(self) -> CMVAEExperiment:
@@ -472,6 +529,11 @@ def check_against_shards(config: ExperimentConfig, index: ShardIndex, source: st
     if isinstance(config, CMVAEExperiment):
         for name, modality in config.model.modalities.items():
             kind, family = KINDS[index.modalities[name].kind], modality.likelihood.family
+            if kind.name != "image" and name in config.objective.alignment.augment:
+                raise UserError(
+                    f"{source}: objective.alignment.augment: {name} is of kind {kind.name}, and only images "
+                    "are augmented; remove it there"
+                )
             if family is not None and family not in kind.likelihoods:
                 raise UserError(
                     f"{source}: model.modalities.{name}.likelihood.family: {family} does not fit a modality "

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -22,7 +22,7 @@ from accelerate.utils import (
 )
 from torch import Tensor
 
-from cmvae.config import ExperimentConfig
+from cmvae.config import CMVAEExperiment, ExperimentConfig
 from cmvae.errors import UserError
 from cmvae.memory import keep_freed_memory
 from cmvae.precision import autocast_dtype, computes_in_bf16
@@ -68,7 +68,10 @@ def start_accelerator(config: ExperimentConfig) -> Accelerator:
     scales_loss = precision == "fp16" and not deepspeed
     # After the heartbeat's, which names the rank that is waited for.
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.hang_timeout) + _GROUP_GRACE)
-    handlers: list[KwargsHandler] = [group, DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    data_parallel = DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True, find_unused_parameters=_trains_parts(config)
+    )
+    handlers: list[KwargsHandler] = [group, data_parallel]
     if scales_loss:
         handlers.append(AutocastKwargs(enabled=False))
     if deepspeed:
@@ -98,6 +101,43 @@ def start_accelerator(config: ExperimentConfig) -> Accelerator:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator, config)
     return accelerator
+
+
+def _trains_parts(config: ExperimentConfig) -> bool:
+    """Whether some steps leave parameters without a gradient, which data parallelism then looks for."""
+    return isinstance(config, CMVAEExperiment) and config.objective.alignment.pretrain > 0
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, dim: int) -> Tensor:
+        ctx.dim, ctx.size = dim, values.shape[dim]
+        parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, values.contiguous())
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # Every rank's loss depends on these values.
+        total = gradient.contiguous()
+        torch.distributed.all_reduce(total)
+        return total.narrow(ctx.dim, torch.distributed.get_rank() * ctx.size, ctx.size), None
+
+
+def rank_of_process() -> int:
+    """This process's rank, 0 where there is only one."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def gather_with_gradient(values: Tensor, dim: int) -> Tensor:
+    """The values of all ranks along `dim`, in the order of the ranks; equally many on each.
+
+    The gradient sums what the losses of all ranks say, so that a mean of gradients over ranks is that of the
+    mean of the losses. With one rank `values` itself. To be called on all ranks.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return values
+    return cast(Tensor, _Gather.apply(values, dim))
 
 
 def start_evaluation_accelerator() -> Accelerator:

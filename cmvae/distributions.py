@@ -44,6 +44,21 @@ class LocationScale(ABC):
     def log_prob(self, value: Tensor, event_dims: int = 1) -> Tensor:
         """Log-density in nats, summed over the last `event_dims` axes."""
 
+    @staticmethod
+    @abstractmethod
+    def variance_of(scale: Tensor) -> Tensor:
+        """The variance that belongs to a scale, any shape."""
+
+    @staticmethod
+    @abstractmethod
+    def scale_of(variance: Tensor) -> Tensor:
+        """The inverse of `variance_of`."""
+
+    @property
+    def variance(self) -> Tensor:
+        """Of every dimension, the shape of `scale`."""
+        return self.variance_of(self.scale)
+
     def sample(self, noise: Tensor) -> Tensor:
         """The reparametrised sample that belongs to `noise`."""
         return self.loc + self.scale * noise
@@ -60,6 +75,16 @@ class Normal(LocationScale):
     def scale_from_raw(raw: Tensor) -> Tensor:
         """Softplus."""
         return F.softplus(raw) + SCALE_FLOOR
+
+    @staticmethod
+    def variance_of(scale: Tensor) -> Tensor:
+        """As `LocationScale.variance_of`."""
+        return scale.square()
+
+    @staticmethod
+    def scale_of(variance: Tensor) -> Tensor:
+        """As `LocationScale.scale_of`."""
+        return variance.sqrt()
 
     @staticmethod
     def draw_noise(
@@ -82,6 +107,16 @@ class Laplace(LocationScale):
     def scale_from_raw(raw: Tensor) -> Tensor:
         """Softmax over the last axis times its length, so that the scales average 1."""
         return raw.softmax(-1) * raw.shape[-1] + SCALE_FLOOR
+
+    @staticmethod
+    def variance_of(scale: Tensor) -> Tensor:
+        """As `LocationScale.variance_of`."""
+        return 2 * scale.square()
+
+    @staticmethod
+    def scale_of(variance: Tensor) -> Tensor:
+        """As `LocationScale.scale_of`."""
+        return (variance / 2).sqrt()
 
     @staticmethod
     def draw_noise(

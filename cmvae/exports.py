@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_numpy
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cmvae.clustering import ClusterHierarchy
+from cmvae.config import CriterionName
 from cmvae.errors import UserError
 from cmvae.files import sha256_of, whole_folder
 
 WEIGHTS_NAME = "model.safetensors"
 EXPORT_CONFIG_NAME = "config.yaml"
+CLUSTERS_NAME = "clusters.safetensors"
+CLUSTER_RECORD_NAME = "clusters.json"
 
 # The key of an export's config that tells what it is the export of.
 _KINDS = {"model": "a CMVAE", "refiner": "a refiner"}
@@ -24,12 +31,82 @@ _KINDS = {"model": "a CMVAE", "refiner": "a refiner"}
 Config = TypeVar("Config", bound=BaseModel)
 
 
-def save_export(folder: Path, config: BaseModel, state: Mapping[str, Tensor]) -> None:
-    """Write `model.safetensors` and `config.yaml`, whole or not at all; an older export there is replaced."""
+class CurveRecord(BaseModel):
+    """A criterion for every number of clusters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_clusters: tuple[int, ...]
+    """(S,) descending."""
+    values: tuple[float, ...]
+    """(S,)"""
+    selected: int
+    """The number that the criterion selects."""
+    terms: dict[str, tuple[float, ...]] = {}
+    """Summands of the values, by name, where there are some."""
+
+
+class ClusterRecord(BaseModel):
+    """`clusters.json` of an export: how many clusters there are, and by which criterion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    criterion: CriterionName
+    """The one that decided."""
+    selected: int
+    """The number that it selected."""
+    told: int | None
+    """The number that the config asked for instead; None if it asked for none."""
+    curves: dict[CriterionName, CurveRecord]
+    """All criteria, from one pass of the encoders."""
+
+    @property
+    def num_clusters(self) -> int:
+        """Clusters of the export."""
+        return self.selected if self.told is None else self.told
+
+
+def load_clusters(folder: Path) -> tuple[ClusterHierarchy, ClusterRecord]:
+    """The sets of clusters in an export, and how they were found.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    try:
+        hierarchy = ClusterHierarchy(**load_numpy(folder / CLUSTERS_NAME))
+        text = (folder / CLUSTER_RECORD_NAME).read_text(encoding="utf-8")
+        return hierarchy, ClusterRecord.model_validate_json(text)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error.filename or folder / CLUSTERS_NAME}: missing, so this export knows no other number of "
+            "clusters than its own. Train the run again"
+        ) from error
+    except (OSError, TypeError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: a damaged export: {error}. Export the run again") from error
+
+
+def save_export(
+    folder: Path,
+    config: BaseModel,
+    state: Mapping[str, Tensor],
+    clusters: tuple[ClusterHierarchy, ClusterRecord] | None = None,
+) -> None:
+    """Write an export, whole or not at all; an older one there is replaced.
+
+    Args:
+        folder: where to.
+        config: what builds the module, `config.yaml`.
+        state: its weights, `model.safetensors`.
+        clusters: `clusters.safetensors` and `clusters.json`, or None.
+    """
     with whole_folder(folder) as partial:
         save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, partial / WEIGHTS_NAME)
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         (partial / EXPORT_CONFIG_NAME).write_text(text, encoding="utf-8")
+        if clusters is not None:
+            hierarchy, record = clusters
+            save_numpy(asdict(hierarchy), partial / CLUSTERS_NAME)
+            (partial / CLUSTER_RECORD_NAME).write_text(record.model_dump_json(indent=1), encoding="utf-8")
 
 
 def read_export_config(folder: Path, config_type: type[Config]) -> Config:

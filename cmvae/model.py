@@ -9,21 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from cmvae.clustering import confidence, responsibilities, vote
+from cmvae.clustering import ClusterHierarchy, confidence, joint_location, responsibilities, vote
 from cmvae.config import ModelConfig
 from cmvae.data.schema import ModalityName, ModalitySchema
 from cmvae.distributions import FAMILIES, LocationScale
-from cmvae.exports import load_weights, read_export_config, save_export
+from cmvae.errors import UserError
+from cmvae.exports import ClusterRecord, load_clusters, load_weights, read_export_config, save_export
 from cmvae.kinds import KINDS
 from cmvae.likelihoods import likelihood_of
 from cmvae.networks import network_family
+from cmvae.networks.encoder import TwoTrunkEncoder
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -72,9 +74,10 @@ class Assignment(NamedTuple):
     """Clusters of a batch, after the selection."""
 
     cluster: Tensor
-    """(B,) int64, the voted cluster."""
+    """(B,) int64."""
     confidence: Tensor
-    """(B,) mean over the modalities of the voted cluster's responsibility."""
+    """(B,): by vote the mean over the modalities of their responsibility of the cluster, else p(c | z) at the
+    joint location."""
     responsibilities: Tensor
     """(B, M, C) p(c | z) at each modality's posterior location."""
 
@@ -84,21 +87,21 @@ class ExportConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[2] = 2
-    """Of 1 the decoders of images had their weights under other names."""
+    format_version: Literal[3] = 3
     model: ModelConfig
     modalities: dict[ModalityName, ModalitySchema]
 
 
 class ClusterPrior(nn.Module):
-    """p(c) p(z|c): learned weights π and means, scales fixed at the neutral raw 0."""
+    """p(c) p(z|c): learned weights π and means, scales fixed at the neutral raw 0 while training."""
 
     def __init__(self, family: type[LocationScale], num_clusters: int, dim: int, mean_range: float) -> None:
         super().__init__()
         self.family = family
         self.logits = nn.Parameter(torch.zeros(num_clusters))
         self.means = nn.Parameter(torch.empty(num_clusters, dim).uniform_(-mean_range, mean_range))
-        self.register_buffer("scale", family.scale_from_raw(torch.zeros(dim)), persistent=False)
+        # Fixed while training; an export whose clusters were found in z has what fits them.
+        self.register_buffer("scale", family.scale_from_raw(torch.zeros(dim)))
         # Clusters that the selection kept; all of them while training.
         self.register_buffer("active", torch.ones(num_clusters, dtype=torch.bool))
         self.scale: Tensor
@@ -116,6 +119,28 @@ class ClusterPrior(nn.Module):
     def log_weights(self) -> Tensor:
         """Log π (C,), renormalised over the active clusters, −∞ elsewhere."""
         return self.logits.masked_fill(~self.active, -torch.inf).log_softmax(-1)
+
+    @torch.no_grad()
+    def take(self, hierarchy: ClusterHierarchy, num_clusters: int) -> None:
+        """Have the clusters of one set of a hierarchy, and no others active.
+
+        Args:
+            hierarchy: of at most as many clusters as this prior has.
+            num_clusters: size of the set.
+
+        Raises:
+            ValueError: there is no such set.
+        """
+        step, active = hierarchy.step(num_clusters), torch.from_numpy(hierarchy.active(num_clusters))
+        self.active.zero_()[: len(active)] = active.to(self.active.device)
+        if hierarchy.is_pruned:
+            return  # parts of the mixture that this is
+        self.means[: len(active)] = torch.from_numpy(hierarchy.means[step]).to(self.means)
+        # Weights of clusters that are gone mean nothing, and must be finite.
+        shares = torch.from_numpy(hierarchy.shares[step]).to(self.logits)
+        self.logits[: len(active)] = shares.clamp(min=torch.finfo(shares.dtype).tiny).log()
+        variance = torch.full_like(self.scale, float(hierarchy.variance[step]))
+        self.scale.copy_(self.family.scale_of(variance))
 
     def sample(self, clusters: Tensor, noise: Tensor) -> Tensor:
         """Samples of p(z|c) for `clusters` (B,) from `noise` (B, D)."""
@@ -215,6 +240,18 @@ class CMVAE(nn.Module):
             )
         return posteriors
 
+    def encode_shared(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Locations of q(z|x_m) alone, (B, D_z) by modality, for a training that needs nothing else.
+
+        Args:
+            inputs: as of `encode`.
+        """
+        locations = {}
+        for name, x in inputs.items():
+            with self._network_precision(x.device):
+                locations[name] = _full_precision(cast(TwoTrunkEncoder, self.encoders[name]).encode_shared(x))
+        return locations
+
     def decode(self, shared: Tensor, private: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The mean of p(x_m | z, w_m), or the most probable value, for every modality in `private`.
 
@@ -252,7 +289,7 @@ class CMVAE(nn.Module):
 
     @torch.no_grad()
     def assign(self, inputs: Mapping[str, Tensor], mask: Tensor | None = None) -> Assignment:
-        """Clusters of a batch from the modalities given, by the vote of `cmvae.clustering.vote`.
+        """Clusters of a batch from the modalities given, by `config.assign_by`.
 
         Args:
             inputs: by modality, data (B, *shape); images are in [0, 1].
@@ -261,14 +298,26 @@ class CMVAE(nn.Module):
         shared = stack_shared_locations(self.encode(inputs))
         log_weights, log_density = (tensor.cpu().numpy() for tensor in self.cluster_prior(shared))
         active = self.cluster_prior.active.cpu().numpy()
-        probabilities = responsibilities(log_density, np.where(active, log_weights, 0), active)
-        present = None if mask is None else mask.cpu().numpy()
-        clusters = vote(probabilities, present)
+        log_weights = np.where(active, log_weights, 0)
+        probabilities = responsibilities(log_density, log_weights, active)
+        present = np.ones(probabilities.shape[:2], dtype=bool) if mask is None else mask.cpu().numpy()
+        if self.config.assign_by == "joint":
+            joint = self.log_density(joint_location(shared.cpu().numpy(), present))
+            together = responsibilities(joint[:, None], log_weights, active)[:, 0]
+            clusters, certainty = together.argmax(axis=1), together.max(axis=1)
+        else:
+            clusters = vote(probabilities, present)
+            certainty = confidence(probabilities, clusters, present)
         return Assignment(
-            torch.from_numpy(clusters),
-            torch.from_numpy(confidence(probabilities, clusters, present)),
-            torch.from_numpy(probabilities),
+            torch.from_numpy(clusters), torch.from_numpy(certainty), torch.from_numpy(probabilities)
         )
+
+    @torch.no_grad()
+    def log_density(self, locations: np.ndarray) -> np.ndarray:
+        """Log p(z|c) of every cluster, (..., C), for `locations` (..., D_z) that lie on the CPU."""
+        z = torch.from_numpy(locations).to(self.private_scale.device)
+        density: np.ndarray = self.cluster_prior(z)[1].cpu().numpy()
+        return density
 
     @torch.no_grad()
     def reconstruct(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -375,14 +424,17 @@ class CMVAE(nn.Module):
         """Autocast for the networks alone; with fp32 it switches off whatever a launcher switched on."""
         return torch.autocast(device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write an export, `model.safetensors` and `config.yaml`, whole or not at all.
+    def save_pretrained(
+        self, folder: str | Path, clusters: tuple[ClusterHierarchy, ClusterRecord] | None = None
+    ) -> None:
+        """Write an export, see `cmvae.exports.save_export`, whole or not at all.
 
         Args:
             folder: where to; an older export there is replaced.
+            clusters: sets of clusters to choose from later, and how they were found; None writes none.
         """
         config = ExportConfig(model=self.config, modalities=self.schemas)
-        save_export(Path(folder), config, self.state_dict())
+        save_export(Path(folder), config, self.state_dict(), clusters)
 
     @classmethod
     def from_pretrained(
@@ -390,15 +442,28 @@ class CMVAE(nn.Module):
         folder: str | Path,
         device: str | torch.device = "cpu",
         autocast_dtype: torch.dtype | None = None,
+        num_clusters: int | None = None,
     ) -> CMVAE:
         """Load an export that `save_pretrained` wrote, in evaluation mode.
 
+        Args:
+            folder: the export.
+            device: where to.
+            autocast_dtype: as of the class.
+            num_clusters: have so many clusters instead of those that were selected; None keeps these.
+
         Raises:
             UserError: the folder is no export, is damaged, or its weights are not finite or do not fit its
-                config.
+                config; or it has no set of `num_clusters` clusters.
         """
         folder = Path(folder)
         export = read_export_config(folder, ExportConfig)
         model = cls(export.model, export.modalities, autocast_dtype)
         load_weights(model, folder)
+        if num_clusters is not None:
+            hierarchy, _ = load_clusters(folder)
+            try:
+                model.cluster_prior.take(hierarchy, num_clusters)
+            except ValueError as error:
+                raise UserError(f"{folder}: {error}. Choose another number") from error
         return channels_last(model.to(device)).eval()

@@ -1,11 +1,11 @@
 """Clusters of packed data by a trained run, as a table.
 
-    python launch/cluster.py runs/NAME shards/OTHER --out assignments.csv [--split all]
+    python launch/cluster.py runs/NAME shards/OTHER --out assignments.csv [--split all] [--num-clusters K]
 
 The data needs no labels; of modalities that the run does not know nothing is read, and where it lacks some of
 the run's modalities the others decide. Starts from the run's export. Columns: key, split, cluster and
-confidence by vote, then MODALITY_cluster and MODALITY_confidence; empty where a sample lacks the modality.
-Rows are sorted by key: those of a table of one's own stand as they do there.
+confidence by all modalities together, then MODALITY_cluster and MODALITY_confidence; empty where a sample
+lacks the modality. Rows are sorted by key: those of a table of one's own stand as they do there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from cmvae.arguments import positive_integer
 from cmvae.config import CMVAEExperiment, load_cmvae_run
 from cmvae.data.schema import ShardIndex
 from cmvae.errors import UserError
@@ -26,6 +27,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("shards", help="packed data, e.g. shards/digits, or its URL")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="the table to write")
     parser.add_argument("--split", default="all", help="one split of the data, or all (default)")
+    parser.add_argument(
+        "--num-clusters",
+        type=positive_integer,
+        metavar="K",
+        help="so many clusters, from the same model (default: as many as its export selected)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the file --out")
     return parser.parse_args()
 
@@ -86,6 +93,7 @@ def main() -> int:
             modalities,
             config.evaluation.batch_size,
             arguments.out,
+            arguments.num_clusters,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,8 +13,8 @@ from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
 from cmvae.dcmvae import DCMVAE
 from cmvae.distributed import start_evaluation_accelerator
+from cmvae.encoding import all_log_weights, encode_split, select_model_clusters
 from cmvae.errors import UserError
-from cmvae.evaluation.clustering import all_log_weights, encode_split, select_model_clusters
 from cmvae.evaluation.result import GroupResult
 from cmvae.evaluation.run import evaluate_groups, load_context
 from cmvae.model import CMVAE
@@ -100,7 +100,7 @@ def evaluation_job(run: str, group: str) -> Job:
 
     def run_once() -> None:
         total = GroupResult()
-        for result in evaluate_groups(context, config):
+        for result in evaluate_groups(context, config, Path(run)):
             total.add(result)
         facts.update(metrics=len(total.metrics), left_out=total.left_out)
 

@@ -11,14 +11,13 @@ from cmvae.clustering.assignment import (
     responsibilities,
     vote,
 )
-from cmvae.clustering.criteria import CRITERIA, Curve, agreement_curve, silhouette_curve, stability_curve
+from cmvae.clustering.criteria import Curve, agreement_curve, silhouette_curve, stability_curve
 from cmvae.clustering.hierarchy import ClusterHierarchy, merge_clusters, prune_clusters
 from cmvae.clustering.refit import MEANS_SPREAD, find_cluster_means, merge_pieces
 from cmvae.clustering.scores import clustering_metrics, confusion
 from cmvae.clustering.selection import Selection, select_clusters
 
 __all__ = [
-    "CRITERIA",
     "MEANS_SPREAD",
     "BoolArray",
     "ClusterHierarchy",

@@ -15,9 +15,9 @@ _SHORTEST = 1e-3
 def joint_location(shared_loc: FloatArray, present: BoolArray) -> FloatArray:
     """Where the modalities of a sample put it together: the geometric median of their locations.
 
-    The point with the least sum of distances. With one or two modalities it is their mean. With more, one that
-    lies apart counts less than in a mean, as in a vote: a view that cannot tell two classes apart draws the
-    mean towards the wrong one. Found by Weiszfeld's iteration from the mean.
+    The point with the least sum of distances. With one or two modalities it is their mean. With more, one
+    that lies apart counts less than in a mean, as in a vote: a view that cannot tell two classes apart draws
+    the mean towards the wrong one. Found by Weiszfeld's iteration from the mean.
 
     Args:
         shared_loc: (N, M, D) locations of q(z|x_m).

@@ -1,22 +1,18 @@
 """How many clusters there are: criteria that need no labels, each a curve over the sets of a hierarchy.
 
-All look at the same encodings, so that their curves can be compared. The paper's own criterion, which looks at
-the trained mixture instead, is `selection.select_clusters`.
+All look at the same encodings, so that their curves can be compared. The paper's own criterion, which looks
+at the trained mixture instead, is `selection.select_clusters`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 
 from cmvae.clustering.arrays import BoolArray, FloatArray, IntArray
-from cmvae.clustering.hierarchy import ClusterHierarchy, merge_clusters, nearest
-
-CriterionName = Literal["entropy", "silhouette", "stability", "agreement"]
-CRITERIA: tuple[CriterionName, ...] = get_args(CriterionName)
+from cmvae.clustering.hierarchy import ClusterHierarchy, merge_clusters
 
 STABLE = 0.8
 """Prediction strength from which a set of clusters counts as stable (Tibshirani and Walther, 2005)."""
@@ -75,7 +71,7 @@ def stability_curve(locations: FloatArray, max_clusters: int, seed: int = 0) -> 
     for _ in range(_HALVINGS):
         order = rng.permutation(len(locations))
         halves = locations[order[: len(order) // 2]], locations[order[len(order) // 2 :]]
-        found = [merge_clusters(half, min(max_clusters, len(half)), seed) for half in halves]
+        found = [merge_clusters(half, max_clusters, seed=seed) for half in halves]
         largest = min(hierarchy.shares.shape[1] for hierarchy in found)
         strengths = [
             [
@@ -123,7 +119,7 @@ def agreement_curve(hierarchy: ClusterHierarchy, shared_loc: FloatArray, present
     return _highest(hierarchy, agreement)
 
 
-def _highest(hierarchy: ClusterHierarchy, criterion) -> Curve:  # type: ignore[no-untyped-def]
+def _highest(hierarchy: ClusterHierarchy, criterion: Callable[[int], float]) -> Curve:
     sizes = hierarchy.num_clusters
     values = np.array([criterion(int(size)) for size in sizes])
     return Curve(sizes, values, int(sizes[values.argmax()]))

@@ -1,8 +1,8 @@
 """A set of clusters for every number of them, from many down to two.
 
 Two ways lead down. `prune_clusters` drops components of the mixture that was trained, as the paper does.
-`merge_clusters` looks at the encodings alone: it starts from many pieces and merges two at every step, so that
-the sequence is also a tree of the clusters.
+`merge_clusters` looks at the encodings alone: it starts from many pieces and merges two at every step, so
+that the sequence is also a tree of the clusters.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ DROPPED = -1
 
 @dataclass(frozen=True)
 class ClusterHierarchy:
-    """Sets of C, C − 1, …, 2 clusters. A cluster keeps its number (a place on the C axis) through all sets."""
+    """Sets of C, C − 1, …, 2 clusters. A cluster keeps its number, a place on the C axis, in all sets."""
 
     means: FloatArray
     """(S, C, D) float32, S = C − 1: the mean of each cluster in each set; where one is gone, its last."""
     shares: FloatArray
     """(S, C) float32: π, sums to one over the clusters of a set, zero where one is gone."""
     variance: FloatArray
-    """(S,) float32: mean squared distance of samples to the mean of their cluster, per dimension."""
+    """(S,) float32, of p(z|c), per dimension."""
     merged: IntArray
     """(S − 1, 2) int64: the cluster that is gone in the next set, and the one that it became part of, or
     `DROPPED`."""
     heights: FloatArray
-    """(S − 1,) float32: what each step adds to `variance` · D, by Ward's formula; zero where one is dropped."""
+    """(S − 1,) float32: what each step adds to `variance` · D, by Ward's formula; zero where it drops one."""
 
     @property
     def num_clusters(self) -> IntArray:
@@ -51,12 +51,43 @@ class ClusterHierarchy:
             raise ValueError(f"{num_clusters} clusters: this model has sets of 2 to {largest}")
         return largest - num_clusters
 
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the sets are parts of one mixture, as from `prune_clusters`."""
+        return bool((self.merged[:, 1] == DROPPED).all()) and len(self.merged) > 0
+
     def active(self, num_clusters: int) -> BoolArray:
         """(C,) the clusters in the set of `num_clusters`."""
         gone = self.merged[: self.step(num_clusters), 0]
         active = np.ones(self.shares.shape[1], dtype=bool)
         active[gone] = False
         return active
+
+    def linkage(self, num_clusters: int) -> tuple[FloatArray, IntArray]:
+        """The tree of the set of `num_clusters`, as scipy's `linkage`, and the numbers of its leaves.
+
+        Returns:
+            (num_clusters − 1, 4): two nodes, the square root of what joining them costs, and leaves below;
+            and (num_clusters,) the cluster that each leaf is.
+
+        Raises:
+            ValueError: there is no such set.
+        """
+        step = self.step(num_clusters)
+        leaves = np.flatnonzero(self.active(num_clusters))
+        node = {int(cluster): place for place, cluster in enumerate(leaves)}
+        size = dict.fromkeys(node, 1)
+        last = [int(cluster) for cluster in np.flatnonzero(self.active(2))]
+        shares, means = self.shares[-1, last].astype(np.float64), self.means[-1, last].astype(np.float64)
+        top = float(np.square(means[0] - means[1]).sum() * shares.prod() / max(shares.sum(), 1e-12))
+        merges = [*self.merged[step:].tolist(), (last[1], last[0])]
+        joins, height = [], 0.0
+        for place, ((gone, into), cost) in enumerate(zip(merges, [*self.heights[step:], top], strict=True)):
+            # k-means settles after each merge, so that a later one may cost less; a tree only rises.
+            height = max(height, float(np.sqrt(cost)))
+            joins.append((node[into], node[gone], height, size[into] + size[gone]))
+            node[into], size[into] = num_clusters + place, size[into] + size[gone]
+        return np.array(joins, dtype=np.float64), leaves
 
     def assign(self, num_clusters: int, locations: FloatArray) -> IntArray:
         """The nearest mean of the set of `num_clusters`, (N,) numbers of clusters.
@@ -66,10 +97,12 @@ class ClusterHierarchy:
             locations: (N, D).
         """
         kept = np.flatnonzero(self.active(num_clusters))
-        return kept[nearest(locations, self.means[self.step(num_clusters), kept])]
+        return kept[_nearest(locations, self.means[self.step(num_clusters), kept])]
 
 
-def merge_clusters(locations: FloatArray, max_clusters: int, seed: int = 0) -> ClusterHierarchy:
+def merge_clusters(
+    locations: FloatArray, max_clusters: int, noise: float = 0.0, seed: int = 0
+) -> ClusterHierarchy:
     """Start from the clusters of k-means, merge two at a time, and let k-means settle after every merge.
 
     Merged is the pair that adds the least to the squared distances (Ward, 1963). Each set starts from the one
@@ -79,6 +112,8 @@ def merge_clusters(locations: FloatArray, max_clusters: int, seed: int = 0) -> C
     Args:
         locations: (N, D) of the samples in the shared space.
         max_clusters: C, at least two; fewer where there are fewer distinct locations.
+        noise: variance of encodings around these locations, per dimension; what `variance` has besides the
+            mean squared distance of locations to the mean of their cluster.
         seed: of k-means.
 
     Raises:
@@ -99,7 +134,7 @@ def merge_clusters(locations: FloatArray, max_clusters: int, seed: int = 0) -> C
     order = np.argsort(-sizes, kind="stable")
     means, sizes = means[order], sizes[order]
     kept = np.arange(len(means))
-    sets, merged, heights = [_set(points, means, sizes, kept)], [], []
+    sets, merged, heights = [_set(points, means, sizes, kept, noise)], [], []
     while len(kept) > 2:
         costs = _ward_costs(means[kept], sizes[kept])
         pair = np.unravel_index(costs.argmin(), costs.shape)
@@ -112,7 +147,7 @@ def merge_clusters(locations: FloatArray, max_clusters: int, seed: int = 0) -> C
         settled = KMeans(len(kept), init=means[kept], n_init=1).fit(points)
         means[kept], sizes[kept] = _means_and_sizes(points, settled.labels_, settled.cluster_centers_)
         sizes[gone] = 0
-        sets.append(_set(points, means, sizes, kept))
+        sets.append(_set(points, means, sizes, kept, noise))
     return _stack(sets, merged, heights)
 
 
@@ -136,7 +171,7 @@ def prune_clusters(
     return _stack(sets, [(cluster, DROPPED) for cluster in dropped], [0.0] * len(dropped))
 
 
-def nearest(points: FloatArray, means: FloatArray) -> IntArray:
+def _nearest(points: FloatArray, means: FloatArray) -> IntArray:
     """Which of `means` (C, D) is nearest to each of `points` (N, D), (N,)."""
     distances = np.square(means).sum(1) - 2 * points @ means.T
     return distances.argmin(1)
@@ -158,10 +193,10 @@ def _stack(
 
 
 def _set(
-    points: FloatArray, means: FloatArray, sizes: FloatArray, kept: IntArray
+    points: FloatArray, means: FloatArray, sizes: FloatArray, kept: IntArray, noise: float
 ) -> tuple[FloatArray, FloatArray, float]:
-    residuals = points - means[kept][nearest(points, means[kept])]
-    return means.copy(), sizes / sizes.sum(), float(np.square(residuals).mean())
+    residuals = points - means[kept][_nearest(points, means[kept])]
+    return means.copy(), sizes / sizes.sum(), float(np.square(residuals).mean()) + noise
 
 
 def _means_and_sizes(

@@ -1,6 +1,6 @@
 """How well clusters agree with labels that they have not seen.
 
-scikit-learn and scipy.optimize take as long to import as torch, so that the functions that need them import them.
+scikit-learn and scipy.optimize take as long to import as torch: the functions that need them import them.
 """
 
 from __future__ import annotations

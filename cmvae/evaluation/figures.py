@@ -17,8 +17,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
-from cmvae.clustering import BoolArray, FloatArray, IntArray, Selection
+from cmvae.clustering import BoolArray, ClusterHierarchy, FloatArray, IntArray
 from cmvae.data.schema import ModalitySchema
+from cmvae.exports import ClusterRecord
 from cmvae.kinds import KINDS
 from cmvae.kinds.image import Image
 
@@ -145,29 +146,48 @@ def sample_rows(
     return figure
 
 
-def selection_curve(selection: Selection) -> Figure:
-    """The criterion over the number of clusters, with the chosen number, and the two terms it is made of."""
-    figure = Figure(figsize=(8.5, 4.0), dpi=_DPI, layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=[1.7, 1])
-    best = int(selection.criterion.argmin())
-    chosen = selection.num_clusters[best]
-    title = f"penalised normalised entropy: smallest at {chosen} clusters"
-    panels = [
-        (grid[:, 0], selection.criterion, title, _ACCENT),
-        (grid[0, 1], selection.entropy_term, "entropy: β · H[p(c|z)] / maximum", _INK),
-        (grid[1, 1], selection.likelihood_term, "likelihood: −log p(z) / dim z", _INK),
-    ]
-    for place, values, title, colour in panels:
-        ax = figure.add_subplot(place)
-        ax.plot(selection.num_clusters, values, "o-", color=colour, markersize=3, linewidth=1.3)
-        ax.axvline(chosen, color=_MUTED, linestyle="--", linewidth=1, zorder=0)
-        ax.set_title(title, fontsize=9, color=_INK, loc="left")
+def criterion_curves(record: ClusterRecord) -> Figure:
+    """Every criterion over the number of clusters, side by side, with the number that each selects.
+
+    Args:
+        record: of an export; the panel of the criterion that decided comes first, in colour.
+    """
+    names = sorted(record.curves, key=lambda name: name != record.criterion)
+    figure = Figure(figsize=(3.4 * len(names), 3.2), dpi=_DPI, layout="constrained")
+    for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        curve = record.curves[name]
+        decides = name == record.criterion
+        colour = _ACCENT if decides else _INK
+        ax.plot(curve.num_clusters, curve.values, "o-", color=colour, markersize=3, linewidth=1.3)
+        value = curve.values[curve.num_clusters.index(curve.selected)]
+        ax.plot(curve.selected, value, "*", color=colour, markersize=13)
+        ax.axvline(record.num_clusters, color=_MUTED, linestyle="--", linewidth=1, zorder=0)
+        suffix = "" if not decides else ", decides" if record.told is None else f", told {record.told}"
+        ax.set_title(f"{name}: {curve.selected}{suffix}", fontsize=9, color=_INK, loc="left")
+        ax.set_xlabel("number of clusters", fontsize=9, color=_INK)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         _lighten(ax)
-    criterion = figure.axes[0]
-    criterion.plot(chosen, selection.criterion[best], "*", color=_ACCENT, markersize=15)
-    criterion.set_xlabel("number of clusters", fontsize=9, color=_INK)
-    figure.axes[2].set_xlabel("number of clusters", fontsize=9, color=_INK)
+    return figure
+
+
+def cluster_tree(hierarchy: ClusterHierarchy, num_clusters: int) -> Figure:
+    """Which clusters merge first: a dendrogram from `num_clusters` down to one.
+
+    Args:
+        hierarchy: of merged clusters.
+        num_clusters: leaves of the tree, a set of the hierarchy.
+    """
+    from scipy.cluster.hierarchy import dendrogram
+
+    joins, names = hierarchy.linkage(num_clusters)
+    figure = Figure(figsize=(2 + 0.4 * num_clusters, 3.4), dpi=_DPI, layout="constrained")
+    ax = figure.subplots()
+    dendrogram(
+        joins, ax=ax, labels=[f"{name}" for name in names], color_threshold=0, above_threshold_color=_INK
+    )
+    ax.set_xlabel("cluster", fontsize=9, color=_INK)
+    ax.set_ylabel("distance (Ward)", fontsize=9, color=_INK)
+    _lighten(ax)
     return figure
 
 

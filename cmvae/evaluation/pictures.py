@@ -19,7 +19,7 @@ from cmvae.model import CMVAE
 
 if TYPE_CHECKING:  # it draws with this module
     from cmvae.dcmvae import DCMVAE
-    from cmvae.evaluation.clustering import EncodedSplit
+    from cmvae.encoding import EncodedSplit
 
 
 @dataclass(frozen=True)

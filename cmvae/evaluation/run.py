@@ -50,7 +50,7 @@ def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> 
     try:
         context = load_context(config, index, run_dir, accelerator)
         result = _describe(context, run_dir / "export")
-        for group in evaluate_groups(context, config):
+        for group in evaluate_groups(context, config, run_dir):
             result.add(group)
         if accelerator.is_main_process:
             result.add(_show_generations(context))
@@ -78,7 +78,9 @@ def load_context(
     return EvaluationContext(model, config.data.shards, index, config.evaluation, accelerator, dcmvae)
 
 
-def evaluate_groups(context: EvaluationContext, config: ExperimentConfig) -> Iterator[GroupResult]:
+def evaluate_groups(
+    context: EvaluationContext, config: ExperimentConfig, run_dir: Path
+) -> Iterator[GroupResult]:
     """The groups that were asked for and make sense for the run, one after the other."""
     wanted = set(context.settings.metrics)
     if wanted & GENERATIVE_GROUPS:
@@ -92,7 +94,7 @@ def evaluate_groups(context: EvaluationContext, config: ExperimentConfig) -> Ite
     if not isinstance(config, CMVAEExperiment):
         return
     if "clustering" in wanted:
-        yield evaluate_clustering(context, config.objective.beta)
+        yield evaluate_clustering(context, run_dir / "export")
     if "text" in wanted:
         # Imports torchmetrics, too.
         from cmvae.evaluation.text import evaluate_text

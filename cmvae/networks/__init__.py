@@ -9,7 +9,9 @@ from torch import nn
 
 from cmvae.data.schema import ModalitySchema
 from cmvae.errors import UserError
+from cmvae.networks.bag_of_words import BagOfWordsEncoder
 from cmvae.networks.caption import CaptionDecoder, CaptionEncoder, check_caption
+from cmvae.networks.encoder import TwoTrunkEncoder
 from cmvae.networks.image import ImageDecoder, ImageEncoder, check_image_size
 from cmvae.networks.strided import StridedImageDecoder, StridedImageEncoder, check_strided_size
 from cmvae.networks.vector import VectorDecoder, VectorEncoder, check_vector
@@ -24,7 +26,7 @@ class NetworkFamily:
     (B, D_z + D_w) and returns the likelihood's parameters, (B, *parameter shape).
     """
 
-    encoder: Callable[[ModalitySchema, int, int, int], nn.Module]
+    encoder: Callable[[ModalitySchema, int, int, int], TwoTrunkEncoder]
     decoder: Callable[[ModalitySchema, int, int, int], nn.Module]
     check: Callable[[ModalitySchema, str], None]
 
@@ -33,6 +35,7 @@ NETWORKS: dict[str, NetworkFamily] = {
     "resnet": NetworkFamily(ImageEncoder, ImageDecoder, check_image_size),
     "strided": NetworkFamily(StridedImageEncoder, StridedImageDecoder, check_strided_size),
     "caption": NetworkFamily(CaptionEncoder, CaptionDecoder, check_caption),
+    "bag_of_words": NetworkFamily(BagOfWordsEncoder, CaptionDecoder, check_caption),
     "mlp": NetworkFamily(VectorEncoder, VectorDecoder, check_vector),
 }
 

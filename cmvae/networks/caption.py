@@ -74,6 +74,21 @@ def _same(in_channels: int, out_channels: int) -> nn.Sequential:
     return _normalised(nn.ConvTranspose2d(in_channels, out_channels, 3, padding=1))
 
 
+def private_trunk(width: int) -> nn.Sequential:
+    """Embedded texts (B, 1, L, E) to features of w, (B, F)."""
+    return nn.Sequential(
+        _halve(1, width),
+        _halve(width, 2 * width),
+        _halve(2 * width, 4 * width),
+        nn.Flatten(),
+    )
+
+
+def num_private_features(length: int, width: int) -> int:
+    """F of `private_trunk`, for texts of `length` tokens."""
+    return 4 * width * (length // 2**_HALVINGS) * (embedding_dim(width) // 2**_HALVINGS)
+
+
 class CaptionEncoder(TwoTrunkEncoder):
     """Tokens (B, L) int64; both trunks read one embedding, that of z goes deeper."""
 
@@ -90,15 +105,10 @@ class CaptionEncoder(TwoTrunkEncoder):
                 _halve_embedding(8 * width, 16 * width),
                 nn.Flatten(),
             ),
-            private_trunk=nn.Sequential(
-                _halve(1, width),
-                _halve(width, 2 * width),
-                _halve(2 * width, 4 * width),
-                nn.Flatten(),
-            ),
+            private_trunk=private_trunk(width),
             num_features=(
                 16 * width * rows * (dim // 2**_EMBEDDING_HALVINGS),
-                4 * width * rows * (dim // 2**_HALVINGS),
+                num_private_features(length, width),
             ),
             shared_dim=shared_dim,
             private_dim=private_dim,
@@ -148,7 +158,7 @@ class CaptionDecoder(nn.Module):
 
 
 def check_caption(schema: ModalitySchema, modality: str) -> None:
-    """Refuse what is no text, or of a length that does not halve three times.
+    """Refuse what is not text, or of a length that does not halve three times.
 
     Raises:
         UserError: it does not fit.

@@ -51,6 +51,10 @@ class TwoTrunkEncoder(nn.Module):
             *self.private_heads(self.private_trunk(x)),
         )
 
+    def encode_shared(self, x: Tensor) -> Tensor:
+        """The location of q(z|x) alone, (B, D_z), without the trunk of w."""
+        return self.shared_heads(self.shared_trunk(self.prepare(x)))[0]
+
     def prepare(self, x: Tensor) -> Tensor:
         """Data as both trunks take it."""
         return x

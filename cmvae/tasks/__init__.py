@@ -34,7 +34,9 @@ def build_task(
 
         return build_refiner_task(config, index, device, autocast_dtype)
     if isinstance(config, CMVAEExperiment):
-        return CMVAETask(CMVAE(config.model, index.modalities, autocast_dtype), config.objective)
+        return CMVAETask(
+            CMVAE(config.model, index.modalities, autocast_dtype), config.objective, config.clusters
+        )
     raise TypeError(f"{type(config).__name__} trains nothing")
 
 

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from cmvae.data.schema import ModalitySchema
+from cmvae.data.schema import ModalitySchema, SplitName
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Task(nn.Module, ABC):
 
     name: ClassVar[str]
     """What is trained, for people."""
-    headline: ClassVar[str]
+    headline: str
     """The one number of the report that a progress bar has room for."""
 
     channels_last: ClassVar[bool]
@@ -75,6 +75,9 @@ class Task(nn.Module, ABC):
                 lacks a modality; and `valid` (B,), false where a sample only pads the batch.
         """
 
+    def begin(self, total_steps: int) -> None:
+        """Called once before the first update, when it is known how many there are."""
+
     def restart(
         self, step: int, train_batches: Callable[[int], Iterable[Mapping[str, Any]]]
     ) -> Mapping[nn.Parameter, Tensor]:
@@ -98,12 +101,15 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def export(
-        self, folder: Path, state: Mapping[str, Tensor], validation_batches: Iterable[Mapping[str, Any]]
+        self,
+        folder: Path,
+        state: Mapping[str, Tensor],
+        batches: Callable[[SplitName, int | None], Iterable[Mapping[str, Any]]],
     ) -> None:
         """Write an export, on one rank.
 
         Args:
             folder: where to.
             state: the whole state of this task, gathered if it was spread over ranks.
-            validation_batches: the whole validation split.
+            batches: reads the first so many samples of a split, or all of it.
         """

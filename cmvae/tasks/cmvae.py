@@ -13,10 +13,12 @@ from scipy.special import entr
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cmvae.alignment import augment, contrast
 from cmvae.clustering import clustering_metrics, find_cluster_means, responsibilities, vote
-from cmvae.config import ObjectiveConfig
-from cmvae.data.schema import ModalitySchema
-from cmvae.evaluation.clustering import encode_split, select_model_clusters
+from cmvae.config import ClustersConfig, ObjectiveConfig
+from cmvae.data.schema import ModalitySchema, SplitName
+from cmvae.distributed import gather_with_gradient, rank_of_process
+from cmvae.encoding import CLUSTER_SAMPLES, encode_split, find_clusters
 from cmvae.evaluation.pictures import generate_cross_modal
 from cmvae.model import CMVAE, Posterior, has_batch_norm, stack_shared_locations
 from cmvae.objectives import (
@@ -69,17 +71,34 @@ class CMVAETask(Task):
 
     Args:
         model: the model to train.
-        objective: bound, K and β.
+        objective: bound, K and β, and the contrast between modalities.
+        clusters: how many clusters the export has.
     """
 
     name = "cmvae"
-    headline = "bound"
     channels_last = True
 
-    def __init__(self, model: CMVAE, objective: ObjectiveConfig) -> None:
+    def __init__(
+        self, model: CMVAE, objective: ObjectiveConfig, clusters: ClustersConfig | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
+        self.clusters = clusters or ClustersConfig()
+        self.aligns = objective.alignment.weight > 0 and len(model.modality_names) > 1
+        self.pretrain_steps = 0
+        self.pretraining = False
+
+    @property
+    def headline(self) -> str:  # type: ignore[override]
+        """The bound; while the encoders of z are trained alone, their contrast."""
+        return "alignment" if self.pretraining else "bound"
+
+    def begin(self, total_steps: int) -> None:
+        """As `Task.begin`."""
+        length = self.objective.alignment.pretrain
+        if self.aligns:
+            self.pretrain_steps = length if isinstance(length, int) else round(length * total_steps)
 
     @property
     def schemas(self) -> Mapping[str, ModalitySchema]:
@@ -135,13 +154,51 @@ class CMVAETask(Task):
         present = (mask | ~counted[:, None]).T  # (M, B)
         # Whatever precision a launcher switched on around this call is for networks, never for densities.
         with torch.autocast(valid.device.type, enabled=False):
+            if self.training and self.pretraining:
+                alignment = self._contrast(inputs, None, mask & valid[:, None])
+                return _mean(alignment, valid), {"alignment": alignment.detach()}
             posteriors = self.model.encode(inputs)
             noise = self.draw_noise(len(valid), valid.device)
             bound, report = self._bound(inputs, posteriors, present, noise)
             if not self.training:
                 report |= {**self._cluster_report(posteriors), "present": mask}
-            loss = -(bound * valid).sum() / valid.sum().clamp(min=1)
-        return loss, report
+            loss = -bound
+            if self.aligns:
+                alignment = self._contrast(inputs, posteriors, mask & valid[:, None])
+                loss = loss + self.objective.alignment.weight * alignment
+                report["alignment"] = alignment.detach()
+        return _mean(loss, valid), report
+
+    def _contrast(
+        self, inputs: Mapping[str, Tensor], posteriors: Mapping[str, Posterior] | None, mask: Tensor
+    ) -> Tensor:
+        """`cmvae.alignment.contrast` of a batch, (B,), in training among the samples of all ranks.
+
+        Args:
+            inputs: by modality data (B, *shape).
+            posteriors: of `inputs`, if they are known; what is augmented is encoded again.
+            mask: (B, M) bool, what counts.
+        """
+        settings, prior = self.objective.alignment, self.model.cluster_prior
+        changed = settings.augment if self.training else {}
+        known = {} if posteriors is None else {name: q.shared.loc for name, q in posteriors.items()}
+        again = {
+            name: augment(x, changed[name]) if name in changed else x
+            for name, x in inputs.items()
+            if name in changed or name not in known
+        }
+        locations = known | self.model.encode_shared(again)
+        anchors = torch.stack([locations[name] for name in self.model.modality_names])
+        present = mask.T
+        candidates, candidate_present, first = anchors, present, 0
+        if self.training:
+            candidates = gather_with_gradient(anchors, dim=1)
+            candidate_present = gather_with_gradient(present.float(), dim=1) > 0
+            first = len(mask) * rank_of_process()
+        places = first + torch.arange(len(mask), device=mask.device)
+        # Two encodings of one sample differ as two samples of its cluster do.
+        variance = 2 * settings.temperature * self.model.family.variance_of(prior.scale)
+        return contrast(anchors, present, candidates, candidate_present, places, variance)
 
     def _bound(
         self,
@@ -240,12 +297,13 @@ class CMVAETask(Task):
     def restart(
         self, step: int, train_batches: Callable[[int], Iterable[Mapping[str, Any]]]
     ) -> Mapping[nn.Parameter, Tensor]:
-        """Cluster means found anew and uniform weights, at the step that the objective says.
+        """Cluster means found anew and uniform weights, where the objective says so and after pretraining.
 
         The means are found among the posterior locations of every modality on its own, as the clusters see
         them.
         """
-        if step not in self.objective.refit_clusters_at:
+        self.pretraining = step < self.pretrain_steps
+        if step not in self.objective.refit_clusters_at and (step != self.pretrain_steps or step == 0):
             return {}
         self.eval()
         split = encode_split(self.model, train_batches(REFIT_SAMPLES))
@@ -286,27 +344,35 @@ class CMVAETask(Task):
     def term_names(self) -> tuple[str, ...]:
         """Names in the report that are terms of the objective, (B,) each."""
         likelihoods = [f"log_likelihood/{name}" for name in self.model.modality_names]
-        return ("bound", *likelihoods, "log_prior/z", "log_prior/w", "log_posterior/z", "log_posterior/w")
+        terms = ("bound", *likelihoods, "log_prior/z", "log_prior/w", "log_posterior/z", "log_posterior/w")
+        return (*terms, "alignment") if self.aligns else terms
 
     def export(
-        self, folder: Path, state: Mapping[str, Tensor], validation_batches: Iterable[Mapping[str, Any]]
+        self,
+        folder: Path,
+        state: Mapping[str, Tensor],
+        batches: Callable[[SplitName, int | None], Iterable[Mapping[str, Any]]],
     ) -> None:
-        """Select the clusters on validation data and write the model as an export; on one rank.
+        """Find the clusters and write the model as an export; on one rank.
 
-        The selection is made by a whole model in fp32, as everything that starts from the export will see it,
+        They are found by a whole model in fp32, as everything that starts from the export will see it,
         whatever precision and distribution the training had.
 
         Args:
             folder: where to.
             state: the whole state of this task, gathered if it was spread over ranks.
-            validation_batches: the whole validation split.
+            batches: reads the first so many samples of a split, or all of it.
         """
         model = CMVAE(self.model.config, self.model.schemas)
         model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})
         model.to(self.model.private_scale.device).eval()
-        selection = select_model_clusters(model, encode_split(model, validation_batches), self.objective.beta)
-        model.cluster_prior.active.copy_(torch.from_numpy(selection.active))
-        model.save_pretrained(folder)
+        train, validation = (
+            encode_split(model, part)
+            for part in (batches("train", CLUSTER_SAMPLES), batches("validation", None))
+        )
+        hierarchy, record = find_clusters(model, train, validation, self.objective.beta, self.clusters)
+        model.cluster_prior.take(hierarchy, record.num_clusters)
+        model.save_pretrained(folder, (hierarchy, record))
 
     def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Shown:
         """Inputs, reconstructions and cross-modal generations of the first samples of a batch."""
@@ -315,6 +381,11 @@ class CMVAETask(Task):
         made = generate_cross_modal(self.model, inputs, mask, generator)
         text = made.write()
         return Shown({"cross_modal": made.draw()}, {} if text is None else {"cross_modal": text})
+
+
+def _mean(values: Tensor, valid: Tensor) -> Tensor:
+    """Over the valid samples of a batch; (B,) both."""
+    return (values * valid).sum() / valid.sum().clamp(min=1)
 
 
 def _per_sample(terms: LogWeightTerms, present: Tensor) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cmvae.config import RefinerExperiment
-from cmvae.data.schema import ModalitySchema, ShardIndex
+from cmvae.data.schema import ModalitySchema, ShardIndex, SplitName
 from cmvae.dcmvae import DCMVAE
 from cmvae.evaluation.pictures import draw_refinements
 from cmvae.exports import weights_sha256
@@ -209,15 +209,12 @@ class RefinerTask(Task):
         return Shown({"refinements": figure})
 
     def export(
-        self, folder: Path, state: Mapping[str, Tensor], validation_batches: Iterable[Mapping[str, Any]]
+        self,
+        folder: Path,
+        state: Mapping[str, Tensor],
+        batches: Callable[[SplitName, int | None], Iterable[Mapping[str, Any]]],
     ) -> None:
-        """Write the refiner as an export, on one rank.
-
-        Args:
-            folder: where to.
-            state: the whole state of this task, gathered if it was spread over ranks.
-            validation_batches: not needed.
-        """
+        """Write the refiner as an export, on one rank; it needs no `batches`."""
         own = self.refiner
         refiner = Refiner(own.config, own.schemas, own.shared_dim, own.cmvae_sha256)
         refiner.load_state_dict({name.removeprefix("refiner."): x for name, x in state.items()})

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from cmvae.config import ExperimentConfig, save_config
 from cmvae.data.batch import to_device
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
-from cmvae.data.schema import ShardIndex
+from cmvae.data.schema import ShardIndex, SplitName
 from cmvae.distributed import (
     Finding,
     StopRequest,
@@ -238,6 +238,7 @@ class Trainer:
         self.accumulation = config.train.gradient_accumulation_steps
         self.samples_per_batch = config.train.batch_size * world_size
         self.total_steps = self._count_steps()
+        task.begin(self.total_steps)
         self.meter = Meter()
         self.skipped = SkippedSamples(config.data.max_skipped)
         self.skipped_in_validation = SkippedSamples(config.data.max_skipped)
@@ -283,15 +284,19 @@ class Trainer:
 
     def _first_train_batches(self, num_samples: int) -> Iterator[dict[str, Any]]:
         self._read_findings()  # what restarts takes the weights as they are
+        return self._read_split("train", num_samples)
+
+    def _read_split(self, split: SplitName, num_samples: int | None) -> Iterator[dict[str, Any]]:
+        """The first so many samples of a split, or all of it, the same on every rank that asks."""
         loader = EvaluationLoader(
             self.config.data.shards,
-            split="train",
+            split=split,
             modalities=self.task.modality_names,
             batch_size=self.config.evaluation.batch_size,
             num_samples=num_samples,
             on_error=self.config.data.on_error,
         )
-        return self._beating(loader, "refitting")
+        return self._beating(loader, "finding clusters")
 
     def _update(self, batches: Iterator[dict[str, Any]], stop: StopRequest) -> signal.Signals | None:
         """One optimizer update from as many batches as are accumulated."""
@@ -416,14 +421,7 @@ class Trainer:
             weights = self.accelerator.get_state_dict(self.module)
             folder = self.config.run_dir / "export"
             if self.accelerator.is_main_process:
-                whole_split = EvaluationLoader(
-                    self.config.data.shards,
-                    split="validation",
-                    modalities=self.task.modality_names,
-                    batch_size=self.config.evaluation.batch_size,
-                    on_error=self.config.data.on_error,
-                )
-                self.task.export(folder, weights, whole_split)
+                self.task.export(folder, weights, self._read_split)
         self.accelerator.wait_for_everyone()
         return folder
 

@@ -32,8 +32,10 @@ class Meter:
             num_samples: samples of the batch over all ranks.
             waited: seconds that this rank waited for the batch.
         """
+        if self._names != list(report):
+            # A phase with other terms began: what came before is no part of its means.
+            self._sums, self._names, self._batches = 0.0, list(report), 0
         self._sums = self._sums + torch.stack([values.mean() for values in report.values()])
-        self._names = list(report)
         self._batches += 1
         self._samples += num_samples
         self._waited += waited

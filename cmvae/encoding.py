@@ -1,0 +1,224 @@
+"""Encode a split once, find the clusters that the encodings show, and put samples into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmvae.clustering import (
+    ClusterHierarchy,
+    Curve,
+    IntArray,
+    Selection,
+    agreement_curve,
+    joint_location,
+    merge_clusters,
+    prune_clusters,
+    responsibilities,
+    select_clusters,
+    silhouette_curve,
+    stability_curve,
+    vote,
+)
+from cmvae.config import ClustersConfig, CriterionName
+from cmvae.data.batch import to_device
+from cmvae.exports import ClusterRecord, CurveRecord
+from cmvae.model import CMVAE, stack_shared_locations
+
+CLUSTER_SAMPLES = 4000
+"""Train samples that the final clusters are found in, besides the validation split."""
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """A split at the locations of its posteriors; N samples, M modalities, C clusters, before selection."""
+
+    log_density: np.ndarray
+    """(N, M, C) log p(z|c), in nats."""
+    shared_loc: np.ndarray
+    """(N, M, D_z)."""
+    present: np.ndarray
+    """(N, M) bool, the modalities that a sample has; what else is said of the others means nothing."""
+    label: np.ndarray
+    """(N,), −1 where there is none."""
+    variance: np.ndarray | None = None
+    """(N, M) of q(z|x_m), a mean over its dimensions."""
+
+    def with_modalities(self, places: Sequence[int]) -> EncodedSplit:
+        """The samples that have at least one of some modalities, as those encode them."""
+        there = self.present[:, places].any(axis=1)
+        return EncodedSplit(
+            self.log_density[there][:, places],
+            self.shared_loc[there][:, places],
+            self.present[there][:, places],
+            self.label[there],
+            None if self.variance is None else self.variance[there][:, places],
+        )
+
+
+@torch.no_grad()
+def encode_split(model: CMVAE, batches: Iterable[Mapping[str, Any]]) -> EncodedSplit:
+    """One pass of the encoders over a split.
+
+    Args:
+        model: in evaluation mode, on its device.
+        batches: of the split, padding marked in `valid`.
+    """
+    device = model.private_scale.device
+    parts: dict[str, list[np.ndarray]] = {}
+    for raw in batches:
+        batch = to_device(raw, model.schemas, device)
+        for name, values in encode_batch(model, batch).items():
+            parts.setdefault(name, []).append(values[batch["valid"]].cpu().numpy())
+    return EncodedSplit(**{name: np.concatenate(values) for name, values in parts.items()})
+
+
+def encode_batch(model: CMVAE, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The fields of `EncodedSplit` of a batch on the device, padding included."""
+    posteriors = model.encode({name: batch[name] for name in model.modality_names})
+    shared_loc = stack_shared_locations(posteriors)
+    _, log_density = model.cluster_prior(shared_loc)
+    variances = [posterior.shared.variance.mean(-1) for posterior in posteriors.values()]
+    return {
+        "log_density": log_density,
+        "shared_loc": shared_loc,
+        "present": batch["mask"],
+        "label": batch["label"],
+        "variance": torch.stack(variances, dim=1),
+    }
+
+
+def assign_split(
+    model: CMVAE, split: EncodedSplit, log_weights: np.ndarray, active: np.ndarray
+) -> np.ndarray:
+    """The cluster of every sample that has a modality, (N,), by the model's `assign_by`.
+
+    Args:
+        model: whose prior knows the clusters.
+        split: the encoded samples.
+        log_weights: log π of all clusters, (C,).
+        active: the clusters to choose from, (C,) bool.
+    """
+    if model.config.assign_by == "vote":
+        return vote(responsibilities(split.log_density, log_weights, active), split.present)
+    log_density = model.log_density(joint_location(split.shared_loc, split.present))
+    return responsibilities(log_density[:, None], log_weights, active).argmax(axis=2)[:, 0]
+
+
+def select_model_clusters(
+    model: CMVAE, validation: EncodedSplit, beta: float, settings: ClustersConfig | None = None
+) -> Selection:
+    """The entropy-based selection among all clusters of a model; leaves the model as it is.
+
+    Args:
+        model: whose prior is asked.
+        validation: the encoded validation split.
+        beta: β of the objective.
+        settings: which normaliser; None is the default.
+    """
+    # To the selection samples and modalities are alike: what is there stands in one row.
+    log_density = validation.log_density[validation.present][:, None]
+    return select_clusters(
+        log_density,
+        all_log_weights(model),
+        beta,
+        shared_dim=model.config.shared_dim,
+        normaliser=(settings or ClustersConfig()).normaliser,
+    )
+
+
+def all_log_weights(model: CMVAE) -> np.ndarray:
+    """Log π (C,) of all clusters, as if none had been dropped."""
+    return model.cluster_prior.logits.detach().log_softmax(-1).cpu().numpy()
+
+
+def find_clusters(
+    model: CMVAE, train: EncodedSplit, validation: EncodedSplit, beta: float, settings: ClustersConfig
+) -> tuple[ClusterHierarchy, ClusterRecord]:
+    """All sets of clusters of a trained model, and their number by every criterion; from encodings alone.
+
+    Args:
+        model: as trained, all its clusters active; stays as it is.
+        train: encoded train samples.
+        validation: the encoded validation split; the entropy is computed on it, as in the paper, the other
+            criteria on both.
+        beta: β of the objective.
+        settings: the criterion that decides.
+    """
+    max_clusters = model.config.num_clusters
+    selection = select_model_clusters(model, validation, beta, settings)
+    curves: dict[CriterionName, CurveRecord] = {
+        "entropy": CurveRecord(
+            num_clusters=tuple(selection.num_clusters.tolist()),
+            values=tuple(selection.criterion.tolist()),
+            selected=int(selection.active.sum()),
+            terms={
+                "entropy": tuple(selection.entropy_term.tolist()),
+                "likelihood": tuple(selection.likelihood_term.tolist()),
+            },
+        )
+    }
+    shared_loc, present, variance = (
+        np.concatenate([getattr(part, name) for part in (train, validation)])
+        for name in ("shared_loc", "present", "variance")
+    )
+    has_some = present.any(axis=1)
+    shared_loc, present, variance = shared_loc[has_some], present[has_some], variance[has_some]
+    locations = joint_location(shared_loc, present)
+    scatter = np.square(shared_loc - locations[:, None]).mean(axis=2) + variance
+    merged = merge_clusters(locations, max_clusters, noise=float(scatter[present].mean()))
+    found: dict[CriterionName, Curve | None] = {
+        "silhouette": silhouette_curve(merged, locations),
+        "stability": stability_curve(locations, max_clusters),
+        "agreement": agreement_curve(merged, shared_loc, present),
+    }
+    curves |= {
+        name: CurveRecord(
+            num_clusters=tuple(curve.num_clusters.tolist()),
+            values=tuple(curve.values.tolist()),
+            selected=curve.selected,
+        )
+        for name, curve in found.items()
+        if curve is not None
+    }
+    criterion = settings.criterion
+    if criterion not in curves:  # agreement of a single modality
+        criterion = "stability"
+    selected = curves[criterion].selected
+    record = ClusterRecord(
+        criterion=criterion,
+        selected=selected,
+        told=settings.num_clusters,
+        curves=curves,
+    )
+    if criterion == "entropy":
+        prior = model.cluster_prior
+        hierarchy = prune_clusters(
+            prior.means.detach().cpu().numpy(),
+            all_log_weights(model),
+            selection.dropped,
+            float(model.family.variance_of(prior.scale).mean()),
+        )
+    else:
+        hierarchy = merged
+    return hierarchy, record
+
+
+def assign_groups(model: CMVAE, shared_loc: np.ndarray, present: np.ndarray) -> tuple[IntArray, np.ndarray]:
+    """Clusters of groups of samples that `mean_by_group` put together, and the confidence in them.
+
+    Args:
+        model: whose prior knows the clusters.
+        shared_loc: (G, M, D_z).
+        present: (G, M) bool.
+    """
+    locations = joint_location(shared_loc, present)
+    active = model.cluster_prior.active.cpu().numpy()
+    log_density = model.log_density(locations)[:, None]
+    probabilities = responsibilities(log_density, all_log_weights(model), active)[:, 0]
+    return probabilities.argmax(axis=1), probabilities.max(axis=1)
