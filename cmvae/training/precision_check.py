@@ -54,10 +54,11 @@ def keep_sound_precision(accelerator: Accelerator, task: Task, config: Experimen
     Raises:
         UserError: the train split cannot be read.
     """
-    if task.autocast_dtype is not torch.bfloat16:
-        return
-    batch = _first_samples(config, task)
-    found = gather_problems(accelerator, _find_fault(task, batch, accelerator.device, config.seed))
+    fault = None
+    # Ranks on devices of another kind may compute in fp32 already, but must answer all the same.
+    if task.autocast_dtype is torch.bfloat16:
+        fault = _find_fault(task, _first_samples(config, task), accelerator.device, config.seed)
+    found = gather_problems(accelerator, fault)
     if not found:
         return
     task.autocast_dtype = None
