@@ -300,7 +300,8 @@ class TrainConfig(_Settings):
     """Training ends after `epochs` or `max_steps`, whichever comes first."""
     mixed_precision: MixedPrecision = "fp32"
     """Precision of the networks; densities and reductions are always fp32. `auto` is bf16 where the device
-    has instructions for it, else fp32: a processor without them takes ten times as long in bf16."""
+    has instructions for it, else fp32: a processor without them takes ten times as long in bf16. A training
+    first compares gradients of a few samples in both and takes fp32, with a warning, if bf16's are wrong."""
     compile: bool = False
     """Let torch compile the networks, which takes minutes at the start. For GPUs, where it joins the small
     operations between convolutions; a CPU gains nothing, and DeepSpeed does not go with it."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from cmvae.config import CMVAEExperiment, ExperimentConfig
 from cmvae.errors import UserError
 from cmvae.memory import keep_freed_memory
-from cmvae.precision import autocast_dtype, computes_in_bf16
+from cmvae.precision import computes_in_bf16
 
 Decision = TypeVar("Decision")
 
@@ -51,8 +51,8 @@ def start_accelerator(config: ExperimentConfig) -> Accelerator:
     """The Accelerator that the launcher's environment asks for, on GPUs or on CPU.
 
     The model switches autocast on around its networks itself; so Accelerate is told of no precision but
-    fp16, for which it scales the loss, and its own autocast around the whole call is off. DeepSpeed gets its
-    `torch_autocast` block, which leaves parameters and densities in fp32, never its `bf16` block.
+    fp16, for which it scales the loss, and its own autocast around the whole call is off. What DeepSpeed is
+    told of it says `let_deepspeed_autocast`.
 
     Raises:
         UserError: the ranks that the launcher started did not find each other, or fp16 on a CPU.
@@ -175,8 +175,19 @@ def _configure_deepspeed(accelerator: Accelerator, config: ExperimentConfig) -> 
     settings["train_micro_batch_size_per_gpu"] = config.train.batch_size
     settings["gradient_accumulation_steps"] = config.train.gradient_accumulation_steps
     settings["gradient_clipping"] = config.optimizer.max_grad_norm or 0.0
-    dtype = autocast_dtype(config.train.mixed_precision, accelerator.device)
-    if dtype is not None:
+
+
+def let_deepspeed_autocast(accelerator: Accelerator, dtype: torch.dtype | None) -> None:
+    """Tell DeepSpeed, if it is there, which precision the networks have, before it prepares them.
+
+    It gets its `torch_autocast` block, which leaves parameters and densities in fp32, never its `bf16` block.
+
+    Args:
+        accelerator: not prepared yet.
+        dtype: of the networks; None is fp32.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and dtype is not None:
+        settings = accelerator.deepspeed_plugin.deepspeed_config
         settings["torch_autocast"] = {"enabled": True, "dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -217,13 +228,26 @@ def raise_together(accelerator: Accelerator, problem: str | None, error: type[Us
     Raises:
         UserError: an `error`.
     """
+    told = gather_problems(accelerator, problem)
+    if told:
+        raise error(told)
+
+
+def gather_problems(accelerator: Accelerator, problem: str | None) -> str:
+    """What ranks have found, naming them, the same on all ranks; to be called on all ranks.
+
+    Args:
+        accelerator: the ranks.
+        problem: this rank's, or None.
+
+    Returns:
+        One line, empty if no rank has a problem.
+    """
     problems = [problem]
     if accelerator.num_processes > 1:
         problems = [None] * accelerator.num_processes
         torch.distributed.all_gather_object(problems, problem)
-    told = [f"rank {rank}: {what}" for rank, what in enumerate(problems) if what is not None]
-    if told:
-        raise error("; ".join(told))
+    return "; ".join(f"rank {rank}: {what}" for rank, what in enumerate(problems) if what is not None)
 
 
 class StopRequest:

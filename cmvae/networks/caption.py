@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from cmvae.data.schema import ModalitySchema
 from cmvae.errors import UserError
 from cmvae.networks.encoder import TwoTrunkEncoder
+from cmvae.networks.one_pixel import Conv2d, ConvTranspose2d
 
 _HALVINGS = 3
 # The trunk of z halves the embedding alone twice more.
@@ -50,28 +51,28 @@ class TokenEmbedding(nn.Module):
         return F.embedding(tokens, self.weight) + self.bias
 
 
-def _normalised(convolution: nn.Conv2d | nn.ConvTranspose2d) -> nn.Sequential:
+def _normalised(convolution: Conv2d | ConvTranspose2d) -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU())
 
 
 def _halve(in_channels: int, out_channels: int) -> nn.Sequential:
-    return _normalised(nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1))
+    return _normalised(Conv2d(in_channels, out_channels, 4, stride=2, padding=1))
 
 
 def _halve_embedding(in_channels: int, out_channels: int) -> nn.Sequential:
-    return _normalised(nn.Conv2d(in_channels, out_channels, (1, 4), stride=(1, 2), padding=(0, 1)))
+    return _normalised(Conv2d(in_channels, out_channels, (1, 4), stride=(1, 2), padding=(0, 1)))
 
 
 def _double(in_channels: int, out_channels: int) -> nn.Sequential:
-    return _normalised(nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1))
+    return _normalised(ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1))
 
 
 def _double_embedding(in_channels: int, out_channels: int) -> nn.Sequential:
-    return _normalised(nn.ConvTranspose2d(in_channels, out_channels, (1, 4), stride=(1, 2), padding=(0, 1)))
+    return _normalised(ConvTranspose2d(in_channels, out_channels, (1, 4), stride=(1, 2), padding=(0, 1)))
 
 
 def _same(in_channels: int, out_channels: int) -> nn.Sequential:
-    return _normalised(nn.ConvTranspose2d(in_channels, out_channels, 3, padding=1))
+    return _normalised(ConvTranspose2d(in_channels, out_channels, 3, padding=1))
 
 
 def private_trunk(width: int) -> nn.Sequential:
@@ -130,13 +131,13 @@ class CaptionDecoder(nn.Module):
         self.latent_dims = (shared_dim, private_dim)
         # (D, 1, 1) → (16·width, L/8, E/32) → (4·width, L/8, E/8)
         self.shared_stem = nn.Sequential(
-            _normalised(nn.ConvTranspose2d(shared_dim, 16 * width, lowest)),
+            _normalised(ConvTranspose2d(shared_dim, 16 * width, lowest)),
             _double_embedding(16 * width, 8 * width),
             _same(8 * width, 8 * width),
             _double_embedding(8 * width, 4 * width),
         )
         self.private_stem = nn.Sequential(
-            _normalised(nn.ConvTranspose2d(private_dim, 16 * width, lowest)),
+            _normalised(ConvTranspose2d(private_dim, 16 * width, lowest)),
             _double_embedding(16 * width, 8 * width),
             _double_embedding(8 * width, 4 * width),
         )
@@ -145,7 +146,7 @@ class CaptionDecoder(nn.Module):
             _same(8 * width, 4 * width),
             _double(4 * width, 2 * width),
             _double(2 * width, width),
-            nn.ConvTranspose2d(width, 1, 4, stride=2, padding=1),
+            ConvTranspose2d(width, 1, 4, stride=2, padding=1),
             nn.ReLU(),
         )
         self.logits = nn.Linear(dim, len(schema.categories or ()))

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from cmvae.networks import one_pixel
+
 
 class _LeakyReLU(torch.autograd.Function):
     @staticmethod
@@ -66,7 +68,7 @@ def conv_transpose2d(x: Tensor, kernel: Tensor, bias: Tensor, stride: int, paddi
         stride: of the output.
         padding: cut off the output at each side.
     """
-    biased = F.conv_transpose2d(x, kernel, bias.detach(), stride=stride, padding=padding)
+    biased = one_pixel.conv_transpose2d(x, kernel, bias.detach(), stride=stride, padding=padding)
     return cast(Tensor, _BiasGradient.apply(biased, bias))
 
 

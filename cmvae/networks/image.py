@@ -22,6 +22,7 @@ from cmvae.data.schema import ModalitySchema
 from cmvae.errors import UserError
 from cmvae.networks.encoder import TwoTrunkEncoder
 from cmvae.networks.gradients import LeakyReLU, add_to_borders, box_mean, conv_transpose2d
+from cmvae.networks.one_pixel import Conv2d, conv2d
 
 LEAKY_SLOPE = 0.2
 # A residual branch starts small, so that a block is near the identity at initialisation.
@@ -54,7 +55,7 @@ def _filters(width: int, halvings: int) -> list[int]:
     return [width * min(2**stage, 4) for stage in range(halvings + 1)]
 
 
-class Conv3x3(nn.Conv2d):
+class Conv3x3(Conv2d):
     """A 3×3 convolution, (B, C_in, H, W) to (B, C_out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -115,7 +116,7 @@ class PooledConv(Conv3x3):
         missing = torch.full((top.shape[1] // 2, 1), 3.0, dtype=bias.dtype)
         missing[0] = 2
         return add_to_borders(
-            F.conv2d(means, self.weight, self.bias, stride=2, padding=1),
+            conv2d(means, self.weight, self.bias, stride=2, padding=1),
             _meet_weights(top, mean_last=True) @ to_top - missing * bias,
             _meet_weights(left, mean_last=False) @ to_left - 3 * bias,
         )
@@ -195,7 +196,7 @@ def _branch(
 def _shortcut(in_channels: int, out_channels: int) -> nn.Module:
     if in_channels == out_channels:
         return nn.Identity()
-    return nn.Conv2d(in_channels, out_channels, 1, bias=False)
+    return Conv2d(in_channels, out_channels, 1, bias=False)
 
 
 class ImageTrunk(nn.Module):

@@ -52,6 +52,15 @@ class Task(nn.Module, ABC):
     def networks(self) -> tuple[nn.Module, ...]:
         """What takes nearly all of the time of a step."""
 
+    @property
+    @abstractmethod
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Precision of the networks, which may be set; None is fp32."""
+
+    @autocast_dtype.setter
+    @abstractmethod
+    def autocast_dtype(self, dtype: torch.dtype | None) -> None: ...
+
     def compile_networks(self, backend: str = "inductor") -> None:
         """Let torch compile the networks when they are first called; their weights keep their names.
 

@@ -110,6 +110,15 @@ class CMVAETask(Task):
         """Encoders and decoders."""
         return (*self.model.encoders.values(), *self.model.decoders.values())
 
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The model's."""
+        return self.model.autocast_dtype
+
+    @autocast_dtype.setter
+    def autocast_dtype(self, dtype: torch.dtype | None) -> None:
+        self.model.autocast_dtype = dtype
+
     def draw_noise(self, batch_size: int, device: torch.device) -> LatentNoise:
         """Noise of one step from torch's default stream."""
         num_modalities, num_samples = len(self.model.modality_names), self.objective.num_samples

@@ -80,6 +80,15 @@ class RefinerTask(Task):
         return (*self.refiner.denoisers.values(), *cmvae.encoders.values(), *cmvae.decoders.values())
 
     @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """That of the U-Nets; when it is set, that of the CMVAE, too."""
+        return self.refiner.autocast_dtype
+
+    @autocast_dtype.setter
+    def autocast_dtype(self, dtype: torch.dtype | None) -> None:
+        self.refiner.autocast_dtype = self.cmvae.autocast_dtype = dtype
+
+    @property
     def belongs_to(self) -> dict[str, str]:
         """The CMVAE's weights."""
         return {"cmvae_sha256": self.refiner.cmvae_sha256}

@@ -29,6 +29,7 @@ from cmvae.distributed import (
     StopRequest,
     agree,
     decide_on_main,
+    let_deepspeed_autocast,
     raise_together,
     start_accelerator,
     zero_stage,
@@ -52,6 +53,7 @@ from cmvae.training.optimization import (
     restart_parameters,
     set_learning_rate,
 )
+from cmvae.training.precision_check import keep_sound_precision
 from cmvae.training.rank_log import rank_log
 from cmvae.training.skipped import SkippedSamples
 from cmvae.training.state import TrainState
@@ -93,6 +95,9 @@ def run_training(
     if task.channels_last and accelerator.distributed_type != DistributedType.DEEPSPEED:
         # DeepSpeed broadcasts and flattens weights as bytes and so needs them in the default layout.
         channels_last(task)
+    if config.train.mixed_precision == "auto":
+        keep_sound_precision(accelerator, task, config)
+    let_deepspeed_autocast(accelerator, task.autocast_dtype)
     if config.train.compile:
         _compile_networks(accelerator, task)
     module, optimizer = accelerator.prepare(task, build_optimizer(task, config.optimizer))

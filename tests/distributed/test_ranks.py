@@ -192,6 +192,29 @@ def test_a_broken_term_on_one_rank_stops_both_and_is_named(tmp_path, experiment_
     ]
 
 
+@pytest.mark.parametrize("configuration", ["ddp", pytest.param("zero3", marks=pytest.mark.faults)])
+def test_wrong_gradients_in_bf16_on_one_rank_make_both_take_fp32(tmp_path, experiment_file, configuration):
+    weights = []
+    for script, precision in (("one_rank_lacks_bf16.py", "auto"), (None, "fp32")):
+        folder = tmp_path / precision
+        done = launch(
+            configuration,
+            *([] if script is None else [Path(__file__).with_name(script)]),
+            ROOT / "launch/train.py",
+            experiment_file,
+            "train.batch_size=8",
+            "train.max_steps=2",
+            f"train.mixed_precision={precision}",
+            f"output_dir={folder}",
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("auto takes fp32") == (script is not None), done.stderr
+        assert ("rank 1: " in done.stderr) == (script is not None)
+        weights.append(load_file(folder / "export/model.safetensors"))
+    for name, tensor in weights[1].items():
+        torch.testing.assert_close(weights[0][name], tensor, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("configuration", ["ddp", pytest.param("zero2", marks=pytest.mark.faults)])
 def test_damaged_samples_are_skipped_on_two_ranks_and_stop_both_above_the_bound(
     tmp_path, experiment_file, damaged_shards, configuration

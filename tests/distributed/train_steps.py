@@ -19,7 +19,7 @@ from cmvae.config import load_config
 from cmvae.data.batch import to_device
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
 from cmvae.data.schema import ShardIndex
-from cmvae.distributed import StopRequest, agree, start_accelerator
+from cmvae.distributed import StopRequest, agree, let_deepspeed_autocast, start_accelerator
 from cmvae.leaving import leave
 from cmvae.model import CMVAE
 from cmvae.precision import autocast_dtype
@@ -41,6 +41,7 @@ def main() -> None:
         config.model, index.modalities, autocast_dtype(config.train.mixed_precision, accelerator.device)
     )
     task = CMVAETask(model, config.objective)
+    let_deepspeed_autocast(accelerator, task.autocast_dtype)
     draw_noise = task.draw_noise
 
     def draw_my_part(batch_size: int, device: torch.device) -> LatentNoise:
