@@ -35,9 +35,9 @@ def assign_to_file(
     """Assign every sample to a cluster and write the table, whole or not at all, with a progress bar.
 
     The columns are `key`, `split`, and by all modalities together `cluster` and `confidence`; then
-    `MODALITY_cluster` and `MODALITY_confidence` of what each modality says on its own. Cells are empty where a
-    sample lacks a modality, `cluster` and `confidence` where it lacks all. Rows are sorted by their keys: those
-    of a table of one's own stand as they do there.
+    `MODALITY_cluster` and `MODALITY_confidence` of what each modality says on its own. Cells are empty where
+    a sample lacks a modality, `cluster` and `confidence` where it lacks all. Rows are sorted by their keys:
+    those of a table of one's own stand as they do there.
 
     Args:
         export: of the model.

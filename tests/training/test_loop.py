@@ -13,8 +13,8 @@ from cmvae.clustering import find_cluster_means
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
 from cmvae.distributed import NonFiniteError, StopRequest
+from cmvae.encoding import encode_split
 from cmvae.errors import UserError
-from cmvae.evaluation.clustering import encode_split
 from cmvae.tasks import CMVAETask
 from cmvae.tasks import cmvae as cmvae_task
 from cmvae.training import loop
