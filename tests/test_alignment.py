@@ -1,4 +1,4 @@
-"""The contrast between modalities: against brute force, torch's cross-entropy and a known mutual information."""
+"""The contrast between modalities, against brute force, cross-entropy and a known mutual information."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Sets of clusters, the tree they form, and the criteria of their number: against known mixtures and libraries."""
+"""Sets of clusters, their tree, and the criteria of their number, against known mixtures and libraries."""
 
 import numpy as np
 import pytest
