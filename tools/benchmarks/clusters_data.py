@@ -260,7 +260,7 @@ class FeatureReader:
     def blocks(self) -> list[Features]:
         """Features of each modality by itself, dense, as methods for several views take them."""
         return [
-            Features(*(_dense(rows) for rows in self._plain(name)))
+            Features(*(dense(rows) for rows in self._plain(name)))
             if schema.kind != "image"
             else self.features(FeatureSet(name, COMPONENTS))
             for name, schema in self.index.modalities.items()
@@ -395,7 +395,7 @@ def weigh(block: Features) -> Features:
     from sklearn.preprocessing import StandardScaler
 
     if issparse(block.fitted):
-        fitted, placed = _dense(block.fitted), _dense(block.placed)
+        fitted, placed = dense(block.fitted), dense(block.placed)
         scale = float(1 / np.sqrt(fitted.var(axis=0).sum()))
         return Features(fitted * scale, placed * scale)
     scaler = StandardScaler().fit(block.fitted)
@@ -408,12 +408,13 @@ def reduce(features: Features, num_components: int) -> Features:
     """The first principal components of the fitted rows, as many as there are if that is fewer."""
     from sklearn.decomposition import PCA
 
-    fitted, placed = _dense(features.fitted), _dense(features.placed)
+    fitted, placed = dense(features.fitted), dense(features.placed)
     components = PCA(min(num_components, *fitted.shape), random_state=0).fit(fitted)
     return Features(components.transform(fitted), components.transform(placed))
 
 
-def _dense(rows: Matrix) -> np.ndarray:
+def dense(rows: Matrix) -> np.ndarray:
+    """Features as an array, for what takes no sparse matrices."""
     from scipy.sparse import issparse
 
     return rows.toarray() if issparse(rows) else rows

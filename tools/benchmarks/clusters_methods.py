@@ -8,7 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from clusters_data import ALL, PIXELS, PRINCIPAL_COMPONENTS, FeatureReader, Features, FeatureSet, IntArray
+from clusters_data import (
+    ALL,
+    PIXELS,
+    PRINCIPAL_COMPONENTS,
+    FeatureReader,
+    Features,
+    FeatureSet,
+    IntArray,
+    dense,
+)
 from clusters_data import reduce as reduce_features
 
 KMEANS_STARTS, MIXTURE_STARTS = 10, 3
@@ -68,8 +77,9 @@ def _mixture(reader: FeatureReader, wanted: FeatureSet, num_clusters: int, seed:
     mixture = GaussianMixture(num_clusters, n_init=MIXTURE_STARTS, random_state=seed)
     with _quiet():
         # In double precision: covariances of single-precision rows need not be positive definite.
-        found = mixture.fit(fitted.astype(np.float64))
-    return Assignment(found.predict(placed.astype(np.float64)), np.arange(len(placed)), note)
+        found = mixture.fit(dense(fitted).astype(np.float64))
+    clusters = found.predict(dense(placed).astype(np.float64))
+    return Assignment(clusters, np.arange(len(clusters)), note)
 
 
 def _spectral(reader: FeatureReader, wanted: FeatureSet, num_clusters: int, seed: int) -> Assignment:
@@ -93,7 +103,8 @@ def _mvlearn_kmeans(reader: FeatureReader, wanted: FeatureSet, num_clusters: int
     blocks = reader.blocks()
     method = MultiviewKMeans(n_clusters=num_clusters, n_init=KMEANS_STARTS, random_state=seed)
     with _quiet():
-        clusters = method.fit([block.fitted for block in blocks]).predict([block.placed for block in blocks])
+        method.fit([block.fitted for block in blocks])
+        clusters = method.predict([block.placed for block in blocks])
     return Assignment(clusters, np.arange(len(clusters)), _note_of_images(reader))
 
 

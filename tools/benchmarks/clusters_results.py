@@ -283,7 +283,7 @@ def _draw_panel(
             ha="center",
             va="center",
             fontsize=7.5,
-            color="white" if value > 0.6 else _INK,
+            color="white" if value > 0.5 else _INK,
             fontweight="bold" if value == best[column] else "normal",
         )
     ax.set_title(metric.upper(), fontsize=10, color=_INK, fontweight="bold")
