@@ -176,8 +176,8 @@ class Suite:
             return self._trainings.find(data_set, view, location, cell.method, cell.seed, cell.told)
         reader = self._read(location, data_set, view)
         wanted = next(one for one in feature_sets(view, reader.index) if str(one) == cell.features)
-        if wanted != ALL:  # made once for several methods and seeds, and no time of any
-            reader.features(wanted)
+        if not METHODS[cell.method].by_modality:
+            reader.features(wanted)  # made once for several methods and seeds: no time of any
         num_clusters = len(reader.index.class_names or ())
         started = time.perf_counter()
         found = METHODS[cell.method].assign(reader, wanted, num_clusters, cell.seed)

@@ -18,8 +18,6 @@ from cmvae.errors import UserError
 from cmvae.files import write_whole
 from cmvae.kinds import KINDS
 
-MAX_FITTED = 10_000
-"""Rows of the train split that a method is fitted on, at most: the first ones, which packing has shuffled."""
 PRINCIPAL_COMPONENTS = 50
 """Of pixels, and of what is wider where a method needs fewer numbers than rows."""
 _BATCH_SIZE = 256
@@ -60,6 +58,8 @@ class DataSet:
     views: tuple[View, ...] = (View("sample"),)
     group_of: Callable[[str], str] | None = None
     """The group that the key of a sample says it belongs to."""
+    max_fitted: int | None = None
+    """Train samples that methods are fitted on, at most: the first ones, which packing has shuffled."""
 
     @property
     def compared(self) -> tuple[str, ...]:
@@ -148,7 +148,8 @@ DATA_SETS: Mapping[str, DataSet] = {
             ),
             group_of=_photograph_of,
         ),
-        DataSet("polymnist", "polymnist", _pack_polymnist),
+        # Of all 60,000 k-means on the pixels of five pictures would take an hour.
+        DataSet("polymnist", "polymnist", _pack_polymnist, max_fitted=5000),
     )
 }
 
@@ -306,7 +307,7 @@ class FeatureReader:
     def _fitted(self) -> Rows:
         if self.data_set.whole:
             return self._compared
-        return read_rows(self.location, ("train",), list(self.index.modalities), MAX_FITTED)
+        return read_rows(self.location, ("train",), list(self.index.modalities), self.data_set.max_fitted)
 
     @cached_property
     def _compared(self) -> Rows:
@@ -395,7 +396,8 @@ def weigh(block: Features) -> Features:
     from sklearn.preprocessing import StandardScaler
 
     if issparse(block.fitted):
-        fitted, placed = dense(block.fitted), dense(block.placed)
+        # In the precision of the others, or everything beside it would be made double.
+        fitted, placed = (dense(rows).astype(np.float32) for rows in block)
         scale = float(1 / np.sqrt(fitted.var(axis=0).sum()))
         return Features(fitted * scale, placed * scale)
     scaler = StandardScaler().fit(block.fitted)

@@ -56,6 +56,8 @@ class Method:
     """(rows, features, number of clusters, seed) to clusters; raises NotRunError."""
     takes: Callable[[FeatureSet], bool]
     """Whether the method is run on such features."""
+    by_modality: bool = False
+    """Whether it takes each modality by itself, `FeatureReader.blocks`, where it is run on all."""
 
 
 def _kmeans(reader: FeatureReader, wanted: FeatureSet, num_clusters: int, seed: int) -> Assignment:
@@ -164,8 +166,10 @@ METHODS: Mapping[str, Method] = {
     # Thousands of pixels would be more numbers than rows, and neighbours of pixels are those of components.
     "gmm": Method("Gaussian mixture", _mixture, lambda features: features.form != PIXELS),
     "spectral": Method("spectral clustering", _spectral, lambda features: features.form != PIXELS),
-    "mv-kmeans": Method("mvlearn, multi-view k-means", _mvlearn_kmeans, lambda features: features == ALL),
+    "mv-kmeans": Method(
+        "mvlearn, multi-view k-means", _mvlearn_kmeans, lambda features: features == ALL, by_modality=True
+    ),
     "mv-spectral": Method(
-        "mvlearn, multi-view spectral clustering", _mvlearn_spectral, lambda features: features == ALL
+        "mvlearn, multi-view spectral", _mvlearn_spectral, lambda features: features == ALL, by_modality=True
     ),
 }
