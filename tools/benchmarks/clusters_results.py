@@ -255,12 +255,12 @@ def draw_figure(groups: Sequence[Group], titles: Mapping[str, str], order: Seque
     from matplotlib.figure import Figure
 
     columns, rows = summarise(groups, titles, order)
-    width = 3.2 + len(METRICS) * (0.4 + 0.52 * len(columns))
-    figure = Figure(figsize=(width, 1.6 + 0.34 * len(rows)), dpi=120, layout="constrained")
-    axes = figure.subplots(1, len(METRICS), squeeze=False, sharey=True)[0]
+    # Below each other, so that numbers are not too small to read where a page is narrow.
+    size = (3.4 + 0.58 * len(columns), 1.3 + len(METRICS) * (0.4 + 0.27 * len(rows)))
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    axes = figure.subplots(len(METRICS), 1, squeeze=False, sharex=True)[:, 0]
     for ax, metric in zip(axes, METRICS, strict=True):
         _draw_panel(ax, metric, columns, rows)
-    axes[0].set_yticks(range(len(rows)), list(rows), fontsize=8, color=_INK)
     return figure
 
 
@@ -279,7 +279,7 @@ def _draw_panel(
         ax.text(
             column,
             row,
-            f"{value:.2f}".replace("0.", ".", 1),
+            f"{round(value, 2) + 0.0:.2f}".replace("0.", ".", 1),  # no minus before zero
             ha="center",
             va="center",
             fontsize=7.5,
@@ -287,6 +287,7 @@ def _draw_panel(
             fontweight="bold" if value == best[column] else "normal",
         )
     ax.set_title(metric.upper(), fontsize=10, color=_INK, fontweight="bold")
+    ax.set_yticks(range(len(rows)), list(rows), fontsize=8, color=_INK)
     ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8, color=_INK)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
