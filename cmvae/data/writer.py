@@ -92,7 +92,7 @@ def write_shards(
     _clear(folder, force)
     tasks = _deal(source, folder, seed, shard_size, limit)
     shards = _run(source, tasks, num_workers, report)
-    check_group_names(frozenset().union(*(shard.groups for shard in shards)))
+    check_group_names(sorted(frozenset().union(*(shard.groups for shard in shards))))
     splits = {}
     for split in source.split_sizes:
         of_split = [shard for task, shard in zip(tasks, shards, strict=True) if task.split == split]
