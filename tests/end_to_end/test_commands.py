@@ -19,7 +19,7 @@ FIGURES = [
     "confusion_matrix",
     "cross_modal",
     "latent_map",
-    "selection_curve",
+    "cluster_numbers",
 ]
 
 
