@@ -40,8 +40,8 @@ class View:
     """Whether all modalities are clustered together as well."""
     grouped: bool = False
     """Whether a row is a whole group of samples, see `DataSet.group_of`, instead of one."""
-    column: str = "cluster"
-    """The column of launch/cluster.py's table that says the cluster of a row by our methods."""
+    read_from: tuple[str, ...] = ()
+    """The modalities that our methods read the clusters of these rows from; empty is all."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,9 @@ DATA_SETS: Mapping[str, DataSet] = {
             "cub_mini",
             lambda shared, tables: ["cubicc", "--mini", str(shared / "cub_mini64")],
             views=(
-                View("photograph", alone=("image",), together=False, grouped=True, column="image_cluster"),
+                View("photograph", alone=("image",), together=False, grouped=True, read_from=("image",)),
                 View("pair", alone=("caption",)),
-                View("bird", alone=("caption",), grouped=True),
+                View("bird", alone=("caption",), grouped=True, read_from=("caption",)),
             ),
             group_of=_photograph_of,
         ),

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "ours": (),
-    "ours-paper": ("objective.alignment.weight=0", "clusters.criterion=entropy"),
+    "ours-paper": ("objective.alignment={weight: 0}", "clusters.criterion=entropy", "model.assign_by=vote"),
 }
 """Name of a method to what it changes in the starter config: nothing, or back to what the paper has."""
 TITLES: Mapping[str, str] = {"ours": "ours, untuned", "ours-paper": "ours, as in the paper"}
@@ -117,13 +116,11 @@ class Trainings:
         except UserError as error:
             self._failed[name] = error
             raise
-        table = self._assign(name, data_set, location, told)
+        table = self._assign(name, data_set, view, location, told)
         record = self._record(name)
         clusters, labels = compare_rows(table, data_set, view, location)
         seconds = record["train"] + record[table.stem]
         notes = [record["note"]] if "note" in record else []
-        if view.grouped and view.column == "cluster":
-            notes.append(f"a {view.rows} is in the cluster that most of its samples are in")
         return Found(clusters, labels, seconds, "; ".join(notes))
 
     def _train(self, name: str, data_set: DataSet, location: Path, variant: str, seed: int) -> None:
@@ -138,8 +135,8 @@ class Trainings:
         note = {"note": "seconds are those after a resume"} if resumed else {}
         self._write_record(name, {"train": time.perf_counter() - started, **note})
 
-    def _assign(self, name: str, data_set: DataSet, location: Path, told: bool) -> Path:
-        table = self._out / "assignments" / name / ("told.csv" if told else "found.csv")
+    def _assign(self, name: str, data_set: DataSet, view: View, location: Path, told: bool) -> Path:
+        table = self._out / "assignments" / name / f"{view.rows}-{'told' if told else 'found'}.csv"
         record = self._record(name)
         if table.stem in record and table.is_file():
             return table
@@ -148,6 +145,10 @@ class Trainings:
         arguments = ["launch/cluster.py", str(self._out / "runs" / name), str(location), "--out", str(table)]
         if not data_set.whole:
             arguments += ["--split", "test"]
+        if view.grouped:
+            arguments += ["--by-group"]
+        if view.read_from:
+            arguments += ["--modalities", ",".join(view.read_from)]
         if told:
             arguments += ["--num-clusters", str(len(ShardIndex.load(location).class_names or ()))]
         self._run([*arguments, "--overwrite"], self._log(name))
@@ -176,42 +177,35 @@ class Trainings:
 
 
 def compare_rows(table: Path, data_set: DataSet, view: View, location: Path) -> tuple[IntArray, IntArray]:
-    """Clusters and labels of the rows of a view, from the table that launch/cluster.py wrote.
+    """Clusters and labels of the rows of a view, from the tables that launch/cluster.py wrote.
 
-    Samples of a group are one row: the cluster of most of them, of several such the one of the lowest
-    number.
+    Samples of a group are one row, and the table says the same cluster of each.
 
     Args:
         table: the CSV file.
         data_set: what it is of.
-        view: which rows, and the column that says their clusters.
+        view: which rows.
         location: the packed data.
 
     Returns:
         (N,) clusters and (N,) labels.
 
     Raises:
-        UserError: the table lacks the column, or a sample that is compared.
+        UserError: the table lacks the cluster of a sample that is compared.
     """
     rows = read_rows(location, data_set.compared, [])
     with table.open(newline="", encoding="utf-8") as file:
-        cluster_of = {row["key"]: row.get(view.column) or "" for row in csv.DictReader(file)}
+        cluster_of = {row["key"]: row["cluster"] for row in csv.DictReader(file)}
     missing = [key for key in rows.keys if not cluster_of.get(key, "").isdigit()]
     if missing:
         raise UserError(
-            f"{table}: column {view.column} says no cluster of {missing[0]} and {len(missing) - 1} other "
+            f"{table}: says no cluster of {missing[0]} and {len(missing) - 1} other "
             "samples. Delete the file, and it is written again"
         )
     group_of = data_set.group_of if view.grouped and data_set.group_of is not None else str
-    members: dict[str, list[int]] = {}
-    label_of: dict[str, int] = {}
-    for key, label in zip(rows.keys, rows.labels.tolist(), strict=True):
-        members.setdefault(group_of(key), []).append(int(cluster_of[key]))
-        label_of[group_of(key)] = label
-    clusters = [_most_frequent(of_group) for of_group in members.values()]
-    return np.array(clusters), np.array([label_of[group] for group in members])
-
-
-def _most_frequent(clusters: Sequence[int]) -> int:
-    counts = Counter(clusters)
-    return min(counts, key=lambda cluster: (-counts[cluster], cluster))
+    found = {
+        group_of(key): (int(cluster_of[key]), label)
+        for key, label in zip(rows.keys, rows.labels.tolist(), strict=True)
+    }
+    clusters, labels = zip(*found.values(), strict=True)
+    return np.array(clusters), np.array(labels)
