@@ -52,7 +52,8 @@ def write_starter_config(index: ShardIndex, shards: Path) -> str:
     epoch = num_train / batch_size
     steps = max(_EPOCHS * epoch, min(_MIN_STEPS, _MAX_EPOCHS * epoch))
     steps = min(math.ceil(steps / 100) * 100, _ALIGNED_MAX_STEPS if aligns else _MAX_STEPS)
-    cross_sources = "1" if len(index.modalities) > 2 else "all"
+    # Decoding a picture from every other modality takes most of the time; numbers cost next to nothing.
+    cross_sources = "1" if aligns and len(index.modalities) > 2 else "all"
     alignment = _describe_alignment(index) if aligns else ""
     # Convolutions gain from bf16; small layers do not, and numbers would only lose digits.
     has_images = any(schema.kind == "image" for schema in index.modalities.values())
