@@ -22,7 +22,7 @@ _MAX_WEIGHT = 50.0
 _CLUSTERS = 20
 """To start from. The number of labels is not asked: it would tell what the model is to find."""
 _BATCH_SIZE = 64
-_EPOCHS, _MAX_EPOCHS, _MIN_STEPS = 100, 250, 2000
+_EPOCHS, _MAX_EPOCHS, _MIN_STEPS = 100, 150, 2000
 """Few samples are seen more often, but not so often that they are learned by heart."""
 _MAX_STEPS = 20_000
 _ALIGNED_BATCH_SIZE = 128

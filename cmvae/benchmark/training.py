@@ -20,6 +20,7 @@ from cmvae.data.schema import ModalitySchema, ShardIndex
 from cmvae.errors import UserError
 from cmvae.memory import keep_freed_memory
 from cmvae.model import CMVAE, channels_last
+from cmvae.networks import IMAGE_NETWORKS
 from cmvae.precision import AUTOCAST_DTYPES, Precision, network_precision
 from cmvae.tasks import CMVAETask
 from cmvae.training.optimization import build_optimizer
@@ -181,7 +182,9 @@ def _with_modalities(config: CMVAEExperiment, synthetic: int | None) -> CMVAEExp
 
 
 def _made_up_schemas(config: CMVAEExperiment, image_size: int) -> dict[str, ModalitySchema]:
-    others = [name for name, it in config.model.modalities.items() if it.network not in (None, "resnet")]
+    others = [
+        name for name, it in config.model.modalities.items() if it.network not in (None, *IMAGE_NETWORKS)
+    ]
     if others:
         raise UserError(
             f"{', '.join(others)}: no images, so that nothing can be made up; read shards instead"

@@ -40,6 +40,10 @@ NETWORKS: dict[str, NetworkFamily] = {
 }
 
 
+IMAGE_NETWORKS = ("resnet", "strided")
+"""Those that take images and nothing else."""
+
+
 def network_family(name: str, schema: ModalitySchema, modality: str) -> NetworkFamily:
     """The family called `name`, checked against the modality that it is for.
 

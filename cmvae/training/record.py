@@ -72,7 +72,7 @@ class CheckpointRecord:
         """
         if world_size != self.world_size:
             self._check_handover(checkpoint, now, world_size)
-        schedule = now["optimizer.schedule"]
+        length_decides = _what_the_length_decides(now)
         for key in sorted(self.settings.keys() | now.keys()):
             before = self.settings.get(key)
             if before == now.get(key) or _CHANGEABLE.fullmatch(key):
@@ -81,9 +81,9 @@ class CheckpointRecord:
                 continue
             reason = ""
             if _LENGTH.fullmatch(key):
-                if schedule == "constant":
+                if length_decides is None:
                     continue
-                reason = f"; with optimizer.schedule: {schedule} the length decides every learning rate"
+                reason = f"; {length_decides}"
             raise UserError(
                 f"{checkpoint}: {key} was {before!r} and is now {now.get(key)!r}{reason}. Set it back to go "
                 "on, or start a new run with output_dir=…"
@@ -113,6 +113,16 @@ class CheckpointRecord:
             f"Give {_BATCH_SIZE}={global_batch // world_size} to go on with the same global batch, or launch "
             f"it with --num_processes {self.world_size} as before"
         )
+
+
+def _what_the_length_decides(settings: Mapping[str, object]) -> str | None:
+    """Why a run with these settings cannot go on for longer; None if it can."""
+    schedule = settings["optimizer.schedule"]
+    if schedule != "constant":
+        return f"with optimizer.schedule: {schedule} the length decides every learning rate"
+    if 0 < float(str(settings.get("objective.alignment.pretrain", 0))) < 1:
+        return "with a share in objective.alignment.pretrain the length decides when decoders begin"
+    return None
 
 
 def check_newest(config: ExperimentConfig, world_size: int) -> None:

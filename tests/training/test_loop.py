@@ -327,6 +327,10 @@ def test_a_run_may_go_on_for_longer_unless_its_schedule_depends_on_the_length(ex
     train(experiment("optimizer.schedule=cosine"))
     with pytest.raises(UserError, match=r"max_steps was 6 and is now 8; with optimizer\.schedule: cosine"):
         train(experiment("optimizer.schedule=cosine", "train.max_steps=8"), resume=True)
+    share = "objective.alignment={weight: 1, pretrain: 0.5}"
+    train(experiment(share), overwrite=True)
+    with pytest.raises(UserError, match=r"is now 8; with a share in objective\.alignment\.pretrain"):
+        train(experiment(share, "train.max_steps=8"), resume=True)
     train(experiment(), overwrite=True)
     config = experiment("train.max_steps=8")
     train(config, resume=True)

@@ -89,8 +89,8 @@ def test_a_cmvae_can_be_averaged_too(experiment):
     train(config)
     average, weights = last_checkpoint(config, EMA_NAME), last_checkpoint(config, WEIGHTS_NAME)
     export = {f"model.{n}": x for n, x in load_file(config.run_dir / "export" / WEIGHTS_NAME).items()}
-    # The selection is made at the end, and is no weight.
-    assert export.keys() - average.keys() == {"model.cluster_prior.active"}
+    # The clusters are found at the end, and are no weights.
+    assert export.keys() - average.keys() == {"model.cluster_prior.active", "model.cluster_prior.scale"}
     assert_equal({name: export[name] for name in average}, average)
     assert differ(average, weights)
 
