@@ -131,7 +131,7 @@ def test_clusters_are_refitted_at_the_step_that_is_asked_for(experiment, monkeyp
 def test_the_best_checkpoint_is_kept_and_survives_a_resume(experiment, monkeypatch):
     losses = iter([5.0, 3.0, 4.0, 3.5, 9.0, 9.0])
     original = loop.Trainer.validate
-    monkeypatch.setattr(loop.Trainer, "validate", lambda trainer: (original(trainer), next(losses))[1])
+    monkeypatch.setattr(loop.Trainer, "validate", lambda trainer: {**original(trainer), "loss": next(losses)})
     often = ["train.validate_every=2", "train.checkpoint_every=1", "train.keep_checkpoints=1"]
     config = experiment(*often, "train.max_steps=7")
     folder = config.run_dir / "checkpoints"
