@@ -14,8 +14,12 @@ from cmvae.clustering.arrays import FloatArray, IntArray
 NO_CLUSTER = -1
 _NO_PARTNER = -2
 
-TRUSTWORTHY = 0.6
-"""Mean pairwise adjusted Rand index below which no single run is to be trusted."""
+TRUSTWORTHY = 0.5
+"""Mean pairwise adjusted Rand index below which no run is to be trusted.
+
+Five runs whose mistakes are independent of each other come to it with 15 % wrong in ten clusters, 10 % in
+three and 7 % in two. Mistakes that the runs share do not show in it.
+"""
 
 
 @dataclass(frozen=True)

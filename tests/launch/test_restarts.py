@@ -38,7 +38,7 @@ def test_runs_are_trained_compared_and_gone_on_with(experiment_file, digits_shar
     score = adjusted_rand_score(list(first.values()), list(second.values()))
     assert first != second
     assert answer["mean_pairwise_ari"] == pytest.approx(score)
-    assert (answer["warning"] is None) == (score >= 0.6)
+    assert (answer["warning"] is None) == (score >= 0.5)
     for seed, run in enumerate(answer["runs"]):
         record = json.loads((folder / str(seed) / "export/clusters.json").read_text())
         validation = json.loads((folder / str(seed) / "validation.json").read_text())
