@@ -1,7 +1,7 @@
 r"""Train one experiment.
 
     accelerate launch [--config_file configs/accelerate/X.yaml] launch/train.py configs/NAME.yaml \
-        [key=value …] [--resume | --overwrite]
+        [key=value …] [--num-clusters K] [--resume | --overwrite]
 
 Settings, data and run folder are checked before anything heavy is imported, so that a mistake is told in the
 first second. A worker that torchrun restarts (--max_restarts N of accelerate launch) goes on from the newest
@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 
+from cmvae.arguments import positive_integer
 from cmvae.config import ExperimentConfig, check_against_shards, load_config
 from cmvae.data.schema import ShardIndex
 from cmvae.errors import UserError
@@ -33,6 +34,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("config", help="the experiment, a YAML file in configs/")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings to change, e.g. train.batch_size=64"
+    )
+    parser.add_argument(
+        "--num-clusters",
+        type=positive_integer,
+        metavar="K",
+        help="export so many clusters; the same as clusters.num_clusters=K (default: the criterion decides)",
     )
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument(
@@ -60,7 +67,10 @@ def main() -> int:
     """Check, train, report."""
     arguments = parse_arguments()
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        overrides = arguments.overrides
+        if arguments.num_clusters is not None:
+            overrides = [*overrides, f"clusters.num_clusters={arguments.num_clusters}"]
+        config = load_config(arguments.config, overrides)
         index = ShardIndex.load(config.data.shards)
         check_against_shards(config, index, arguments.config)
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

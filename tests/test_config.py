@@ -81,6 +81,11 @@ def test_flat_settings_have_dotted_keys():
         ("objective.beta=-1", ["objective.beta", "greater than 0"]),
         ("objective.cross_sources=some", ["objective.cross_sources: 'some'", "all"]),
         ("objective={num_samples: 2, cross_sources: 1}", ["objective", "num_samples 2", "num_samples to 1"]),
+        ("objective.alignment.pretrain=0.2", ["objective.alignment", "pretrain needs a weight above 0"]),
+        ("objective.alignment.weight=-1", ["objective.alignment.weight: -1", "greater than or equal to 0"]),
+        ("objective.alignment={weight: 1, augment: {m7: [flip]}}", ["no modality 'm7'", "m0, m1, m2"]),
+        ("clusters.num_clusters=21", ["clusters.num_clusters is 21", "has 20", "model.num_clusters to 21"]),
+        ("clusters.criterion=elbow", ["clusters.criterion: 'elbow'", "stability"]),
         ("objective.cross_sources=3", ["objective.cross_sources is 3", "2 others", "to fewer"]),
         ("model.modalities.Bad-Name={}", ["Bad-Name", "lower-case"]),
         ("model.modalities.label={}", ["label", "none of"]),
@@ -189,6 +194,26 @@ def test_a_likelihood_that_does_not_fit_the_kind_is_named():
         check_against_shards(config, index_with("m0", "m1", "m2"), "my.yaml")
     for part in ("my.yaml", "model.modalities.m1.likelihood.family", "categorical", "image", "laplace or"):
         assert part in str(caught.value)
+
+
+def test_only_images_are_augmented(tmp_path):
+    path = ROOT / "configs/digits_mixed.yaml"
+    config = load_config(path, ["objective.alignment={weight: 1, augment: {caption: [flip]}}"])
+    index = index_with("image", "statistics", "caption")
+    text = ModalitySchema(
+        kind="text", shape=(16,), dtype="int64", categories=("<pad>", "<eos>", "<unk>", "a")
+    )
+    index = index.model_copy(update={"modalities": {**index.modalities, "caption": text}})
+    with pytest.raises(UserError, match=r"my\.yaml: objective\.alignment\.augment: caption is of kind text"):
+        check_against_shards(config, index, "my.yaml")
+
+
+def test_the_published_experiments_have_the_published_objective_and_selection():
+    for name in ("polymnist", "cubicc"):
+        config = load_config(ROOT / f"configs/{name}.yaml")
+        assert config.objective.alignment.weight == 0
+        assert (config.clusters.criterion, config.clusters.num_clusters) == ("entropy", None)
+        assert config.model.assign_by == "vote"
 
 
 def test_a_refiner_reads_the_modalities_of_its_cmvae(tmp_path):

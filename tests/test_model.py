@@ -237,8 +237,8 @@ def test_damaged_exports_are_named(tmp_path):
     (folder / "config.yaml").write_text(text.replace("num_clusters: 5", "num_clusters: 6"))
     with pytest.raises(UserError, match="damaged"):
         CMVAE.from_pretrained(folder)
-    (folder / "config.yaml").write_text(text.replace("format_version: 2", "format_version: 1"))
-    with pytest.raises(UserError, match=r"export of format 1, .* reads 2\. Read it with the"):
+    (folder / "config.yaml").write_text(text.replace("format_version: 3", "format_version: 2"))
+    with pytest.raises(UserError, match=r"export of format 2, .* reads 3\. Read it with the"):
         CMVAE.from_pretrained(folder)
     (folder / "config.yaml").write_text("!!python/object/apply:os.system ['true']")
     with pytest.raises(UserError, match="damaged"):

@@ -16,7 +16,7 @@ from cmvae.evaluation import figures
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.pictures import draw_cluster_samples, draw_latent_map
 from cmvae.evaluation.result import GroupResult
-from cmvae.exports import load_clusters
+from cmvae.exports import CLUSTER_RECORD_NAME, load_clusters
 from cmvae.model import CMVAE
 
 AGREEMENT = ("acc", "nmi", "ari", "purity")
@@ -70,7 +70,6 @@ def evaluate_clustering(context: EvaluationContext, export: Path) -> GroupResult
     else:
         reason = f"no sample of the {settings.split} split has a label"
         result.left_out |= {f"clustering/{name}": reason for name in (*AGREEMENT, "from")}
-        result.left_out["clustering_all"] = reason
     _compare_numbers(model, export, encoded, result)
     _draw(context, encoded, assignments, result)
     return result
@@ -78,6 +77,12 @@ def evaluate_clustering(context: EvaluationContext, export: Path) -> GroupResult
 
 def _compare_numbers(model: CMVAE, export: Path, encoded: EncodedSplit, result: GroupResult) -> None:
     """Add what the criteria select, their curves, the tree, and the scores of the largest set of clusters."""
+    if not (export / CLUSTER_RECORD_NAME).is_file():
+        reason = f"{export} was not written by a training, which would compare numbers of clusters"
+        result.left_out |= dict.fromkeys(
+            ("clustering/selected", "clustering_all", "figures/cluster_numbers"), reason
+        )
+        return
     hierarchy, record = load_clusters(export)
     result.metrics |= {
         f"clustering/selected/{name}": float(curve.selected) for name, curve in record.curves.items()

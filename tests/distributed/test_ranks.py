@@ -1,6 +1,7 @@
 """Two real ranks on the CPU, launched as the documented configurations launch them."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from cmvae import CMVAE
 from cmvae.clustering import find_cluster_means
 from cmvae.config import load_config
 from cmvae.data.reader import EvaluationLoader
-from cmvae.evaluation.clustering import encode_split
+from cmvae.encoding import encode_split
 from cmvae.refiner import Refiner
 
 STEPS = 4
@@ -55,6 +56,7 @@ def steps_arguments(folder, shards, batch_size, precision="fp32", missing="none"
         f"train.mixed_precision={precision}",
         # An accumulated or clipped gradient must not depend on the ranks either.
         "optimizer.max_grad_norm=2000",
+        "objective.alignment={weight: 0}",
     ]
 
 
@@ -82,6 +84,38 @@ def test_two_ranks_give_the_losses_of_one_at_twice_the_batch(
     # The losses fall, so that equal losses mean equal updates.
     assert result["losses"][-1] < result["losses"][0] - 50
     assert result["export_difference"] < 1e-5
+
+
+ALIGNED = ["objective.alignment={weight: 50, pretrain: 2}", "optimizer.learning_rate=1e-3"]
+
+
+@pytest.fixture(scope="module")
+def one_rank_aligned(tmp_path_factory, digits_shards):
+    """As `one_rank`, two updates of the contrast alone, then both terms; half of every batch without m1."""
+    folder = tmp_path_factory.mktemp("aligned")
+    arguments = [*steps_arguments(folder, digits_shards, batch_size=16, missing="m1"), *ALIGNED]
+    done = run_command([sys.executable, SCRIPT, *arguments], ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("configuration", ["ddp", pytest.param("zero2", marks=pytest.mark.faults), "zero3"])
+def test_the_contrast_of_two_ranks_is_that_of_one_at_twice_the_batch(
+    tmp_path, digits_shards, one_rank_aligned, configuration
+):
+    arguments = steps_arguments(tmp_path, digits_shards, batch_size=8, missing="m1")
+    done = launch(configuration, SCRIPT, *arguments, *ALIGNED)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["losses"][:3] == pytest.approx(one_rank_aligned["losses"][:3], rel=1e-5)
+    # DeepSpeed's Adam counts the updates of all parameters together, torch's those of each: decoders, which
+    # are not trained at first, make a first step of another size.
+    rel = 1e-5 if configuration == "ddp" else 2e-2
+    assert result["losses"][3] == pytest.approx(one_rank_aligned["losses"][3], rel=rel)
+    # The first two are of a contrast among sixteen, whatever each rank holds.
+    assert result["losses"][0] == pytest.approx(math.log(16), abs=0.3)
+    assert result["losses"][0] != result["losses"][1]
+    assert result["losses"][2] > 100
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from cmvae.leaving import leave
 from cmvae.model import CMVAE
 from cmvae.precision import autocast_dtype
 from cmvae.tasks.cmvae import CMVAETask, LatentNoise
-from cmvae.training.optimization import build_optimizer
+from cmvae.training.optimization import build_optimizer, restart_parameters
 
 
 def main() -> None:
@@ -58,9 +58,22 @@ def main() -> None:
         batch_size=per_rank * world_size,
         seed=config.seed,
     )
+
+    def read_split(split: str, num_samples: int | None) -> EvaluationLoader:
+        return EvaluationLoader(
+            config.data.shards,
+            split=split,
+            modalities=model.modality_names,
+            batch_size=64,
+            num_samples=num_samples,
+        )
+
+    task.begin(steps)
     losses = []
     with StopRequest.listening() as stop:
-        for raw, _ in zip(loader.epoch_batches(0), range(steps), strict=False):
+        for raw, step in zip(loader.epoch_batches(0), range(steps), strict=False):
+            values = task.restart(step, lambda num_samples: read_split("train", num_samples))
+            restart_parameters(accelerator, optimizer, values)
             if missing in model.modality_names:
                 raw["mask"][len(raw["mask"]) // 2 :, model.modality_names.index(missing)] = False
             batch = to_device(
@@ -81,10 +94,7 @@ def main() -> None:
     live = report["shared_loc"][:1].cpu()
     weights = accelerator.get_state_dict(module)
     if accelerator.is_main_process:
-        validation = EvaluationLoader(
-            config.data.shards, split="validation", modalities=model.modality_names, batch_size=64
-        )
-        task.export(output / "export", weights, validation)
+        task.export(output / "export", weights, read_split)
         exported = CMVAE.from_pretrained(output / "export")
         inputs = {name: batch[name][:1].cpu() for name in model.modality_names}
         again = torch.stack([posterior.shared.loc for posterior in exported.encode(inputs).values()], dim=1)

@@ -14,12 +14,13 @@ from commands import ROOT, run_command
 from PIL import Image
 
 FIGURES = [
+    "cluster_numbers",
     "cluster_samples",
+    "cluster_tree",
     "coherence_matrix",
     "confusion_matrix",
     "cross_modal",
     "latent_map",
-    "selection_curve",
 ]
 
 
@@ -90,7 +91,12 @@ def test_demo_leaves_the_contracted_files(demo):
         with Image.open(path) as picture:
             assert min(picture.size) > 100
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["max_steps"] == 100
-    assert sorted(path.name for path in (run / "export").iterdir()) == ["config.yaml", "model.safetensors"]
+    assert sorted(path.name for path in (run / "export").iterdir()) == [
+        "clusters.json",
+        "clusters.safetensors",
+        "config.yaml",
+        "model.safetensors",
+    ]
 
 
 def test_mlflow_holds_one_run_with_settings_curves_and_pictures(demo):

@@ -8,17 +8,21 @@ import torch
 from linear_model import linear_model
 from made_up_context import make_context
 
-from cmvae.config import ModalityConfig, ModelConfig
+from cmvae.config import ClustersConfig, ModalityConfig, ModelConfig
 from cmvae.data.schema import ModalitySchema
-from cmvae.evaluation.clustering import (
-    AGREEMENT,
+from cmvae.encoding import (
     EncodedSplit,
     all_log_weights,
     encode_split,
+    find_clusters,
+    select_model_clusters,
+)
+from cmvae.errors import UserError
+from cmvae.evaluation.clustering import (
+    AGREEMENT,
     evaluate_clustering,
     evaluate_clusters,
     modality_subsets,
-    select_model_clusters,
 )
 from cmvae.model import CMVAE
 
@@ -72,28 +76,25 @@ def split_of(clusters, labels):
     )
 
 
-def test_metrics_count_selected_clusters_and_compare_with_all():
+def test_metrics_count_selected_clusters(model):
     # Cluster 3 splits class 1; without it its sample falls to the next best, here cluster 1.
     split = split_of([0, 0, 1, 1, 3], [0, 0, 1, 1, 1])
     split.log_density[4, :, 1] = -5
-    active = np.array([True, True, False, False])
-    metrics, assignments = evaluate_clusters(split, np.log(np.full(4, 0.25)), active)
+    model.cluster_prior.active[2:] = False
+    metrics, assignments = evaluate_clusters(model, split)
     assert metrics["clustering/num_clusters"] == 2
     assert metrics["clustering/acc"] == 1
-    assert metrics["clustering_all/acc"] == pytest.approx(4 / 5)
     assert assignments.tolist() == [0, 0, 1, 1, 1]
 
 
-def test_unlabelled_data_has_clusters_but_no_scores():
-    metrics, assignments = evaluate_clusters(
-        split_of([0, 2], [-1, -1]), np.log(np.full(4, 0.25)), np.ones(4, dtype=bool)
-    )
+def test_unlabelled_data_has_clusters_but_no_scores(model):
+    metrics, assignments = evaluate_clusters(model, split_of([0, 2], [-1, -1]))
     assert metrics == {"clustering/num_clusters": 4}
     assert assignments.tolist() == [0, 2]
 
 
 CLASSES = ("zero", "one", "two")
-FIGURES = {"cluster_samples", "selection_curve", "latent_map", "confusion_matrix"}
+FIGURES = {"cluster_samples", "cluster_numbers", "cluster_tree", "latent_map", "confusion_matrix"}
 
 
 @pytest.fixture
@@ -112,6 +113,12 @@ def blind_model():
     return model
 
 
+@pytest.fixture
+def no_export(tmp_path):
+    """Where no training wrote anything."""
+    return tmp_path
+
+
 def samples_of(labels):
     """What three modalities see of samples at the centres of their classes' clusters."""
     centres = torch.tensor([[-4.0, 0, 0], [4, 0, 0], [4, 8, 0]])
@@ -120,14 +127,14 @@ def samples_of(labels):
     return {name: x.clone() for name in ("a", "b", "c")}
 
 
-def test_every_subset_of_modalities_has_its_own_scores(blind_model):
+def test_every_subset_of_modalities_has_its_own_scores(blind_model, no_export):
     labels = torch.arange(12) % 3
     data = {"test": {**samples_of(labels), "label": labels}, "validation": samples_of(labels)}
-    result = evaluate_clustering(make_context(blind_model, data, CLASSES, batch_size=5), beta=1.0)
+    result = evaluate_clustering(make_context(blind_model, data, CLASSES, batch_size=5), no_export)
     subsets = ["a", "b", "c", "a-b", "a-c", "b-c"]
     assert set(result.metrics) == {"clustering/num_clusters"} | {
         f"{group}/{name}"
-        for group in ("clustering", "clustering_all", *(f"clustering/from/{subset}" for subset in subsets))
+        for group in ("clustering", *(f"clustering/from/{subset}" for subset in subsets))
         for name in AGREEMENT
     }
     assert result.metrics["clustering/num_clusters"] == 3
@@ -137,50 +144,48 @@ def test_every_subset_of_modalities_has_its_own_scores(blind_model):
         assert result.metrics[f"clustering/from/{subset}/acc"] == pytest.approx(acc)
     assert result.metrics["clustering/acc"] == pytest.approx(2 / 3)
     assert result.metrics["clustering/from/a-b/acc"] == result.metrics["clustering/from/a-c/acc"]
-    assert set(result.figures) == FIGURES
-    assert result.left_out == {}
+    assert set(result.figures) == FIGURES - {"cluster_numbers", "cluster_tree"}
+    assert "was not written by a training" in result.left_out["clustering/selected"]
     assert result.protocol["clustering.num_samples"] == 12
 
 
-def test_the_group_agrees_with_one_pass_over_the_split(model):
+def test_the_group_agrees_with_one_pass_over_the_split(model, no_export):
     """Batches, padding and gathering change nothing."""
     batch = raw_batch(3, [True] * 10)
     images = {name: batch[name] / 255 for name in ("a", "b")}
     label = torch.arange(10) % 3
     data = {"test": {**images, "label": label}, "validation": images}
-    metrics = evaluate_clustering(make_context(model, data, CLASSES, batch_size=4), beta=1.0).metrics
+    metrics = evaluate_clustering(make_context(model, data, CLASSES, batch_size=4), no_export).metrics
     encoded = encode_split(model, [{**batch, "label": label}])
-    expected, _ = evaluate_clusters(encoded, all_log_weights(model), np.ones(4, dtype=bool))
+    expected, _ = evaluate_clusters(model, encoded)
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     alone = EncodedSplit(
         encoded.log_density[:, 1:], encoded.shared_loc[:, 1:], encoded.present[:, 1:], encoded.label
     )
-    expected, _ = evaluate_clusters(alone, all_log_weights(model), np.ones(4, dtype=bool))
+    expected, _ = evaluate_clusters(model, alone)
     for name in AGREEMENT:
         assert metrics[f"clustering/from/b/{name}"] == pytest.approx(expected[f"clustering/{name}"])
 
 
-def test_samples_without_a_label_do_not_count(blind_model):
+def test_samples_without_a_label_do_not_count(blind_model, no_export):
     labels = torch.tensor([0, 1, 2] * 4)
     # The first half is right, the second has no labels; as a class −1 it would spoil every score.
     known = torch.where(torch.arange(12) < 6, labels, -1)
     data = {"test": {**samples_of(labels), "label": known}}
-    result = evaluate_clustering(make_context(blind_model, data, CLASSES), beta=1.0)
+    result = evaluate_clustering(make_context(blind_model, data, CLASSES), no_export)
     for name in AGREEMENT:
         assert result.metrics[f"clustering/from/a/{name}"] == 1.0
     assert result.protocol["clustering.num_labelled_samples"] == 6
-    assert "no validation split" in result.left_out["figures/selection_curve"]
-    assert set(result.figures) == FIGURES - {"selection_curve"}
 
 
-def test_subsets_of_modalities_take_the_samples_that_have_some(blind_model):
+def test_subsets_of_modalities_take_the_samples_that_have_some(blind_model, no_export):
     """`a` is right and `b` and `c` are blind for class two: who lacks `a` decides what is right."""
     labels = torch.tensor([2] * 6 + [0] * 2)
     mask = torch.tensor(
         [[1, 0, 0], [1, 0, 0], [0, 1, 1], [0, 1, 0], [0, 0, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]]
     )
     data = {"test": {**samples_of(labels), "label": labels, "mask": mask.bool()}}
-    metrics = evaluate_clustering(make_context(blind_model, data, CLASSES), beta=1.0).metrics
+    metrics = evaluate_clustering(make_context(blind_model, data, CLASSES), no_export).metrics
     # Two of class 2 by `a` alone and two of class 0 are told apart; the others join the cluster of class 1.
     assert metrics["clustering/acc"] == pytest.approx(6 / 8)
     assert metrics["clustering/from/a/acc"] == 1.0
@@ -208,27 +213,106 @@ def test_the_selection_sees_only_what_is_there(model):
     assert not np.allclose(found.criterion, complete.criterion)
 
 
-def test_without_labels_there_are_clusters_and_reasons(blind_model):
+def test_without_labels_there_are_clusters_and_reasons(blind_model, no_export):
     data = {split: samples_of([0, 1, 2, 0, 1, 2]) for split in ("test", "validation")}
-    result = evaluate_clustering(make_context(blind_model, data), beta=1.0)
+    result = evaluate_clustering(make_context(blind_model, data), no_export)
     assert result.metrics == {"clustering/num_clusters": 3}
-    assert {"clustering_all", "clustering/from", "clustering/acc"} < set(result.left_out)
+    assert {"clustering/from", "clustering/acc"} < set(result.left_out)
     assert all(
         "no sample of the test split has a label" in result.left_out[f"clustering/{name}"]
         for name in AGREEMENT
     )
-    assert set(result.figures) == FIGURES - {"confusion_matrix"}
+    assert set(result.figures) == FIGURES - {"confusion_matrix", "cluster_numbers", "cluster_tree"}
     for figure in result.figures.values():
         figure.canvas.draw()
 
 
-def test_a_single_sample_is_enough(blind_model):
+def test_a_single_sample_is_enough(blind_model, no_export):
     data = {"test": {**samples_of([1]), "label": torch.tensor([1])}, "validation": samples_of([1])}
-    result = evaluate_clustering(make_context(blind_model, data, CLASSES), beta=1.0)
+    result = evaluate_clustering(make_context(blind_model, data, CLASSES), no_export)
     assert result.metrics["clustering/acc"] == 1.0
     assert all(np.isfinite(value) for value in result.metrics.values())
     assert "at least 4 samples" in result.left_out["figures/latent_map"]
-    assert set(result.figures) == FIGURES - {"latent_map"}
+    assert set(result.figures) == FIGURES - {"latent_map", "cluster_numbers", "cluster_tree"}
+
+
+def three_groups(num_samples, seed):
+    """Encoded samples of three classes that two modalities see alike, far from the means of the mixture."""
+    rng = np.random.default_rng(seed)
+    label = np.arange(num_samples) % 3
+    centres = 5 * np.eye(3, dtype=np.float32)
+    shared_loc = centres[label][:, None] + 0.3 * rng.normal(size=(num_samples, 2, 3)).astype(np.float32)
+    return EncodedSplit(
+        np.zeros((num_samples, 2, 4)),
+        shared_loc,
+        np.ones((num_samples, 2), bool),
+        label,
+        np.full((num_samples, 2), 0.04),
+    )
+
+
+@pytest.mark.parametrize("criterion", ["silhouette", "stability", "agreement"])
+def test_final_clusters_are_those_that_z_shows(model, criterion, tmp_path):
+    splits = three_groups(200, 0), three_groups(50, 1)
+    hierarchy, record = find_clusters(model, *splits, beta=1.0, settings=ClustersConfig(criterion=criterion))
+    assert (record.num_clusters, record.criterion) == (3, criterion)
+    assert set(record.curves) == {"entropy", "silhouette", "stability", "agreement"}
+    model.cluster_prior.take(hierarchy, record.num_clusters)
+    metrics, _ = evaluate_clusters(model, encode_anew(model, splits[1]))
+    assert metrics["clustering/num_clusters"] == 3
+    assert metrics["clustering/acc"] == 1
+    # The variance of z ~ q(z|x_m) around the cluster's mean: 0.3² of each modality, and its posterior's.
+    variance = model.family.variance_of(model.cluster_prior.scale)
+    np.testing.assert_allclose(variance.numpy(), 0.3**2 + 0.04, rtol=0.1)
+    model.save_pretrained(tmp_path / "export", (hierarchy, record))
+    four = CMVAE.from_pretrained(tmp_path / "export", num_clusters=4)
+    assert four.cluster_prior.active.sum() == 4
+    three = CMVAE.from_pretrained(tmp_path / "export")
+    assert torch.equal(three.cluster_prior.means, model.cluster_prior.means)
+    with pytest.raises(UserError, match=r"export: 9 clusters: this model has sets of 2 to 4. Choose another"):
+        CMVAE.from_pretrained(tmp_path / "export", num_clusters=9)
+
+
+def encode_anew(model, split):
+    """The densities of a split by the clusters that a model has now."""
+    density = model.log_density(split.shared_loc)
+    return EncodedSplit(density, split.shared_loc, split.present, split.label, split.variance)
+
+
+def test_the_number_that_is_told_counts_whatever_is_selected(model):
+    splits = three_groups(200, 0), three_groups(50, 1)
+    told = ClustersConfig(criterion="stability", num_clusters=2)
+    _, record = find_clusters(model, *splits, beta=1.0, settings=told)
+    assert (record.selected, record.told, record.num_clusters) == (3, 2, 2)
+
+
+def test_the_papers_criterion_leaves_the_mixture_as_it_is(model):
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    split = encode_split(model, [raw_batch(5, [True] * 12)])
+    hierarchy, record = find_clusters(model, split, split, beta=1.0, settings=ClustersConfig())
+    selection = select_model_clusters(model, split, 1.0)
+    assert record.curves["entropy"].values == tuple(selection.criterion.tolist())
+    model.cluster_prior.take(hierarchy, record.num_clusters)
+    after = model.state_dict()
+    assert after.pop("cluster_prior.active").tolist() == selection.active.tolist()
+    assert all(torch.equal(x, before[name]) for name, x in after.items())
+
+
+def test_an_evaluation_compares_the_numbers_of_clusters(blind_model, tmp_path):
+    labels = torch.arange(12) % 3
+    data = {"test": {**samples_of(labels), "label": labels}}
+    context = make_context(blind_model, data, CLASSES)
+    split = three_groups(60, 0)
+    split = EncodedSplit(
+        np.zeros((60, 2, 4)), split.shared_loc[..., :2], split.present, split.label, split.variance
+    )
+    clusters = find_clusters(blind_model, split, split, 1.0, ClustersConfig(criterion="silhouette"))
+    blind_model.save_pretrained(tmp_path / "export", clusters)
+    result = evaluate_clustering(context, tmp_path / "export")
+    assert set(result.figures) == FIGURES
+    assert result.metrics["clustering/selected/silhouette"] == 3
+    assert {f"clustering_all/{name}" for name in AGREEMENT} < set(result.metrics)
+    assert result.left_out == {}
 
 
 def test_up_to_five_modalities_every_subset_is_tried():

@@ -12,18 +12,20 @@ from matplotlib.figure import Figure
 from mixed import SCHEMAS, Mixed
 from sklearn.datasets import make_blobs
 
-from cmvae.clustering import Selection, clustering_metrics
+from cmvae.clustering import clustering_metrics, merge_clusters
 from cmvae.data.schema import ModalitySchema
 from cmvae.evaluation.figures import (
+    cluster_tree,
     confusion_matrix,
+    criterion_curves,
     cross_modal_grid,
     latent_map,
     metric_comparison,
     metrics_along,
     project_2d,
     sample_rows,
-    selection_curve,
 )
+from cmvae.exports import ClusterRecord, CurveRecord
 from cmvae.kinds import KINDS
 from cmvae.kinds.text import SPECIAL_TOKENS
 
@@ -173,23 +175,26 @@ def test_sample_rows_keep_samples_and_titles_in_their_rows() -> None:
     assert [label.get_position()[1] for label in labels] == pytest.approx([4.5, 13.5, 22.5], abs=0.5)
 
 
-def test_selection_curve_marks_the_chosen_number() -> None:
-    selection = Selection(
-        active=np.array([True, True, True, False, False]),
-        num_clusters=np.array([5, 4, 3, 2]),
-        criterion=np.array([1.4, 1.2, 1.1, 1.9]),
-        entropy_term=np.array([0.4, 0.2, 0.1, 0.1]),
-        likelihood_term=np.array([1.0, 1.0, 1.0, 1.8]),
-        dropped=np.array([4, 3, 2]),
+def test_criterion_curves_stand_side_by_side_and_say_which_decides() -> None:
+    curve = CurveRecord(num_clusters=(5, 4, 3, 2), values=(0.1, 0.2, 0.6, 0.3), selected=3)
+    record = ClusterRecord(
+        criterion="silhouette", selected=3, told=None, curves={"entropy": curve, "silhouette": curve}
     )
-    figure = selection_curve(selection)
+    figure = criterion_curves(record)
     figure.canvas.draw()
-    assert "3 clusters" in figure.axes[0].get_title(loc="left")
-    curves = [ax.lines[0].get_xydata().T.tolist() for ax in figure.axes]
-    for curve, values in zip(
-        curves, (selection.criterion, selection.entropy_term, selection.likelihood_term), strict=True
-    ):
-        assert curve == [selection.num_clusters.tolist(), values.tolist()]
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert titles == ["silhouette: 3, decides", "entropy: 3"]
+    for ax in figure.axes:
+        assert ax.lines[0].get_xydata().T.tolist() == [[5, 4, 3, 2], [0.1, 0.2, 0.6, 0.3]]
+
+
+def test_the_tree_names_its_clusters() -> None:
+    points = np.repeat(10.0 * np.eye(4), 5, axis=0) + np.random.default_rng(0).normal(size=(20, 4))
+    figure = cluster_tree(merge_clusters(points.astype(np.float32), 6), 4)
+    figure.canvas.draw()
+    names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert len(set(names)) == 4
+    assert all(name.isdigit() for name in names)
 
 
 def test_confusion_matrix_shows_counts_and_names() -> None:

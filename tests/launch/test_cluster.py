@@ -17,7 +17,7 @@ from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ModalitySchema
 from cmvae.data.sources.source import Sample
 from cmvae.data.writer import write_shards
-from cmvae.evaluation.clustering import all_log_weights, encode_split
+from cmvae.encoding import all_log_weights, encode_split
 from cmvae.model import CMVAE
 
 

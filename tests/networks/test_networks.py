@@ -53,6 +53,11 @@ def build(name, schema, width):
         ("resnet", image(16, 32, channels=1), 3),
         ("resnet", image(64, 64), 2),
         ("resnet", image(256, 128), 2),
+        ("strided", image(28, 28), 8),
+        ("strided", image(16, 32, channels=1), 4),
+        ("strided", image(64, 64), 4),
+        ("strided", image(256, 128), 2),
+        ("bag_of_words", text(32), 4),
         ("caption", text(32), 32),
         ("caption", text(8), 2),
         ("caption", text(56), 12),
@@ -80,6 +85,20 @@ def test_z_and_w_have_trunks_of_their_own(name, schema):
     (shared_loc.sum() + shared_raw.sum()).backward()
     reached = {name for name, parameter in encoder.named_parameters() if parameter.grad is not None}
     assert reached == {name for name, _ in encoder.named_parameters() if not name.startswith("private")}
+
+
+def test_a_bag_of_words_knows_no_order_and_z_alone_reads_it():
+    encoder, _ = build("bag_of_words", text(16), 4)
+    tokens = made_up_data(text(16))
+    shuffled = tokens[:, torch.randperm(16)]
+    before, after = encoder(tokens), encoder(shuffled)
+    torch.testing.assert_close(before[:2], after[:2])
+    assert not torch.allclose(before[2], after[2])
+    torch.testing.assert_close(encoder.encode_shared(tokens), before[0])
+    special = tokens.clone()
+    special[:, 3:] = 0  # padding is no word
+    padded = torch.cat([special, torch.ones_like(special)], dim=1)[:, :16]
+    torch.testing.assert_close(encoder(special)[0], encoder(padded)[0])
 
 
 def test_an_embedding_is_the_linear_map_of_one_hot_tokens():
@@ -110,6 +129,10 @@ def test_what_does_not_fit_is_refused_with_a_remedy():
         ("caption", VECTOR, r"model\.modalities\.a\.network: 'caption' takes text, not .* vector"),
         ("resnet", text(32), r"model\.modalities\.a\.network: 'resnet' takes .*, not .* text"),
         ("resnet", image(8, 10), r"divisible by 4, not 8×10"),
+        ("strided", image(8, 10), r"multiples of 4, not 8×10.*Resize"),
+        ("strided", image(72, 72), r"multiples of 16, not 72×72.*Resize"),
+        ("strided", text(32), r"model\.modalities\.a\.network: 'strided' takes images, not .* text"),
+        ("bag_of_words", VECTOR, r"model\.modalities\.a\.network: .* takes text, not .* vector"),
         ("resnet", image(100, 100), r"leaves 25×25 of 100×100.*Resize.*64×64"),
     ):
         with pytest.raises(UserError, match=message):

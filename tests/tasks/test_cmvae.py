@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cmvae.clustering import find_cluster_means
-from cmvae.config import ModalityConfig, ModelConfig, ObjectiveConfig
+from cmvae.config import AlignmentConfig, ModalityConfig, ModelConfig, ObjectiveConfig
 from cmvae.data.schema import ModalitySchema
 from cmvae.kinds.text import SPECIAL_TOKENS
 from cmvae.model import CMVAE
@@ -18,20 +18,23 @@ SCHEMA = ModalitySchema(kind="image", shape=(3, 8, 8), dtype="uint8")
 NAMES = ("a", "b", "c")
 
 
-def make_task(autocast_dtype=None, num_samples=2, cross_sources="all", refit_clusters_at=()):
+def make_task(
+    autocast_dtype=None, num_samples=2, cross_sources="all", refit_clusters_at=(), alignment=None, names=NAMES
+):
     torch.manual_seed(0)
     config = ModelConfig(
         shared_dim=5,
         private_dim=4,
         num_clusters=6,
-        modalities={name: ModalityConfig(width=4) for name in NAMES},
+        modalities={name: ModalityConfig(width=4) for name in names},
     )
-    model = CMVAE(config, dict.fromkeys(NAMES, SCHEMA), autocast_dtype)
+    model = CMVAE(config, dict.fromkeys(names, SCHEMA), autocast_dtype)
     objective = ObjectiveConfig(
         num_samples=num_samples,
         beta=1.5,
         cross_sources=cross_sources,
         refit_clusters_at=refit_clusters_at,
+        alignment=AlignmentConfig(**(alignment or {})),
     )
     return CMVAETask(model, objective)
 
@@ -203,9 +206,7 @@ def test_validation_metrics_know_occupancy_and_agreement():
 
 def test_a_refit_finds_means_in_what_is_there_and_only_when_it_is_due(batch):
     task = make_task(refit_clusters_at=[2, 4])
-    read = {name: (batch[name] * 255).byte() for name in NAMES} | {
-        key: batch[key] for key in ("valid", "label")
-    }
+    read = as_read(batch)
     read["mask"] = torch.rand(9, 3, generator=torch.Generator().manual_seed(0)) < 0.8
     read["mask"][:, 0] = True
     assert task.restart(3, lambda size: [read]) == {}
@@ -220,6 +221,91 @@ def test_a_refit_finds_means_in_what_is_there_and_only_when_it_is_due(batch):
     shared_loc = torch.stack([posterior.shared.loc for posterior in posteriors.values()], 1)
     expected = find_cluster_means(shared_loc.detach().numpy(), read["mask"].numpy(), num_clusters=6)
     torch.testing.assert_close(values[prior.means], torch.from_numpy(expected), rtol=1e-3, atol=1e-4)
+
+
+def loss_and_gradients(task, batch):
+    torch.manual_seed(2)
+    loss, report = task(batch)
+    loss.backward()
+    return loss, report, {name: p.grad for name, p in task.named_parameters() if p.grad is not None}
+
+
+def test_without_a_weight_the_objective_is_the_published_one_to_the_last_bit(batch):
+    plain, off = make_task(), make_task(alignment={"weight": 0, "augment": {"a": ["flip"]}})
+    for task in (plain, off):
+        task.begin(100)
+        task.restart(0, lambda size: [])
+    (loss, _, gradients), (other, report, others) = (loss_and_gradients(t, batch) for t in (plain, off))
+    assert loss == other
+    assert "alignment" not in report
+    assert gradients.keys() == others.keys()
+    assert all(torch.equal(gradients[name], others[name]) for name in gradients)
+
+
+def test_the_contrast_is_a_term_beside_the_bound(batch):
+    (plain, bound, _), (both, report, _) = (
+        loss_and_gradients(make_task(alignment={"weight": weight}), batch) for weight in (0, 7)
+    )
+    assert torch.equal(report["bound"], bound["bound"])
+    torch.testing.assert_close(both, plain + 7 * report["alignment"].mean())
+
+
+def test_the_first_phase_trains_the_encoders_of_z_alone(batch):
+    task = make_task(alignment={"weight": 5, "pretrain": 0.25})
+    task.begin(8)
+    for step in range(4):
+        values = task.restart(step, lambda size: [as_read(batch)])
+        assert (len(values) > 0) == (step == 2)  # means are found when it ends
+        _, report, gradients = loss_and_gradients(task, batch)
+        task.zero_grad()
+        alone = step < 2
+        assert task.headline == ("alignment" if alone else "bound")
+        assert set(report) == {"alignment"} if alone else "bound" in report
+        trained = [name for name, _ in task.named_parameters() if name in gradients]
+        if alone:
+            assert all(".shared_trunk." in name or ".shared_heads.loc." in name for name in trained)
+            assert {name.split(".")[2] for name in trained} == set(NAMES)
+        else:
+            assert any("decoders" in name for name in trained)
+
+
+def as_read(batch):
+    """A batch as a reader yields it."""
+    read = {name: (batch[name] * 255).byte() for name in NAMES}
+    return read | {key: batch[key] for key in ("valid", "label", "mask")}
+
+
+def test_what_is_augmented_is_so_for_the_contrast_in_training_only(batch):
+    settings = {"weight": 5, "augment": {"a": ["flip", "crop"]}}
+    changed, plain = make_task(alignment=settings), make_task(alignment={"weight": 5})
+    (_, with_it, _), (_, without, _) = (loss_and_gradients(task, batch) for task in (changed, plain))
+    assert torch.equal(with_it["bound"], without["bound"])
+    assert not torch.equal(with_it["alignment"], without["alignment"])
+    for task in (changed, plain):
+        task.eval()
+    (_, with_it, _), (_, without, _) = (loss_and_gradients(task, batch) for task in (changed, plain))
+    assert torch.equal(with_it["alignment"], without["alignment"])
+
+
+def test_one_modality_has_nothing_to_be_compared_with(batch):
+    task = make_task(alignment={"weight": 5, "pretrain": 3}, names=("a",))
+    task.begin(10)
+    batch["mask"] = batch["mask"][:, :1]
+    assert task.restart(0, lambda size: []) == {}
+    _, report = task(batch)
+    assert "bound" in report
+    assert "alignment" not in report
+
+
+def test_what_is_missing_does_not_count_in_the_contrast(batch):
+    task = make_task(alignment={"weight": 5})
+    batch["mask"][3:, 1] = False
+    batch["mask"][5, 2] = False
+    _, report = task(batch)
+    assert report["alignment"][5] == 0  # has one modality only
+    changed = {**batch, "b": batch["b"].clone()}
+    changed["b"][3:] = torch.rand(6, 3, 8, 8)
+    torch.testing.assert_close(task(changed)[1]["alignment"], report["alignment"])
 
 
 def test_without_labels_there_is_no_agreement():

@@ -13,8 +13,8 @@ from cmvae.clustering import find_cluster_means
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
 from cmvae.distributed import NonFiniteError, StopRequest
+from cmvae.encoding import encode_split
 from cmvae.errors import UserError
-from cmvae.evaluation.clustering import encode_split
 from cmvae.tasks import CMVAETask
 from cmvae.tasks import cmvae as cmvae_task
 from cmvae.tracking import NullTracker
@@ -108,6 +108,9 @@ def test_training_lowers_the_loss(experiment, monkeypatch):
         "train.gradient_accumulation_steps=2",
         # Between a checkpoint and the update that follows it, and later.
         "objective.refit_clusters_at=[3,5]",
+        # The first phase ends after a resume, and at one.
+        "objective.alignment={weight: 10, pretrain: 5, augment: {m0: [flip, crop]}}",
+        "objective.alignment={weight: 10, pretrain: 3}",
     ],
 )
 def test_stop_and_resume_is_bit_equal(experiment, tmp_path, setting):

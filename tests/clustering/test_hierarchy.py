@@ -1,0 +1,172 @@
+"""Sets of clusters, their tree, and the criteria of their number, against known mixtures and libraries."""
+
+import numpy as np
+import pytest
+from scipy.cluster.hierarchy import fcluster, is_valid_linkage
+from scipy.optimize import minimize
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score, silhouette_score
+
+from cmvae.clustering import (
+    agreement_curve,
+    joint_location,
+    mean_by_group,
+    merge_clusters,
+    prune_clusters,
+    silhouette_curve,
+    stability_curve,
+)
+
+
+def mixture(num_clusters, num_samples=600, dim=8, spread=4.0, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(num_clusters, size=num_samples)
+    means = rng.normal(size=(num_clusters, dim)) * spread
+    return (means[labels] + rng.normal(size=(num_samples, dim))).astype(np.float32), labels
+
+
+@pytest.mark.parametrize("num_clusters", [3, 7, 10])
+def test_stability_finds_the_number_where_silhouettes_merge_neighbours(num_clusters):
+    points, labels = mixture(num_clusters)
+    assert stability_curve(points, 16).selected == num_clusters
+    hierarchy = merge_clusters(points, 16)
+    assert num_clusters - 1 <= silhouette_curve(hierarchy, points).selected <= num_clusters
+    assert adjusted_rand_score(labels, hierarchy.assign(num_clusters, points)) > 0.98
+
+
+@pytest.mark.parametrize("num_clusters", [3, 7])
+def test_every_criterion_finds_clusters_that_lie_equally_far_apart(num_clusters):
+    labels = np.arange(600) % num_clusters
+    points = (6 * np.eye(8)[labels] + np.random.default_rng(0).normal(size=(600, 8))).astype(np.float32)
+    hierarchy = merge_clusters(points, 16)
+    rng = np.random.default_rng(1)
+    views = (points[:, None] + 0.3 * rng.normal(size=(len(points), 3, 8))).astype(np.float32)
+    present = np.ones(views.shape[:2], dtype=bool)
+    silhouette, stability = silhouette_curve(hierarchy, points), stability_curve(points, 16)
+    assert silhouette.selected == stability.selected == num_clusters
+    agreement = agreement_curve(hierarchy, views, present)
+    assert agreement is not None
+    at_truth = agreement.values[agreement.num_clusters.tolist().index(num_clusters)]
+    assert at_truth == pytest.approx(agreement.values.max(), abs=0.02)
+    assert adjusted_rand_score(labels, hierarchy.assign(num_clusters, points)) > 0.98
+
+
+def test_merging_is_as_good_as_many_random_starts():
+    points, _ = mixture(9, spread=1.5)
+    hierarchy = merge_clusters(points, 20)
+    for size in (4, 9, 15):
+        kept = hierarchy.means[hierarchy.step(size), hierarchy.active(size)]
+        distances = np.square(points[:, None] - kept).sum(-1).min(1).sum()
+        assert distances <= 1.02 * KMeans(size, n_init=10, random_state=0).fit(points).inertia_
+
+
+def test_a_hierarchy_keeps_its_numbers_and_merges_one_pair_at_a_time():
+    points, _ = mixture(5)
+    hierarchy = merge_clusters(points, 8, noise=0.25)
+    assert hierarchy.num_clusters.tolist() == [8, 7, 6, 5, 4, 3, 2]
+    np.testing.assert_allclose(hierarchy.shares.sum(1), 1, rtol=1e-6)
+    for size in range(8, 2, -1):
+        step = hierarchy.step(size)
+        gone, into = hierarchy.merged[step]
+        before, after = hierarchy.active(size), hierarchy.active(size - 1)
+        assert before.sum() == size
+        assert before[[gone, into]].all()
+        assert np.flatnonzero(before != after).tolist() == [gone]
+        assert hierarchy.shares[step + 1, gone] == 0
+        assigned = hierarchy.assign(size, points)
+        residual = np.square(points - hierarchy.means[step, assigned]).mean()
+        assert hierarchy.variance[step] == pytest.approx(residual + 0.25, rel=1e-4)
+    with pytest.raises(ValueError, match="9 clusters: this model has sets of 2 to 8"):
+        hierarchy.step(9)
+
+
+def test_the_tree_is_one_and_joins_neighbours_first():
+    means = np.array([[0, 0], [0.5, 0], [10, 0], [10.5, 0], [0, 40]], dtype=np.float32)
+    rng = np.random.default_rng(0)
+    points = (np.repeat(means, 40, axis=0) + 0.01 * rng.normal(size=(200, 2))).astype(np.float32)
+    hierarchy = merge_clusters(points, 5)
+    joins, leaves = hierarchy.linkage(5)
+    assert is_valid_linkage(joins)
+    assert sorted(leaves.tolist()) == [0, 1, 2, 3, 4]
+    # Cut where three remain, the near pairs are together and the far one is alone.
+    of_leaf = dict(zip(leaves.tolist(), fcluster(joins, 3, criterion="maxclust"), strict=True))
+    place = hierarchy.assign(5, means)
+    groups = [of_leaf[cluster] for cluster in place.tolist()]
+    assert groups[0] == groups[1] != groups[2] == groups[3]
+    assert groups[4] not in groups[:4]
+
+
+def test_pruning_keeps_the_mixture_and_renormalises_it():
+    means = np.arange(8.0).reshape(4, 2)
+    hierarchy = prune_clusters(means, np.log([0.4, 0.3, 0.2, 0.1]), [3, 1], variance=0.5)
+    assert hierarchy.is_pruned
+    assert hierarchy.active(3).tolist() == [True, True, True, False]
+    assert hierarchy.active(2).tolist() == [True, False, True, False]
+    np.testing.assert_allclose(hierarchy.shares[-1], [2 / 3, 0, 1 / 3, 0], rtol=1e-6)
+    assert (hierarchy.means == means.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("points", [np.zeros((6, 3)), np.repeat(np.eye(3), 4, axis=0)])
+def test_encodings_that_are_equal_still_give_clusters(points):
+    hierarchy = merge_clusters(points.astype(np.float32), 10)
+    assert np.isfinite(hierarchy.means).all()
+    assert hierarchy.active(2).sum() == 2
+    for curve in (silhouette_curve(hierarchy, points), stability_curve(points, 10)):
+        assert np.isfinite(curve.values).all()
+
+
+def test_silhouettes_are_those_of_scikit_learn():
+    points, _ = mixture(4, num_samples=150)
+    hierarchy = merge_clusters(points, 6)
+    curve = silhouette_curve(hierarchy, points)
+    expected = [silhouette_score(points, hierarchy.assign(int(size), points)) for size in curve.num_clusters]
+    np.testing.assert_allclose(curve.values, expected, atol=1e-5)
+
+
+def test_noise_has_no_stable_clusters_beyond_the_smallest_sets():
+    points = np.random.default_rng(0).normal(size=(800, 10)).astype(np.float32)
+    curve = stability_curve(points, 12)
+    assert curve.selected <= 3
+    assert curve.values[curve.num_clusters > 4].max() < 0.8
+
+
+def test_samples_without_two_modalities_have_no_agreement():
+    points, _ = mixture(3, num_samples=60)
+    present = np.eye(2, dtype=bool)[np.arange(60) % 2]
+    assert agreement_curve(merge_clusters(points, 4), np.stack([points, points], 1), present) is None
+
+
+@pytest.mark.parametrize("num_modalities", [1, 2, 3, 5])
+def test_the_joint_location_has_the_least_sum_of_distances(num_modalities):
+    rng = np.random.default_rng(num_modalities)
+    shared_loc = rng.normal(size=(20, num_modalities, 4))
+    present = rng.random((20, num_modalities)) < 0.7
+    present[:, 0] = True
+    found = joint_location(shared_loc, present)
+    for location, points, there in zip(found, shared_loc, present, strict=True):
+        points = points[there]
+
+        def distance(x, points=points):
+            return np.linalg.norm(points - x, axis=1).sum()
+
+        if len(points) > 2:
+            best = minimize(distance, points.mean(0), method="Nelder-Mead", options={"maxiter": 4000}).fun
+            assert distance(location) <= best + 2e-3
+        else:
+            np.testing.assert_allclose(location, points.mean(0), atol=1e-6)
+
+
+def test_one_modality_that_lies_apart_moves_the_joint_location_less_than_a_mean():
+    shared_loc = np.zeros((1, 5, 2))
+    shared_loc[0, 4] = 10
+    present = np.ones((1, 5), dtype=bool)
+    assert np.linalg.norm(joint_location(shared_loc, present)) < 0.05
+
+
+def test_groups_are_means_over_the_members_that_have_a_modality():
+    shared_loc = np.arange(12.0).reshape(3, 2, 2)
+    present = np.array([[True, False], [True, True], [False, True]])
+    means, there = mean_by_group(shared_loc, present, np.array([0, 0, 1]))
+    assert there.tolist() == [[True, True], [False, True]]
+    np.testing.assert_allclose(means[0], [[(0 + 4) / 2, (1 + 5) / 2], [6, 7]])
+    np.testing.assert_allclose(means[1], [[0, 0], [10, 11]])

@@ -1,0 +1,292 @@
+"""Compare clusterings: python tools/benchmarks/clusters.py --shared ../shared/data --out runs/clusters.
+
+Packs what is missing, runs what is missing, one line a finished cell in results.jsonl, and writes table.md
+and figure.png. Stopped or killed, it goes on where it was when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works in a checkout that is not installed
+
+from clusters_data import ALL, DATA_SETS, DataSet, FeatureReader, View, feature_sets
+from clusters_methods import METHODS, NotRunError
+from clusters_ours import ROOT, TITLES, VARIANTS, Trainings, run_command
+from clusters_results import Cell, Results, draw_figure, format_table
+
+from cmvae.arguments import positive_integer
+from cmvae.data.schema import INDEX_NAME, ShardIndex
+from cmvae.errors import UserError
+from cmvae.files import write_whole
+from cmvae.progress import progress_bar
+
+_ALL_TITLES = {**{name: method.title for name, method in METHODS.items()}, **TITLES}
+
+
+def _names_of(known: Sequence[str]) -> Any:
+    def read(text: str) -> list[str]:
+        names = [name for name in text.split(",") if name]
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+        return names
+
+    return read
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description="Compare clusterings: data sets × methods × seeds; ACC, NMI, ARI, number found, seconds.",
+        epilog="mvlearn is optional: where it cannot be imported, its cells say that they were not run. "
+        "Install it by `pip install --no-deps mvlearn seaborn`: what it asks for would replace matplotlib "
+        "by one of 2021.",
+    )
+    data_sets, methods = list(DATA_SETS), [*METHODS, *VARIANTS]
+    parser.add_argument(
+        "--shared",
+        type=Path,
+        default=Path("../shared/data"),
+        metavar="FOLDER",
+        help="data that is packed: mfeat.csv, cub_mini64/, mnist.npz, polymnist_backgrounds/ "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shards",
+        type=Path,
+        default=Path("shards"),
+        metavar="FOLDER",
+        help="packed data; what it lacks is packed into it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/clusters"),
+        metavar="FOLDER",
+        help="for results.jsonl, table.md, figure.png, and the runs of our models (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data",
+        type=_names_of(data_sets),
+        default=data_sets,
+        metavar="NAME,…",
+        help=f"of {', '.join(data_sets)} (default: all)",
+    )
+    parser.add_argument(
+        "--methods",
+        type=_names_of(methods),
+        default=methods,
+        metavar="NAME,…",
+        help=f"of {', '.join(methods)} (default: all)",
+    )
+    parser.add_argument(
+        "--seeds", type=positive_integer, default=3, metavar="N", help="0 to N − 1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=positive_integer, metavar="N", help="of a method or a training (default: all)"
+    )
+    return parser.parse_args(arguments)
+
+
+def pack(data_set: DataSet, arguments: argparse.Namespace) -> Path:
+    """Pack a data set as a user would, unless it is there.
+
+    Returns:
+        The folder of the packed data.
+
+    Raises:
+        UserError: tools/make_shards.py failed.
+    """
+    location = arguments.shards / data_set.folder
+    if not (location / INDEX_NAME).is_file():
+        source = data_set.pack(arguments.shared, arguments.out / "tables")
+        # A table's config would be printed: what our models train with is written when they do.
+        run_command(
+            ["tools/make_shards.py", *source, "--out", str(location)],
+            arguments.out / "logs" / f"pack-{data_set.name}.log",
+        )
+    return location
+
+
+def cells_of(
+    data_set: DataSet, view: View, index: ShardIndex, methods: Sequence[str], num_seeds: int
+) -> Iterator[Cell]:
+    """The cells of one view of a data set, seed after seed of each."""
+    features = feature_sets(view, index)
+    for name in methods:
+        for seed in range(num_seeds):
+            if name in VARIANTS:
+                seen = view.alone[0] if view.alone and not view.together else str(ALL)
+                for told in (False, True):
+                    yield Cell(data_set.name, view.rows, name, seen, told, seed)
+                continue
+            for wanted in features:
+                if METHODS[name].takes(wanted):
+                    yield Cell(data_set.name, view.rows, name, str(wanted), True, seed)
+
+
+class Suite:
+    """Runs cells.
+
+    Args:
+        out: the folder of the suite.
+        locations: name of a data set to its packed data.
+    """
+
+    def __init__(self, out: Path, locations: dict[str, Path]) -> None:
+        self._locations = locations
+        self._trainings = Trainings(out)
+        self._reader: FeatureReader | None = None
+        self._versions = _versions()
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """The values of a cell's line; of one that cannot be run here `not_run`, the reason.
+
+        Raises:
+            UserError: a command failed, or data is missing or damaged.
+        """
+        from cmvae.clustering import clustering_metrics
+
+        try:
+            clusters, labels, seconds, note = self._find(cell)
+        except NotRunError as error:
+            return {"not_run": str(error)}
+        metrics = clustering_metrics(clusters, labels)
+        metrics["num_clusters"] = int(metrics["num_clusters"])
+        return {**metrics, "seconds": round(seconds, 3), "note": note, "versions": self._versions}
+
+    def _find(self, cell: Cell) -> tuple[Any, Any, float, str]:
+        """Clusters, labels, seconds, note."""
+        data_set, location = DATA_SETS[cell.data], self._locations[cell.data]
+        view = data_set.view(cell.rows)
+        if cell.method in VARIANTS:
+            self._reader = None  # a training has a use for the memory
+            return self._trainings.find(data_set, view, location, cell.method, cell.seed, cell.told)
+        reader = self._read(location, data_set, view)
+        wanted = next(one for one in feature_sets(view, reader.index) if str(one) == cell.features)
+        if not METHODS[cell.method].by_modality:
+            reader.features(wanted)  # made once for several methods and seeds: no time of any
+        num_clusters = len(reader.index.class_names or ())
+        started = time.perf_counter()
+        found = METHODS[cell.method].assign(reader, wanted, num_clusters, cell.seed)
+        seconds = time.perf_counter() - started
+        notes = [reader.describe(len(found.rows) if found.fitted else None), found.note]
+        return found.clusters, reader.labels[found.rows], seconds, "; ".join(filter(None, notes))
+
+    def _read(self, location: Path, data_set: DataSet, view: View) -> FeatureReader:
+        """The rows of a view; those of another one are let go, they may be gigabytes."""
+        reader = self._reader
+        if reader is None or (reader.data_set, reader.view) != (data_set, view):
+            reader = self._reader = FeatureReader(location, data_set, view)
+        return reader
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("numpy", "scikit-learn", "torch", "mvlearn"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        commit = ""
+    return versions | ({"commit": commit} if commit else {})
+
+
+def run_suite(arguments: argparse.Namespace, results: Results) -> list[str]:
+    """Pack and run what is missing.
+
+    Returns:
+        What failed, in words.
+
+    Raises:
+        UserError: data cannot be packed, or results cannot be written.
+    """
+    chosen = [DATA_SETS[name] for name in DATA_SETS if name in arguments.data]
+    locations = {}
+    for data_set in progress_bar(chosen, desc="packing", unit=" data sets", leave=False):
+        locations[data_set.name] = pack(data_set, arguments)
+    cells = [
+        cell
+        for data_set in chosen
+        for view in data_set.views
+        for cell in cells_of(
+            data_set, view, ShardIndex.load(locations[data_set.name]), arguments.methods, arguments.seeds
+        )
+    ]
+    missing = [cell for cell in cells if cell not in results]
+    suite, failures = Suite(arguments.out, locations), []
+    with progress_bar(unit=" cells", initial=len(cells) - len(missing), total=len(cells)) as bar:
+        for cell in missing:
+            # On a terminal at once: a training takes minutes until the bar moves.
+            title = f"{cell.data}, {_ALL_TITLES[cell.method]}, seed {cell.seed}"
+            bar.set_description(title, refresh=sys.stderr.isatty())
+            try:
+                results.add(cell, suite.run(cell))
+            except UserError as error:
+                failures.append(f"{cell.data}, {cell.method}, seed {cell.seed}: {error}")
+            bar.update()
+    return list(dict.fromkeys(failures))
+
+
+def write_reports(out: Path, results: Results) -> None:
+    """Write table.md and figure.png of all cells that there are, also those of earlier calls."""
+    groups = results.groups()
+    write_whole(out / "table.md", format_table(groups, _ALL_TITLES, list(DATA_SETS)).encode())
+    if any(group.not_run is None for group in groups):
+        draw_figure(groups, _ALL_TITLES, list(DATA_SETS)).savefig(out / "figure.png")
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def main() -> int:
+    """Run, write the table and the figure, say what failed."""
+    arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, _stop)  # so that a training that runs is ended as well
+    if arguments.threads is not None:
+        # For the trainings, and for what numpy and torch start here; those read it when they are imported.
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    try:
+        try:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {arguments.out}: cannot be written: {error}. Give another") from error
+        results = Results(arguments.out / "results.jsonl")
+        # numpy is there already.
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(arguments.threads):
+            try:
+                failures = run_suite(arguments, results)
+            finally:
+                write_reports(arguments.out, results)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    print(f"written to {arguments.out}: results.jsonl, table.md, figure.png")
+    return 2 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

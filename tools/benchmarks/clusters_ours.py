@@ -1,0 +1,217 @@
+"""Our models in the clustering suite: trained and asked for clusters by the commands that a user gives."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from clusters_data import DataSet, IntArray, View, read_rows
+
+from cmvae.data.schema import ShardIndex
+from cmvae.errors import UserError
+from cmvae.files import write_whole
+from cmvae.starter import write_starter_config
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+VARIANTS: Mapping[str, tuple[str, ...]] = {
+    "ours": (),
+    "ours-paper": ("objective.alignment.weight=0", "clusters.criterion=entropy"),
+}
+"""Name of a method to what it changes in the starter config: nothing, or back to what the paper has."""
+TITLES: Mapping[str, str] = {"ours": "ours, untuned", "ours-paper": "ours, as in the paper"}
+
+Run = Callable[[Sequence[str], Path], None]
+"""Run a command of this checkout; what it prints goes into a file."""
+
+
+class Found(NamedTuple):
+    """Clusters of the rows of a view, with what they are compared with."""
+
+    clusters: IntArray
+    """(N,)"""
+    labels: IntArray
+    """(N,)"""
+    seconds: float
+    note: str
+
+
+def run_command(arguments: Sequence[str], log: Path) -> None:
+    """Run a Python script of this checkout to its end.
+
+    Args:
+        arguments: the script, seen from the checkout, and its arguments.
+        log: the file that its output is added to.
+
+    Raises:
+        UserError: it failed; says its last line and where the others are.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # This checkout's library, whatever is installed.
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / arguments[0]), *arguments[1:]],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        try:
+            code = process.wait()
+        except BaseException as error:
+            # Ctrl-C has reached it as well; a SIGTERM that ends this process has not.
+            if not isinstance(error, KeyboardInterrupt):
+                process.terminate()
+            process.wait()  # a training writes a checkpoint first
+            raise
+    if code != 0:
+        said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line]
+        raise UserError(
+            f"{arguments[0]} failed: {said[-1] if said else f'exit code {code}'}. All of it: {log}"
+        )
+
+
+class Trainings:
+    """Trainings and tables of clusters below one folder; what is there already is not made again.
+
+    Args:
+        out: the folder of the suite.
+        run: runs a command.
+    """
+
+    def __init__(self, out: Path, run: Run = run_command) -> None:
+        self._out, self._run = out, run
+        self._failed: dict[str, UserError] = {}
+
+    def find(
+        self, data_set: DataSet, view: View, location: Path, variant: str, seed: int, told: bool
+    ) -> Found:
+        """Clusters of the compared rows, by a training that may have to be run first.
+
+        Args:
+            data_set: what is clustered.
+            view: the rows of it.
+            location: the packed data.
+            variant: a name of `VARIANTS`.
+            seed: of the training.
+            told: whether the number of clusters is told, to the same trained model.
+
+        Raises:
+            UserError: a command failed, now or before.
+        """
+        # One training serves several cells: what failed once in a suite fails for all of them.
+        name = f"{data_set.name}-{variant}-{seed}"
+        if name in self._failed:
+            raise self._failed[name]
+        try:
+            self._train(name, data_set, location, variant, seed)
+        except UserError as error:
+            self._failed[name] = error
+            raise
+        table = self._assign(name, data_set, location, told)
+        record = self._record(name)
+        clusters, labels = compare_rows(table, data_set, view, location)
+        seconds = record["train"] + record[table.stem]
+        notes = [record["note"]] if "note" in record else []
+        if view.grouped and view.column == "cluster":
+            notes.append(f"a {view.rows} is in the cluster that most of its samples are in")
+        return Found(clusters, labels, seconds, "; ".join(notes))
+
+    def _train(self, name: str, data_set: DataSet, location: Path, variant: str, seed: int) -> None:
+        folder, record = self._out / "runs" / name, self._record(name)
+        if "train" in record and (folder / "export").exists():
+            return
+        resumed = (folder / "checkpoints").exists()
+        started = time.perf_counter()
+        arguments = ["launch/train.py", str(self._write_config(data_set, location)), f"name={name}"]
+        arguments += [f"output_dir={folder}", f"seed={seed}", "tracking.enabled=false", *VARIANTS[variant]]
+        self._run([*arguments, "--resume"], self._log(name))
+        note = {"note": "seconds are those after a resume"} if resumed else {}
+        self._write_record(name, {"train": time.perf_counter() - started, **note})
+
+    def _assign(self, name: str, data_set: DataSet, location: Path, told: bool) -> Path:
+        table = self._out / "assignments" / name / ("told.csv" if told else "found.csv")
+        record = self._record(name)
+        if table.stem in record and table.is_file():
+            return table
+        table.parent.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        arguments = ["launch/cluster.py", str(self._out / "runs" / name), str(location), "--out", str(table)]
+        if not data_set.whole:
+            arguments += ["--split", "test"]
+        if told:
+            arguments += ["--num-clusters", str(len(ShardIndex.load(location).class_names or ()))]
+        self._run([*arguments, "--overwrite"], self._log(name))
+        self._write_record(name, {**record, table.stem: time.perf_counter() - started})
+        return table
+
+    def _write_config(self, data_set: DataSet, location: Path) -> Path:
+        """The starter config, as tools/make_shards.py --config writes it for a table."""
+        path = self._out / "configs" / f"{data_set.name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, write_starter_config(ShardIndex.load(location), location).encode())
+        return path
+
+    def _log(self, name: str) -> Path:
+        return self._out / "logs" / f"{name}.log"
+
+    def _record(self, name: str) -> dict[str, Any]:
+        """Seconds of the steps that are done, by their names."""
+        path = self._out / "seconds" / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def _write_record(self, name: str, record: Mapping[str, Any]) -> None:
+        path = self._out / "seconds" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(record).encode())
+
+
+def compare_rows(table: Path, data_set: DataSet, view: View, location: Path) -> tuple[IntArray, IntArray]:
+    """Clusters and labels of the rows of a view, from the table that launch/cluster.py wrote.
+
+    Samples of a group are one row: the cluster of most of them, of several such the one of the lowest
+    number.
+
+    Args:
+        table: the CSV file.
+        data_set: what it is of.
+        view: which rows, and the column that says their clusters.
+        location: the packed data.
+
+    Returns:
+        (N,) clusters and (N,) labels.
+
+    Raises:
+        UserError: the table lacks the column, or a sample that is compared.
+    """
+    rows = read_rows(location, data_set.compared, [])
+    with table.open(newline="", encoding="utf-8") as file:
+        cluster_of = {row["key"]: row.get(view.column) or "" for row in csv.DictReader(file)}
+    missing = [key for key in rows.keys if not cluster_of.get(key, "").isdigit()]
+    if missing:
+        raise UserError(
+            f"{table}: column {view.column} says no cluster of {missing[0]} and {len(missing) - 1} other "
+            "samples. Delete the file, and it is written again"
+        )
+    group_of = data_set.group_of if view.grouped and data_set.group_of is not None else str
+    members: dict[str, list[int]] = {}
+    label_of: dict[str, int] = {}
+    for key, label in zip(rows.keys, rows.labels.tolist(), strict=True):
+        members.setdefault(group_of(key), []).append(int(cluster_of[key]))
+        label_of[group_of(key)] = label
+    clusters = [_most_frequent(of_group) for of_group in members.values()]
+    return np.array(clusters), np.array([label_of[group] for group in members])
+
+
+def _most_frequent(clusters: Sequence[int]) -> int:
+    counts = Counter(clusters)
+    return min(counts, key=lambda cluster: (-counts[cluster], cluster))
