@@ -34,6 +34,7 @@ def contrast(
     places: Tensor,
     variance: Tensor | float,
     max_logits: int = MAX_LOGITS,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """InfoNCE of every sample: −log of the probability of its own encoding among the candidates.
 
@@ -50,6 +51,8 @@ def contrast(
         variance: of the difference between two encodings that belong together, per dimension; a number, or
             (D,).
         max_logits: see `MAX_LOGITS`.
+        groups: (J,) int64, the group of each candidate, −1 for none. The other members of a sample's group
+            belong with it, so that they are no candidates for it. None if there are no groups.
 
     Returns:
         (B,) in nats, zero for samples with fewer than two modalities.
@@ -62,10 +65,13 @@ def contrast(
     def log_probabilities(part: slice) -> Tensor:
         """Of the own encoding, (M, M, part): from m to n."""
         found = []
+        hidden = ~candidate_present[:, None]
+        if groups is not None:
+            hidden = hidden | _others_of_group(groups, places[part])
         for m in range(num_modalities):
             # (M, part, J), from m to every n
             logits = -torch.cdist(anchors[m, part].expand(num_modalities, -1, -1), candidates).square()
-            logits = logits.masked_fill(~candidate_present[:, None], -torch.inf)
+            logits = logits.masked_fill(hidden, -torch.inf)
             own = places[part].expand(num_modalities, -1).unsqueeze(-1)
             # A target that the sample lacks is not counted below, and must stay finite.
             own_logit = logits.gather(-1, own).squeeze(-1)
@@ -90,6 +96,13 @@ def contrast(
         & ~torch.eye(num_modalities, dtype=torch.bool, device=present.device)[..., None]
     )
     return -(log_p * pairs).sum((0, 1)) / pairs.sum((0, 1)).clamp(min=1)
+
+
+def _others_of_group(groups: Tensor, places: Tensor) -> Tensor:
+    """(len(places), J) bool: the candidates of the group of each place, without the place itself."""
+    own = groups[places, None]
+    candidate = torch.arange(len(groups), device=groups.device)
+    return (own == groups) & (own >= 0) & (candidate != places[:, None])
 
 
 def _finite_logsumexp(logits: Tensor) -> Tensor:

@@ -91,7 +91,10 @@ def _as_several(value: object) -> object:
 
 
 class AlignmentConfig(_Settings):
-    """The contrast between modalities beside the bound, see `cmvae.alignment`. Off with one modality."""
+    """The contrast between modalities beside the bound, see `cmvae.alignment`. Off with one modality.
+
+    It tells samples apart, but not those of one group, where the packed data has groups.
+    """
 
     weight: float = Field(default=0.0, ge=0)
     """What the contrast is multiplied by, in nats of the bound a sample; 0 is the published objective."""

@@ -112,9 +112,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, dim: int) -> Tensor:
         ctx.dim, ctx.size = dim, values.shape[dim]
-        parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, values.contiguous())
-        return torch.cat(parts, dim)
+        return gather(values, dim)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -127,6 +125,18 @@ class _Gather(torch.autograd.Function):
 def rank_of_process() -> int:
     """This process's rank, 0 where there is only one."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def gather(values: Tensor, dim: int) -> Tensor:
+    """The values of all ranks along `dim`, in the order of the ranks; equally many on each; no gradient.
+
+    With one rank `values` itself. To be called on all ranks.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, values.contiguous())
+    return torch.cat(parts, dim)
 
 
 def gather_with_gradient(values: Tensor, dim: int) -> Tensor:

@@ -18,6 +18,7 @@ from cmvae.clustering import (
     agreement_curve,
     joint_location,
     merge_clusters,
+    number_groups,
     prune_clusters,
     responsibilities,
     select_clusters,
@@ -27,6 +28,7 @@ from cmvae.clustering import (
 )
 from cmvae.config import ClustersConfig, CriterionName
 from cmvae.data.batch import to_device
+from cmvae.data.groups import NO_GROUP
 from cmvae.exports import ClusterRecord, CurveRecord
 from cmvae.model import CMVAE, stack_shared_locations
 
@@ -48,6 +50,13 @@ class EncodedSplit:
     """(N,), −1 where there is none."""
     variance: np.ndarray | None = None
     """(N, M) of q(z|x_m), a mean over its dimensions."""
+    group: np.ndarray | None = None
+    """(N,) number of a sample's group, −1 where it has none; None where the split has no groups."""
+
+    def numbered_groups(self) -> IntArray:
+        """(N,) the group of each sample, from 0 as `mean_by_group` takes them; without one it is alone."""
+        alone = np.full(len(self.label), NO_GROUP)
+        return number_groups(alone if self.group is None else self.group)
 
     def with_modalities(self, places: Sequence[int]) -> EncodedSplit:
         """The samples that have at least one of some modalities, as those encode them."""
@@ -58,6 +67,7 @@ class EncodedSplit:
             self.present[there][:, places],
             self.label[there],
             None if self.variance is None else self.variance[there][:, places],
+            None if self.group is None else self.group[there],
         )
 
 
@@ -79,18 +89,21 @@ def encode_split(model: CMVAE, batches: Iterable[Mapping[str, Any]]) -> EncodedS
 
 
 def encode_batch(model: CMVAE, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The fields of `EncodedSplit` of a batch on the device, padding included."""
+    """The fields of `EncodedSplit` of a batch on the device, padding included; `group` if it has some."""
     posteriors = model.encode({name: batch[name] for name in model.modality_names})
     shared_loc = stack_shared_locations(posteriors)
     _, log_density = model.cluster_prior(shared_loc)
     variances = [posterior.shared.variance.mean(-1) for posterior in posteriors.values()]
-    return {
+    fields = {
         "log_density": log_density,
         "shared_loc": shared_loc,
         "present": batch["mask"],
         "label": batch["label"],
         "variance": torch.stack(variances, dim=1),
     }
+    if "group" in batch:
+        fields["group"] = batch["group"]
+    return fields
 
 
 def assign_split(

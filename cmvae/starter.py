@@ -28,7 +28,7 @@ _MAX_STEPS = 20_000
 _ALIGNED_BATCH_SIZE = 128
 """The contrast tells samples of a batch apart: more of them tell more."""
 _ALIGNED_MAX_STEPS = 2000
-_ALIGNMENT = {"weight": 50.0, "pretrain": 0.25}
+_ALIGNMENT = {"weight": 500.0, "pretrain": 0.5}
 _NETWORKS = {"image": "strided", "text": "bag_of_words"}
 _WIDTHS = {"image": 64, "text": 16}
 _WIDTH = 64

@@ -1,17 +1,23 @@
 """Clusters of packed data by a trained run, as a table.
 
     python launch/cluster.py runs/NAME shards/OTHER --out assignments.csv [--split all] [--num-clusters K]
+        [--modalities photo,caption] [--by-group]
 
 The data needs no labels; of modalities that the run does not know nothing is read, and where it lacks some of
 the run's modalities the others decide. Starts from the run's export. Columns: key, split, cluster and
 confidence by all modalities together, then MODALITY_cluster and MODALITY_confidence; empty where a sample
 lacks the modality. Rows are sorted by key: those of a table of one's own stand as they do there.
+
+With --by-group the samples of one group (`make_shards.py table --group`, the captions of one bird) get one
+cluster. There is still one row per sample, with the group in a column after split. MODALITY_cluster is then
+what the modality says of the group, empty where no member has it.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from cmvae.arguments import positive_integer
@@ -33,8 +39,27 @@ def parse_arguments() -> argparse.Namespace:
         metavar="K",
         help="so many clusters, from the same model (default: as many as its export selected)",
     )
+    parser.add_argument(
+        "--modalities",
+        type=_names,
+        metavar="NAME[,NAME…]",
+        help="read clusters from these alone (default: all of the run's that the data has)",
+    )
+    parser.add_argument(
+        "--by-group", action="store_true", help="one cluster for all samples of one group, decided together"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the file --out")
     return parser.parse_args()
+
+
+def _names(text: str) -> list[str]:
+    """Type of --modalities: names with commas between them, each taken once."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write NAME, or several with commas, such as photo,caption"
+        )
+    return list(dict.fromkeys(names))
 
 
 def check_out(path: Path, overwrite: bool) -> None:
@@ -50,12 +75,23 @@ def check_out(path: Path, overwrite: bool) -> None:
 
 
 def choose_modalities(config: CMVAEExperiment, index: ShardIndex, arguments: argparse.Namespace) -> list[str]:
-    """The run's modalities that the data has; says on stderr which are missing.
+    """The modalities to read: what --modalities says, or those of the run that the data has.
+
+    Says on stderr which of the run's are missing.
 
     Raises:
-        UserError: the data has none of them.
+        UserError: the data has none of them, or the run or the data lacks one that --modalities names.
     """
     wanted = list(config.model.modalities)
+    if arguments.modalities is not None:
+        for name in arguments.modalities:
+            for where, known in ((arguments.run, wanted), (arguments.shards, list(index.modalities))):
+                if name not in known:
+                    raise UserError(
+                        f"--modalities {name}: {where} has no such modality, only {', '.join(known)}. "
+                        "Name some of those"
+                    )
+        return list(arguments.modalities)
     present = [name for name in wanted if name in index.modalities]
     if not present:
         raise UserError(
@@ -72,6 +108,20 @@ def choose_modalities(config: CMVAEExperiment, index: ShardIndex, arguments: arg
     return present
 
 
+def check_groups(index: ShardIndex, splits: Sequence[str], arguments: argparse.Namespace) -> None:
+    """Refuse --by-group where no sample has a group.
+
+    Raises:
+        UserError: none has.
+    """
+    if not any(index.split(split, arguments.shards).num_groups for split in splits):
+        raise UserError(
+            f"--by-group: {arguments.shards}: no sample of {', '.join(splits)} has a group. Pack the data "
+            "again with this version and its groups (tools/make_shards.py table … --group COLUMN; cubicc has "
+            "them by itself), or leave out --by-group"
+        )
+
+
 def main() -> int:
     """Check, assign, write."""
     arguments = parse_arguments()
@@ -82,6 +132,8 @@ def main() -> int:
             index.split(arguments.split, arguments.shards)
         splits = list(index.splits) if arguments.split == "all" else [arguments.split]
         modalities = choose_modalities(config, index, arguments)
+        if arguments.by_group:
+            check_groups(index, splits, arguments)
         check_out(arguments.out, arguments.overwrite)
 
         from cmvae.assignment import assign_to_file
@@ -94,6 +146,7 @@ def main() -> int:
             config.evaluation.batch_size,
             arguments.out,
             arguments.num_clusters,
+            arguments.by_group,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -59,10 +59,12 @@ def describe(index: ShardIndex) -> str:
         f"{key} {textwrap.shorten(str(value), 60, placeholder=' …')}" for key, value in index.source.items()
     ]
     lines = [f"{index.name}: {', '.join(settings)}"]
-    lines.append(f"{'split':<12}{'samples':>10}{'shards':>8}{'bytes':>15}")
+    has_groups = any(split.num_groups for split in index.splits.values())
+    lines.append(f"{'split':<12}{'samples':>10}{'shards':>8}{'bytes':>15}" + f"{'groups':>10}" * has_groups)
     for name, split in index.splits.items():
         num_bytes = sum(shard.num_bytes for shard in split.shards)
-        lines.append(f"{name:<12}{split.num_samples:>10,}{len(split.shards):>8,}{num_bytes:>15,}")
+        line = f"{name:<12}{split.num_samples:>10,}{len(split.shards):>8,}{num_bytes:>15,}"
+        lines.append(line + f"{split.num_groups:>10,}" * has_groups)
     lines.append(f"{'modality':<12}{'kind':>12}{'dtype':>8}{'shape':>15}")
     for modality_name, modality in index.modalities.items():
         shape = "×".join(str(size) for size in modality.shape) or "scalar"

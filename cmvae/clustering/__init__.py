@@ -7,7 +7,9 @@ from cmvae.clustering.arrays import BoolArray, FloatArray, IntArray
 from cmvae.clustering.assignment import (
     confidence,
     joint_location,
+    labels_of_groups,
     mean_by_group,
+    number_groups,
     responsibilities,
     vote,
 )
@@ -31,9 +33,11 @@ __all__ = [
     "confusion",
     "find_cluster_means",
     "joint_location",
+    "labels_of_groups",
     "mean_by_group",
     "merge_clusters",
     "merge_pieces",
+    "number_groups",
     "prune_clusters",
     "responsibilities",
     "select_clusters",

@@ -55,6 +55,39 @@ def mean_by_group(
     return (sums / np.maximum(counts, 1)[..., None]).astype(shared_loc.dtype), counts > 0
 
 
+def number_groups(groups: IntArray) -> IntArray:
+    """Number groups from 0, as `mean_by_group` takes them; samples without one are groups of their own.
+
+    Args:
+        groups: (N,) any numbers, negative for samples without a group.
+
+    Returns:
+        (N,) numbers from 0 to G − 1. Those of the groups come first, then those of samples without one.
+    """
+    alone = groups < 0
+    names, numbers = np.unique(groups[~alone], return_inverse=True)
+    numbered = np.empty(len(groups), dtype=np.int64)
+    numbered[~alone] = numbers
+    numbered[alone] = len(names) + np.arange(alone.sum())
+    return numbered
+
+
+def labels_of_groups(labels: IntArray, groups: IntArray) -> IntArray:
+    """The most frequent label of each group's members, of several that are as frequent the lowest.
+
+    Args:
+        labels: (N,), −1 where there is none.
+        groups: (N,) numbers from 0 to G − 1, each of which has a member.
+
+    Returns:
+        (G,), −1 where no member has a label.
+    """
+    labelled = labels >= 0
+    counts = np.zeros((groups.max() + 1, max(labels.max(), 0) + 1), dtype=np.int64)
+    np.add.at(counts, (groups[labelled], labels[labelled]), 1)
+    return np.where(counts.any(axis=1), counts.argmax(axis=1), -1)
+
+
 def _weighted_mean(shared_loc: FloatArray, weights: FloatArray | BoolArray) -> FloatArray:
     """(N, D): the mean over modalities with weights (N, M)."""
     shares = weights / weights.sum(axis=1, keepdims=True)

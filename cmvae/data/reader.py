@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from cmvae.data.groups import group_number
 from cmvae.data.members import read_members
 from cmvae.data.plan import EvaluationPlan, Handover, Plan, RankPlan, TrainingPlan
 from cmvae.data.schema import ModalitySchema, OnError, ShardIndex, ShardSchema
@@ -32,7 +33,10 @@ Batch = dict[str, Any]
 """Modality to tensor (B, *shape) as it is stored, images uint8, zeros where a sample lacks it; `mask`: (B, M)
 bool, whether a sample has each modality; `label`: (B,) int64, −1 where there is none; `key`: list of B str;
 `position`: (B,) int64, place of each sample in the split; `valid`: (B,) bool, False where a sample only fills
-up the batch; `skipped`: list of str, what is wrong with each sample that another one stands in for."""
+up the batch; `skipped`: list of str, what is wrong with each sample that another one stands in for.
+
+Where the split has groups also `group`: (B,) int64, the number of each sample's group by
+`cmvae.data.groups.group_number`, −1 where it has none; `group_name`: list of B str or None."""
 
 RawSample = dict[str, Any]
 """Suffix of each member to its bytes, and `__key__` and `__url__` (the shard's path)."""
@@ -45,6 +49,8 @@ class DecodedSample(NamedTuple):
     """Modality to what is stored, without those that the sample lacks."""
     label: int
     key: str
+    group: str | None = None
+    """Name of its group; None where it has none."""
 
 
 _LOGGER = logging.getLogger(__name__)
@@ -181,7 +187,8 @@ class SplitReader:
         self.location = location
         self.on_error = on_error
         self.index = ShardIndex.load(location)
-        self.shards = self.index.split(split, location).shards
+        of_split = self.index.split(split, location)
+        self.shards, self.has_groups = of_split.shards, of_split.num_groups > 0
         for name in modalities:
             if name not in self.index.modalities:
                 raise UserError(
@@ -192,8 +199,10 @@ class SplitReader:
         suffixes = {name: member_suffix(name, schema) for name, schema in self.index.modalities.items()}
         labels = set() if self.index.class_names is None else {"cls"}
         # Of members: what may be there, what is read, and what every sample must have.
-        self._known = {*suffixes.values(), "cls"}
+        self._known = {*suffixes.values(), "cls", "group"}
         self._wanted = {suffixes[name] for name in modalities} | labels
+        if self.has_groups:
+            self._wanted.add("group")
         self._required = {suffixes[n] for n in modalities if not self.modalities[n].optional} | labels
         self.sizes = [shard.num_samples for shard in self.shards]
         self.num_bytes = sum(self.sizes) * sum(
@@ -236,7 +245,7 @@ class SplitReader:
             yield self._raise_or_keep(short)
 
     def decode(self, sample: RawSample | UserError) -> DecodedSample | UserError:
-        """All modalities of a sample, its label and its key; with `on_error` skip, or what is wrong.
+        """All modalities of a sample, its label, key and group; with `on_error` skip, or what is wrong.
 
         Raises:
             UserError: a member is damaged or not what the index says.
@@ -255,7 +264,7 @@ class SplitReader:
                 problem.__cause__ = error
                 return self._raise_or_keep(problem)
         try:
-            return DecodedSample(values, self.label(sample), sample["__key__"])
+            return DecodedSample(values, self.label(sample), sample["__key__"], _group_of(sample))
         except UserError as error:
             return self._raise_or_keep(error)
 
@@ -291,6 +300,11 @@ class SplitReader:
         )
         batch["label"] = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
         batch["key"] = [sample.key for sample in samples]
+        if self.has_groups:
+            batch["group_name"] = [sample.group for sample in samples]
+            batch["group"] = torch.tensor(
+                [group_number(name) for name in batch["group_name"]], dtype=torch.int64
+            )
         batch["valid"] = torch.from_numpy(valid.copy())
         return batch
 
@@ -348,6 +362,24 @@ class SplitReader:
         if lacking:
             return _damaged(path, f"sample {key} has no member .{lacking[0]}")
         return sample
+
+
+def _group_of(sample: RawSample) -> str | None:
+    """Name of the group of a sample; None where it has none, or where groups are not read.
+
+    Raises:
+        UserError: the member is no name.
+    """
+    content = sample.get("group")
+    if content is None:
+        return None
+    try:
+        name: str = content.decode()
+    except UnicodeDecodeError:
+        name = ""
+    if not name:
+        raise _damaged(sample["__url__"], f"{sample['__key__']}.group: {content[:20]!r} is no name in UTF-8")
+    return name
 
 
 def _key_of(member: str) -> str:

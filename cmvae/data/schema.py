@@ -22,7 +22,9 @@ INDEX_NAME = "index.json"
 CLASSIFIERS_FOLDER = "classifiers"
 FORMAT_VERSION: Final = 1
 # Members of a tar sample that are not modalities, and keys of a batch that are not modalities.
-RESERVED_NAMES = frozenset({"cls", "key", "label", "mask", "position", "skipped", "valid"})
+RESERVED_NAMES = frozenset(
+    {"cls", "group", "group_name", "key", "label", "mask", "position", "skipped", "valid"}
+)
 
 _MODALITY_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
@@ -111,6 +113,9 @@ class SplitSchema(_Schema):
 
     num_samples: int = Field(ge=1)
     shards: tuple[ShardSchema, ...]
+    num_groups: int = Field(default=0, ge=0)
+    """Groups that its samples name; 0 where no sample has a group. A reader yields groups where there are
+    some."""
 
     @model_validator(mode="after")
     def _counts_agree(self) -> SplitSchema:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
+from cmvae.data.groups import check_group_names
 from cmvae.data.schema import (
     CLASSIFIERS_FOLDER,
     INDEX_NAME,
@@ -42,6 +43,15 @@ class _ShardTask:
     split: SplitName
     indices: np.ndarray
     """(n,) numbers of the samples, in the order of the shard."""
+
+
+@dataclass(frozen=True)
+class _WrittenShard:
+    """One shard that was written."""
+
+    schema: ShardSchema
+    groups: frozenset[str]
+    """Names of the groups of its samples."""
 
 
 def write_shards(
@@ -76,16 +86,22 @@ def write_shards(
 
     Raises:
         UserError: the folder holds a data set already, the source is damaged, the disk is full, or a writer
-            process was killed.
+            process was killed; or two groups have the same number.
     """
     folder = Path(folder)
     _clear(folder, force)
     tasks = _deal(source, folder, seed, shard_size, limit)
     shards = _run(source, tasks, num_workers, report)
+    check_group_names(sorted(frozenset().union(*(shard.groups for shard in shards))))
     splits = {}
     for split in source.split_sizes:
-        of_split = tuple(shard for task, shard in zip(tasks, shards, strict=True) if task.split == split)
-        splits[split] = SplitSchema(num_samples=sum(shard.num_samples for shard in of_split), shards=of_split)
+        of_split = [shard for task, shard in zip(tasks, shards, strict=True) if task.split == split]
+        schemas = tuple(shard.schema for shard in of_split)
+        splits[split] = SplitSchema(
+            num_samples=sum(schema.num_samples for schema in schemas),
+            shards=schemas,
+            num_groups=len(frozenset().union(*(shard.groups for shard in of_split))),
+        )
     index = ShardIndex(
         name=source.name,
         source={**source.settings, "seed": seed, "shard_size": shard_size, "limit": limit},
@@ -132,14 +148,14 @@ def _deal(source: Source, folder: Path, seed: int, shard_size: int, limit: int |
 
 def _run(
     source: Source, tasks: list[_ShardTask], num_workers: int, report: Callable[[int, int], None]
-) -> list[ShardSchema]:
+) -> list[_WrittenShard]:
     """Write all shards; the first failure cancels those that are not begun."""
     pool = ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(source,))
     try:
-        futures: list[Future[ShardSchema]] = [pool.submit(_write_shard, task) for task in tasks]
+        futures: list[Future[_WrittenShard]] = [pool.submit(_write_shard, task) for task in tasks]
         done, total = 0, sum(len(task.indices) for task in tasks)
         for future in as_completed(futures):
-            done += future.result().num_samples
+            done += future.result().schema.num_samples
             report(done, total)
         return [future.result() for future in futures]
     except BrokenProcessPool as error:
@@ -171,14 +187,17 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _write_shard(task: _ShardTask) -> ShardSchema:
+def _write_shard(task: _ShardTask) -> _WrittenShard:
     buffer = io.BytesIO()
+    groups = set()
     # The numbers that tar adds are fixed, so that equal samples make equal bytes.
     with webdataset.TarWriter(buffer, user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
         for index in task.indices.tolist():
             sample = _source.sample(task.split, index)
             key = sample.key if sample.key is not None else f"{task.split}-{index:06d}"
             tar.write({"__key__": key, **_encode(_source, sample)})
+            if sample.group is not None:
+                groups.add(sample.group)
     content = buffer.getvalue()
     try:
         write_whole(task.path, content)
@@ -186,12 +205,13 @@ def _write_shard(task: _ShardTask) -> ShardSchema:
         raise UserError(
             f"{task.path}: cannot be written: {error}. Free some space, or choose another --out"
         ) from error
-    return ShardSchema(
+    schema = ShardSchema(
         name=task.path.name,
         num_samples=len(task.indices),
         num_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
     )
+    return _WrittenShard(schema, frozenset(groups))
 
 
 def _encode(source: Source, sample: Sample) -> dict[str, bytes]:
@@ -202,4 +222,6 @@ def _encode(source: Source, sample: Sample) -> dict[str, bytes]:
         members[f"{modality}.{kind.suffix}"] = kind.encode(stored)
     if sample.label is not None:
         members["cls"] = b"%d" % sample.label
+    if sample.group is not None:
+        members["group"] = sample.group.encode()
     return members

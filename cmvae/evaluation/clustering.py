@@ -10,8 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cmvae.clustering import clustering_metrics, confusion
-from cmvae.encoding import EncodedSplit, all_log_weights, assign_split, encode_batch
+from cmvae.clustering import (
+    clustering_metrics,
+    confusion,
+    labels_of_groups,
+    mean_by_group,
+)
+from cmvae.encoding import EncodedSplit, all_log_weights, assign_groups, assign_split, encode_batch
 from cmvae.evaluation import figures
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.pictures import draw_cluster_samples, draw_latent_map
@@ -28,6 +33,10 @@ _RULES = {
     "vote": "mode of the modalities' clusters; the most confident one decides a draw",
     "joint": "the cluster at the geometric median of the modalities' locations",
 }
+_GROUP_RULE = (
+    "a group is one sample: the mean of its members' locations in each modality, then the cluster at the "
+    "geometric median of the modalities; its label is the most frequent one of its members"
+)
 # t-SNE of fewer points is no map, and of fewer than four it fails.
 _MIN_MAP_SAMPLES = 4
 
@@ -37,7 +46,9 @@ def evaluate_clustering(context: EvaluationContext, export: Path) -> GroupResult
 
     By all modalities together `clustering/{num_clusters,acc,nmi,ari,purity}`, with as many clusters as the
     training began with `clustering_all/…`, and from a subset of the modalities `clustering/from/m0-m1/…`. The
-    number that each criterion selects is `clustering/selected/CRITERION`.
+    number that each criterion selects is `clustering/selected/CRITERION`. Where samples of the split have
+    groups, each group also counts as one sample: `clustering/by_group/{num_groups,acc,nmi,ari,purity}` by all
+    modalities together, and `clustering/by_group/from/NAME/…` by one modality.
 
     Args:
         context: the evaluation.
@@ -70,9 +81,44 @@ def evaluate_clustering(context: EvaluationContext, export: Path) -> GroupResult
     else:
         reason = f"no sample of the {settings.split} split has a label"
         result.left_out |= {f"clustering/{name}": reason for name in (*AGREEMENT, "from")}
+    if encoded.group is not None:
+        _add_groups(model, encoded, result)
     _compare_numbers(model, export, encoded, result)
     _draw(context, encoded, assignments, result)
     return result
+
+
+def _add_groups(model: CMVAE, encoded: EncodedSplit, result: GroupResult) -> None:
+    """Add the clusters of groups, by all modalities together and by each on its own."""
+    names = model.modality_names
+    groups = encoded.numbered_groups()
+    result.metrics["clustering/by_group/num_groups"] = float(groups.max() + 1)
+    result.protocol["clustering.by_group"] = _GROUP_RULE
+    result.protocol["clustering.num_labelled_groups"] = len(np.unique(groups[encoded.label >= 0]))
+    places = {"": list(range(len(names)))}
+    if len(names) > 1:
+        places |= {f"from/{name}/": [m] for m, name in enumerate(names)}
+    for prefix, of_part in places.items():
+        part = encoded.with_modalities(of_part)
+        if (part.label >= 0).any():
+            agreement = group_agreement(model, part)
+            result.metrics |= {f"clustering/by_group/{prefix}{key}": agreement[key] for key in AGREEMENT}
+    if not (encoded.label >= 0).any():
+        reason = f"no group of the {result.protocol['clustering.split']} split has a label"
+        result.left_out |= {f"clustering/by_group/{name}": reason for name in (*AGREEMENT, "from")}
+
+
+def group_agreement(model: CMVAE, split: EncodedSplit) -> dict[str, float]:
+    """`clustering_metrics` of the groups of a split that have a label, each as one sample.
+
+    Args:
+        model: whose active clusters count.
+        split: encoded samples with groups, each with at least one modality, at least one with a label.
+    """
+    groups = split.numbered_groups()
+    labels = labels_of_groups(split.label, groups)
+    clusters, _ = assign_groups(model, *mean_by_group(split.shared_loc, split.present, groups))
+    return clustering_metrics(clusters[labels >= 0], labels[labels >= 0])
 
 
 def _compare_numbers(model: CMVAE, export: Path, encoded: EncodedSplit, result: GroupResult) -> None:

@@ -17,7 +17,7 @@ from cmvae.alignment import augment, contrast
 from cmvae.clustering import clustering_metrics, find_cluster_means, responsibilities, vote
 from cmvae.config import ClustersConfig, ObjectiveConfig
 from cmvae.data.schema import ModalitySchema, SplitName
-from cmvae.distributed import gather_with_gradient, rank_of_process
+from cmvae.distributed import gather, gather_with_gradient, rank_of_process
 from cmvae.encoding import CLUSTER_SAMPLES, encode_split, find_clusters
 from cmvae.evaluation.pictures import generate_cross_modal
 from cmvae.model import CMVAE, Posterior, has_batch_norm, stack_shared_locations
@@ -141,7 +141,8 @@ class CMVAETask(Task):
 
         Args:
             batch: by modality data (B, *shape), `mask` (B, M), false where a sample lacks a modality, and
-                `valid` (B,), false where a sample only pads the batch. What a sample lacks is neither source
+                `valid` (B,), false where a sample only pads the batch; where the data has groups `group` (B,)
+                int64, on all ranks or on none, for the contrast. What a sample lacks is neither source
                 nor target; its place in the batch goes through the networks all the same, so that all ranks
                 call every module.
 
@@ -164,7 +165,7 @@ class CMVAETask(Task):
         # Whatever precision a launcher switched on around this call is for networks, never for densities.
         with torch.autocast(valid.device.type, enabled=False):
             if self.training and self.pretraining:
-                alignment = self._contrast(inputs, None, mask & valid[:, None])
+                alignment = self._contrast(inputs, None, mask & valid[:, None], batch.get("group"))
                 return _mean(alignment, valid), {"alignment": alignment.detach()}
             posteriors = self.model.encode(inputs)
             noise = self.draw_noise(len(valid), valid.device)
@@ -173,13 +174,17 @@ class CMVAETask(Task):
                 report |= {**self._cluster_report(posteriors), "present": mask}
             loss = -bound
             if self.aligns:
-                alignment = self._contrast(inputs, posteriors, mask & valid[:, None])
+                alignment = self._contrast(inputs, posteriors, mask & valid[:, None], batch.get("group"))
                 loss = loss + self.objective.alignment.weight * alignment
                 report["alignment"] = alignment.detach()
         return _mean(loss, valid), report
 
     def _contrast(
-        self, inputs: Mapping[str, Tensor], posteriors: Mapping[str, Posterior] | None, mask: Tensor
+        self,
+        inputs: Mapping[str, Tensor],
+        posteriors: Mapping[str, Posterior] | None,
+        mask: Tensor,
+        groups: Tensor | None,
     ) -> Tensor:
         """`cmvae.alignment.contrast` of a batch, (B,), in training among the samples of all ranks.
 
@@ -187,6 +192,7 @@ class CMVAETask(Task):
             inputs: by modality data (B, *shape).
             posteriors: of `inputs`, if they are known; what is augmented is encoded again.
             mask: (B, M) bool, what counts.
+            groups: (B,) int64, −1 for none; None where the data has no groups.
         """
         settings, prior = self.objective.alignment, self.model.cluster_prior
         changed = settings.augment if self.training else {}
@@ -202,12 +208,13 @@ class CMVAETask(Task):
         candidates, candidate_present, first = anchors, present, 0
         if self.training:
             candidates = gather_with_gradient(anchors, dim=1)
-            candidate_present = gather_with_gradient(present.float(), dim=1) > 0
+            candidate_present = gather(present.float(), dim=1) > 0
+            groups = None if groups is None else gather(groups, dim=0)
             first = len(mask) * rank_of_process()
         places = first + torch.arange(len(mask), device=mask.device)
         # Two encodings of one sample differ as two samples of its cluster do.
         variance = 2 * settings.temperature * self.model.family.variance_of(prior.scale)
-        return contrast(anchors, present, candidates, candidate_present, places, variance)
+        return contrast(anchors, present, candidates, candidate_present, places, variance, groups=groups)
 
     def _bound(
         self,

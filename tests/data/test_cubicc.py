@@ -71,6 +71,7 @@ def test_real_birds_are_split_by_photograph_and_grouped_into_families(tmp_path):
         for index in range(0, source.split_sizes[split], 97):
             sample = source.sample(split, index)
             stem, _, number = sample.key.rpartition("-")
+            assert sample.group == stem
             image = by_stem[stem]
             np.testing.assert_array_equal(sample.values["image"], images[image].transpose(2, 0, 1))
             words = source.modalities["caption"].categories
@@ -122,6 +123,7 @@ def test_the_original_folder_gives_the_subspecies_of_cubicc(cub):
     for index in range(0, source.split_sizes["test"], 13):
         sample = source.sample("test", index)
         stem, _, caption = sample.key.rpartition("-")
+        assert sample.group == stem
         name, _, photograph = stem.rpartition("_")
         assert name in cubicc.SPECIES[source.class_names[sample.label]]
         grey = 10 * (names.index(name) + 1) + int(photograph)
@@ -184,6 +186,7 @@ def test_the_released_folder_reads_as_what_it_holds(released, tmp_path):
             pair = int(key.removeprefix("pair-"))
             photograph = pair // 10
             assert batch["label"][place] == photograph % 2
+            assert batch["group_name"][place] == f"photo-{10 * photograph:05d}"
             assert (batch["image"][place] == round(25.5 * photograph)).all()
             said = [words[token] for token in batch["caption"][place].tolist()]
             length = pair % 10

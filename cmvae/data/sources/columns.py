@@ -237,6 +237,8 @@ class ColumnSource:
     keys: Sequence[str]
     """(N,) what each row is called in the shards."""
     settings: Mapping[str, str | int | float | bool | None]
+    groups: Sequence[str] | None = None
+    """(N,) name of the group of each row; None where rows have no groups."""
 
     @property
     def modalities(self) -> dict[str, ModalitySchema]:
@@ -255,6 +257,7 @@ class ColumnSource:
             {name: column.read(row) for name, column in self.columns.items() if column.has(row)},
             label=None if self.labels is None else int(self.labels[row]),
             key=self.keys[row],
+            group=None if self.groups is None else self.groups[row],
         )
 
 

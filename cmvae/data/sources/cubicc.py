@@ -263,7 +263,10 @@ def open_release(folder: Path, shares: tuple[float, float, float], seed: int) ->
     if not len(images) == len(labels) == len(subspecies) == len(tokens):
         raise UserError(f"{folder}: images, captions and labels differ in number. Fetch it again")
     # The ten pairs of a photograph hold the same pixels.
-    image_of_row = np.unique(images.reshape(len(images), -1), axis=0, return_inverse=True)[1].reshape(-1)
+    first_row, image_of_row = np.unique(
+        images.reshape(len(images), -1), axis=0, return_index=True, return_inverse=True
+    )[1:]
+    image_of_row = image_of_row.reshape(-1)
     splits = _read_released_splits(folder, len(labels))
     if _is_shared(image_of_row, splits):
         print(
@@ -284,6 +287,8 @@ def open_release(folder: Path, shares: tuple[float, float, float], seed: int) ->
         class_names=tuple(f"species {label}" for label in classes.tolist()),
         keys=[f"pair-{row:05d}" for row in range(len(labels))],
         settings={"source": "released CUBICC", "folder": str(folder)},
+        # The folder has no names of photographs: each is called after its first pair.
+        groups=[f"photo-{row:05d}" for row in first_row[image_of_row].tolist()],
     )
 
 
@@ -347,6 +352,7 @@ class _CaptionRows:
                 )
             ],
             settings={**settings, "fractions": fractions_text(shares)},
+            groups=[stems[image] for image in self.image_of_row.tolist()],
         )
 
 

@@ -26,6 +26,8 @@ class Sample:
     """Number of the class, null where the data has no labels."""
     key: str | None = None
     """What it is called in the shards, without dots and slashes; None is the split and its number there."""
+    group: str | None = None
+    """Name of the samples that it belongs together with, such as their photograph; None is a sample alone."""
 
 
 class Source(Protocol):

@@ -91,7 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", metavar="COLUMN", help="train, validation or test; what it never names is drawn from train"
     )
     parser.add_argument(
-        "--group", metavar="COLUMN", help="rows with the same value there are drawn into the same split"
+        "--group",
+        metavar="COLUMN",
+        help="rows with the same value there belong together: they are drawn into the same split, and "
+        "launch/cluster.py --by-group gives them one cluster",
     )
     parser.add_argument(
         "--key", metavar="COLUMN", help="names of the samples in all outputs (default: row-000002, …)"
@@ -128,7 +131,8 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
     labels, class_names = None, None
     if arguments.label is not None:
         labels, class_names = number_classes(table.filled(arguments.label))
-    splits = _split(table, arguments, labels)
+    groups = None if arguments.group is None else table.filled(arguments.group)
+    splits = _split(table, arguments, labels, groups)
     columns = {
         name: _make_column(request, table, splits["train"], arguments) for name, request in names.items()
     }
@@ -156,6 +160,7 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
             "group": arguments.group,
             "fractions": fractions_text(arguments.fractions),
         },
+        groups=groups,
     )
 
 
@@ -374,12 +379,14 @@ def _read_yes_or_no(text: str) -> float:
     )
 
 
-def _split(table: Table, arguments: argparse.Namespace, labels: np.ndarray | None) -> Splits:
+def _split(
+    table: Table, arguments: argparse.Namespace, labels: np.ndarray | None, groups: Sequence[str] | None
+) -> Splits:
     """The splits that a column names, and those that have to be drawn."""
     number = len(table.row_numbers)
-    groups = np.arange(number)
-    if arguments.group is not None:
-        groups = np.unique(np.array(table.filled(arguments.group)), return_inverse=True)[1]
+    group_of_row = np.arange(number)
+    if groups is not None:
+        group_of_row = np.unique(np.array(groups), return_inverse=True)[1]
     named = np.full(number, "train", dtype=object)
     if arguments.split is not None:
         for row, cell in enumerate(table.filled(arguments.split)):
@@ -397,7 +404,7 @@ def _split(table: Table, arguments: argparse.Namespace, labels: np.ndarray | Non
     if any(shares):
         rng = random_stream(arguments.seed, _SPLIT_STREAM)
         drawn = draw_splits(
-            groups[undivided],
+            group_of_row[undivided],
             (1 - sum(shares), *shares),
             rng,
             labels=None if labels is None else labels[undivided],
