@@ -35,6 +35,9 @@ class Consensus:
 def pairwise_agreement(labelings: IntArray) -> FloatArray:
     """Adjusted Rand index between every two runs, over the samples that both have in a cluster.
 
+    A run that has put all of them into one cluster has found nothing, and agrees with no other: 0, where the
+    index itself calls two such runs equal.
+
     Args:
         labelings: (R, N) cluster ids, −1 for none.
 
@@ -53,8 +56,9 @@ def pairwise_agreement(labelings: IntArray) -> FloatArray:
             both = (labelings[first] >= 0) & (labelings[second] >= 0)
             if both.sum() < 2:
                 raise ValueError(f"runs {second} and {first} have fewer than two samples in common")
-            score = adjusted_rand_score(labelings[first][both], labelings[second][both])
-            agreement[first, second] = agreement[second, first] = score
+            pair = labelings[first][both], labelings[second][both]
+            if min(len(np.unique(labels)) for labels in pair) > 1:
+                agreement[first, second] = agreement[second, first] = adjusted_rand_score(*pair)
     return agreement
 
 

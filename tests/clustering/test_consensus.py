@@ -54,6 +54,13 @@ def test_agreement_is_that_of_all_pairs_of_samples_that_both_have():
     np.testing.assert_allclose(mean_agreement(agreement), expected)
 
 
+def test_runs_that_found_a_single_cluster_agree_with_none():
+    found = np.array([0, 0, 1, 1, 2, 2])
+    agreement = pairwise_agreement(np.stack([np.zeros(6, int), np.ones(6, int), found, found]))
+    np.testing.assert_allclose(mean_agreement(agreement), [0, 0, 1 / 3, 1 / 3])
+    assert choose_run(agreement, np.array([0.0, 0.0, -9.0, -8.0])) == 3
+
+
 def test_runs_without_common_samples_cannot_be_compared():
     with pytest.raises(ValueError, match="runs 0 and 1"):
         pairwise_agreement(np.array([[0, 1, -1, -1], [-1, 0, 1, 1]]))
