@@ -65,31 +65,24 @@ def assign_to_file(
         UserError: the export or the shards are missing or damaged, a modality has another shape than the
             model was trained on, or the file cannot be written.
     """
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = CMVAE.from_pretrained(export, device, num_clusters=num_clusters)
-    index = ShardIndex.load(shards)
-    index.check_modalities({name: model.schemas[name] for name in modalities}, shards)
     columns = ["key", "split", *(["group"] if by_group else []), "cluster", "confidence"]
     for name in modalities:
         columns += [f"{name}_cluster", f"{name}_confidence"]
-    total = sum(index.split(split, shards).num_samples for split in splits)
-    with progress_bar(total=total, desc=str(shards), unit=" samples", leave=False) as progress:
+    if by_group:
+        model = _load_model(export, shards, modalities, num_clusters)
+        rows = assign_by_group(model, _read(model, shards, splits, modalities, batch_size), modalities)
+    else:
+        rows = list(assign_samples(export, shards, splits, modalities, batch_size, num_clusters))
+    write_table(out, columns, rows)
+    return dict(Counter(row.get("cluster") for row in rows))
 
-        def read() -> Iterator[tuple[str, dict[str, Any]]]:
-            for split in splits:
-                loader = EvaluationLoader(shards, split=split, modalities=modalities, batch_size=batch_size)
-                for batch in loader:
-                    yield split, to_device(batch, model.schemas, device)
-                    progress.update(int(batch["valid"].sum()))
 
-        if by_group:
-            rows = assign_by_group(model, read(), modalities)
-        else:
-            rows = [
-                {"split": split, **row}
-                for split, batch in read()
-                for row in assign_batch(model, batch, modalities)
-            ]
+def write_table(out: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows with a `key` and a `split` as CSV, sorted by both, whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
@@ -98,7 +91,59 @@ def assign_to_file(
         write_whole(out, text.getvalue().encode())
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error}") from error
-    return dict(Counter(row.get("cluster") for row in rows))
+
+
+def assign_samples(
+    export: Path,
+    shards: Location,
+    splits: Sequence[str],
+    modalities: Sequence[str],
+    batch_size: int,
+    num_clusters: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yield the cells of every sample by column and its `split`, shard by shard; draws a progress bar.
+
+    What a sample lacks, it has no cells of.
+
+    Args:
+        export: of the model.
+        shards: the packed data, as for `assign_to_file`.
+        splits: splits of it.
+        modalities: those of the model's modalities to assign from.
+        batch_size: samples that are encoded together.
+        num_clusters: so many clusters from the same model; None takes those that were selected.
+
+    Raises:
+        UserError: the export or the shards are missing or damaged, or a modality has another shape than the
+            model was trained on.
+    """
+    model = _load_model(export, shards, modalities, num_clusters)
+    for split, batch in _read(model, shards, splits, modalities, batch_size):
+        for row in assign_batch(model, batch, modalities):
+            yield {"split": split, **row}
+
+
+def _load_model(export: Path, shards: Location, modalities: Sequence[str], num_clusters: int | None) -> CMVAE:
+    """The model on the accelerator, if there is one, that the shards fit."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = CMVAE.from_pretrained(export, device, num_clusters=num_clusters)
+    index = ShardIndex.load(shards)
+    index.check_modalities({name: model.schemas[name] for name in modalities}, shards)
+    return model
+
+
+def _read(
+    model: CMVAE, shards: Location, splits: Sequence[str], modalities: Sequence[str], batch_size: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each split's name and batches on the model's device; draws a progress bar."""
+    device, index = model.private_scale.device, ShardIndex.load(shards)
+    total = sum(index.split(split, shards).num_samples for split in splits)
+    with progress_bar(total=total, desc=str(shards), unit=" samples", leave=False) as progress:
+        for split in splits:
+            loader = EvaluationLoader(shards, split=split, modalities=modalities, batch_size=batch_size)
+            for batch in loader:
+                yield split, to_device(batch, model.schemas, device)
+                progress.update(int(batch["valid"].sum()))
 
 
 def assign_batch(

@@ -358,6 +358,8 @@ class TrackingConfig(_Settings):
     enabled: bool = True
     """False switches MLflow off altogether."""
     experiment: str = "cmvae"
+    parent: Path | None = None
+    """Folder of a run, or of restarts, below whose run of MLflow this one is shown."""
 
 
 class ExperimentConfig(_Settings):

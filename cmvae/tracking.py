@@ -226,9 +226,10 @@ def open_tracker(config: ExperimentConfig, run_dir: Path, is_main: bool, task: s
     """The tracker of a training: a new run of MLflow, or the one that `run_dir` already belongs to.
 
     A new run gets all settings as parameters, the YAML as `config.yaml`, and tags for task, world size
-    (from the launcher's WORLD_SIZE), host and git commit; a refiner's run becomes a child of its CMVAE's. In
-    a resumed run tags and YAML are those of the last start; MLflow's parameters cannot change, so a setting
-    that did stands in a tag `resumed.KEY`; and points and pictures that are there are not logged again.
+    (from the launcher's WORLD_SIZE), host and git commit; it becomes a child of the run of `tracking.parent`,
+    else a refiner's run of its CMVAE's. In a resumed run tags and YAML are those of the last start; MLflow's
+    parameters cannot change, so a setting that did stands in a tag `resumed.KEY`; and points and pictures
+    that are there are not logged again.
 
     Args:
         config: the experiment.
@@ -297,16 +298,22 @@ def _open_for_training(config: ExperimentConfig, run_dir: Path, task: str) -> Ml
     tags = {"task": task, "world_size": os.environ.get("WORLD_SIZE", "1"), "host": platform.node()}
     for key, value in {**tags, **_git_tags()}.items():
         client.set_tag(run_id, key, value)
-    if isinstance(config, RefinerExperiment):
-        refined = _read_record(config.cmvae / RUN_RECORD_NAME)
-        if refined is not None:
-            # MLflow's pages show a run below its parent, with a link.
-            client.set_tag(run_id, "mlflow.parentRunId", refined.run_id)
+    parent = _read_parent(config)
+    if parent is not None:
+        # MLflow's pages show a run below its parent, with a link.
+        client.set_tag(run_id, "mlflow.parentRunId", parent.run_id)
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=client.tracking_uri)
     monitor.start()
     return MlflowTracker(client, run_id, monitor, repeats=not is_new)
+
+
+def _read_parent(config: ExperimentConfig) -> _RunRecord | None:
+    folder = config.tracking.parent
+    if folder is None and isinstance(config, RefinerExperiment):
+        folder = config.cmvae
+    return None if folder is None else _read_record(folder / RUN_RECORD_NAME)
 
 
 def _open_for_evaluation(config: ExperimentConfig, run_dir: Path) -> MlflowTracker:

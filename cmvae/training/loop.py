@@ -57,7 +57,7 @@ from cmvae.training.precision_check import keep_sound_precision
 from cmvae.training.rank_log import rank_log
 from cmvae.training.skipped import SkippedSamples
 from cmvae.training.state import TrainState
-from cmvae.training.validation import collect_records, evaluation_mode
+from cmvae.training.validation import collect_records, evaluation_mode, save_validation
 
 # Validated before training starts, so that a broken validation fails in the first minute.
 TRIAL_BATCHES = 2
@@ -365,18 +365,17 @@ class Trainer:
         if not is_due or state.validated_step == state.step:
             return False
         with self._final_weights():
-            loss = self.validate()
+            loss = self.validate()["loss"]
         state.validated_step = state.step
         if state.best_loss is not None and loss >= state.best_loss:
             return False
         state.best_step, state.best_loss = state.step, loss
         return True
 
-    def validate(self) -> float:
-        """Log metrics, pictures and texts of the validation split, on all ranks; returns the mean loss."""
+    def validate(self) -> dict[str, float]:
+        """Log metrics, pictures and texts of the validation split, on all ranks; returns the metrics."""
         records = self._collect_records()
-        loss = float(records["loss"].mean())
-        metrics = {"loss": loss, **self.task.validation_metrics(records)}
+        metrics = {"loss": float(records["loss"].mean()), **self.task.validation_metrics(records)}
         if self.config.data.on_error == "skip":
             metrics["skipped_samples"] = self.skipped_in_validation.count
         self.tracker.log_metrics(
@@ -391,7 +390,7 @@ class Trainer:
             self.tracker.log_image(figure, name, self.state.step)
         for name, text in shown.texts.items():
             self.tracker.log_text(text, name, self.state.step)
-        return loss
+        return metrics
 
     def _collect_records(self, max_batches: int | None = None) -> dict[str, np.ndarray]:
         """The report over the validation split, or the first of its batches."""
@@ -419,13 +418,15 @@ class Trainer:
             yield batch
 
     def export(self) -> Path:
-        """Validate a last time and write `export/`; on all ranks."""
+        """Validate a last time, write `validation.json` and `export/`; on all ranks."""
         with self._final_weights():
-            self.validate()
+            metrics = self.validate()
             # Under ZeRO-3 no rank has the whole model: gathering is a matter of all ranks.
             weights = self.accelerator.get_state_dict(self.module)
             folder = self.config.run_dir / "export"
             if self.accelerator.is_main_process:
+                # First: a run that has an export is complete.
+                save_validation(self.config.run_dir, metrics)
                 self.task.export(folder, weights, self._read_split)
         self.accelerator.wait_for_everyone()
         return folder

@@ -18,7 +18,7 @@ STATE_NAME = "state.json"
 # What a run may change when it goes on: what it reports, how long it trains, and what it
 # makes of damaged data. A CMVAE may move: whether it
 # is the same is told by its hash.
-_CHANGEABLE = re.compile(
+CHANGEABLE = re.compile(
     r"name|output_dir|cmvae|refiner\.sampler\..*|tracking\..*|evaluation\..*"
     r"|data\.(shards|num_workers|cache_megabytes|on_error|max_skipped)"
     r"|train\.(compile|log_every|validate_every|checkpoint_every|keep_checkpoints|hang_timeout)"
@@ -75,7 +75,7 @@ class CheckpointRecord:
         length_decides = _what_the_length_decides(now)
         for key in sorted(self.settings.keys() | now.keys()):
             before = self.settings.get(key)
-            if before == now.get(key) or _CHANGEABLE.fullmatch(key):
+            if before == now.get(key) or CHANGEABLE.fullmatch(key):
                 continue
             if key == _BATCH_SIZE and world_size != self.world_size:
                 continue

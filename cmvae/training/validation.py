@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,11 @@ from torch import nn
 
 from cmvae.data.batch import to_device
 from cmvae.data.schema import ModalitySchema
+from cmvae.errors import UserError
+from cmvae.files import write_whole
+
+VALIDATION_NAME = "validation.json"
+"""In the folder of a run: the metrics of its last validation."""
 
 
 @contextmanager
@@ -64,3 +71,28 @@ def collect_records(
             for name, values in gathered.items():
                 collected.setdefault(name, []).append(values[valid].cpu().numpy())
     return {name: np.concatenate(parts) for name, parts in collected.items()}
+
+
+def save_validation(run_dir: Path, metrics: Mapping[str, float]) -> None:
+    """Write `validation.json`: the metrics of a validation, so that they can be read without a tracker.
+
+    Args:
+        run_dir: folder of the run.
+        metrics: by name, as a tracker gets them below `validation/`.
+    """
+    write_whole(run_dir / VALIDATION_NAME, (json.dumps(dict(metrics), indent=1) + "\n").encode())
+
+
+def load_validation(run_dir: Path) -> dict[str, float]:
+    """Read what `save_validation` wrote.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = run_dir / VALIDATION_NAME
+    try:
+        return {name: float(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing. Train the run to its end, with this version") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}. Train the run again") from error

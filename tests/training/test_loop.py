@@ -17,9 +17,11 @@ from cmvae.encoding import encode_split
 from cmvae.errors import UserError
 from cmvae.tasks import CMVAETask
 from cmvae.tasks import cmvae as cmvae_task
+from cmvae.tracking import NullTracker
 from cmvae.training import loop
 from cmvae.training.checkpoint_folder import list_checkpoints
 from cmvae.training.loop import run_training
+from cmvae.training.validation import load_validation
 
 
 def train(config, **arguments):
@@ -66,6 +68,22 @@ def test_a_run_leaves_checkpoints_config_and_an_export(experiment):
             assert torch.equal(tensor, weights[f"model.{name}"]), name
     # The checkpoint goes on with all clusters, whatever the export has selected.
     assert weights["model.cluster_prior.active"].all()
+
+
+def test_the_last_validation_can_be_read_without_a_tracker(experiment, monkeypatch):
+    logged = []
+    monkeypatch.setattr(
+        NullTracker, "log_metrics", lambda tracker, metrics, step: logged.append((step, dict(metrics)))
+    )
+    config = experiment("train.validate_every=3")
+    train(config)
+    validations = [(step, metrics) for step, metrics in logged if "validation/bound" in metrics]
+    assert [step for step, _ in validations] == [3, 6]
+    saved = load_validation(config.run_dir)
+    assert {f"validation/{name}": value for name, value in saved.items()} == validations[-1][1]
+    (config.run_dir / "validation.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"validation\.json: cannot be read"):
+        load_validation(config.run_dir)
 
 
 def test_training_lowers_the_loss(experiment, monkeypatch):
@@ -134,7 +152,7 @@ def test_clusters_are_refitted_at_the_step_that_is_asked_for(experiment, monkeyp
 def test_the_best_checkpoint_is_kept_and_survives_a_resume(experiment, monkeypatch):
     losses = iter([5.0, 3.0, 4.0, 3.5, 9.0, 9.0])
     original = loop.Trainer.validate
-    monkeypatch.setattr(loop.Trainer, "validate", lambda trainer: (original(trainer), next(losses))[1])
+    monkeypatch.setattr(loop.Trainer, "validate", lambda trainer: {**original(trainer), "loss": next(losses)})
     often = ["train.validate_every=2", "train.checkpoint_every=1", "train.keep_checkpoints=1"]
     config = experiment(*often, "train.max_steps=7")
     folder = config.run_dir / "checkpoints"
