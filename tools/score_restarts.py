@@ -54,7 +54,7 @@ def read_labels(config: CMVAEExperiment) -> Clusters:
     from cmvae.data.reader import EvaluationLoader
 
     modalities, batch_size = list(config.model.modalities), config.evaluation.batch_size
-    labels = {}
+    labels: dict[tuple[str, str], int] = {}
     for split in ShardIndex.load(config.data.shards).splits:
         loader = EvaluationLoader(
             config.data.shards, split=split, modalities=modalities, batch_size=batch_size
@@ -112,7 +112,11 @@ def score(folder: Path) -> list[str]:
     labels = read_labels(configs[0])
     accuracies = [accuracy(read_clusters(config), labels) for config in configs]
     by_folder = {run["folder"]: value for run, value in zip(runs, accuracies, strict=True)}
-    cells = [by_folder[answer["chosen"]], max(accuracies), accuracy(consensus, labels)]
+    cells: list[float | None] = [
+        by_folder[answer["chosen"]],
+        max(accuracies),
+        accuracy(consensus, labels),
+    ]
     for value in RULES.values():
         known = [run for run in runs if value(run) is not None]
         cells.append(by_folder[max(known, key=value)["folder"]] if known else None)
