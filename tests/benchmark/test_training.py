@@ -9,7 +9,12 @@ from cmvae.benchmark import training
 from cmvae.benchmark.training import ceiling_job, update_job
 from cmvae.errors import UserError
 
-SMALL = ["train.batch_size=4", "train.mixed_precision=fp32", "optimizer.max_grad_norm=10"]
+SMALL = [
+    "train.batch_size=4",
+    "train.mixed_precision=fp32",
+    "optimizer.max_grad_norm=10",
+    *(f"model.modalities.m{m}.network=resnet" for m in range(3)),
+]
 
 
 def test_the_ceiling_counts_the_operations_of_its_convolutions(monkeypatch):
