@@ -165,61 +165,69 @@ def find_clusters(
     """
     max_clusters = model.config.num_clusters
     selection = select_model_clusters(model, validation, beta, settings)
-    curves: dict[CriterionName, CurveRecord] = {
-        "entropy": CurveRecord(
-            num_clusters=tuple(selection.num_clusters.tolist()),
-            values=tuple(selection.criterion.tolist()),
-            selected=int(selection.active.sum()),
-            terms={
-                "entropy": tuple(selection.entropy_term.tolist()),
-                "likelihood": tuple(selection.likelihood_term.tolist()),
-            },
-        )
+    locations, shared_loc, present, noise = _locate(train, validation)
+    merged = merge_clusters(locations, max_clusters, noise)
+    found: dict[CriterionName, Curve | None] = {
+        "silhouette": silhouette_curve(merged, locations),
+        "stability": stability_curve(locations, max_clusters),
+        "agreement": agreement_curve(merged, shared_loc, present),
     }
+    curves: dict[CriterionName, CurveRecord] = {"entropy": _record_selection(selection)}
+    curves |= {name: _record_curve(curve) for name, curve in found.items() if curve is not None}
+    # With one modality there is no agreement between modalities.
+    criterion = settings.criterion if settings.criterion in curves else "stability"
+    record = ClusterRecord(
+        criterion=criterion,
+        selected=curves[criterion].selected,
+        told=settings.num_clusters,
+        curves=curves,
+    )
+    if criterion != "entropy":
+        return merged, record
+    prior = model.cluster_prior
+    pruned = prune_clusters(
+        prior.means.detach().cpu().numpy(),
+        all_log_weights(model),
+        selection.dropped,
+        float(model.family.variance_of(prior.scale).mean()),
+    )
+    return pruned, record
+
+
+def _locate(*splits: EncodedSplit) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Where samples are, of those that have a modality.
+
+    Returns:
+        Joint locations (N, D_z), locations by modality (N, M, D_z), who has which (N, M), and the variance of
+        z ~ q(z|x_m) around the joint location, a mean over modalities and dimensions.
+    """
     shared_loc, present, variance = (
-        np.concatenate([getattr(part, name) for part in (train, validation)])
+        np.concatenate([getattr(split, name) for split in splits])
         for name in ("shared_loc", "present", "variance")
     )
     has_some = present.any(axis=1)
     shared_loc, present, variance = shared_loc[has_some], present[has_some], variance[has_some]
     locations = joint_location(shared_loc, present)
     scatter = np.square(shared_loc - locations[:, None]).mean(axis=2) + variance
-    merged = merge_clusters(locations, max_clusters, noise=float(scatter[present].mean()))
-    found: dict[CriterionName, Curve | None] = {
-        "silhouette": silhouette_curve(merged, locations),
-        "stability": stability_curve(locations, max_clusters),
-        "agreement": agreement_curve(merged, shared_loc, present),
-    }
-    curves |= {
-        name: CurveRecord(
-            num_clusters=tuple(curve.num_clusters.tolist()),
-            values=tuple(curve.values.tolist()),
-            selected=curve.selected,
-        )
-        for name, curve in found.items()
-        if curve is not None
-    }
-    criterion = settings.criterion
-    if criterion not in curves:  # agreement of a single modality
-        criterion = "stability"
-    selected = curves[criterion].selected
-    record = ClusterRecord(
-        criterion=criterion,
-        selected=selected,
-        told=settings.num_clusters,
-        curves=curves,
+    return locations, shared_loc, present, float(scatter[present].mean())
+
+
+def _record_curve(curve: Curve) -> CurveRecord:
+    return CurveRecord(
+        num_clusters=tuple(curve.num_clusters.tolist()),
+        values=tuple(curve.values.tolist()),
+        selected=curve.selected,
     )
-    if criterion == "entropy":
-        prior = model.cluster_prior
-        hierarchy = prune_clusters(
-            prior.means.detach().cpu().numpy(),
-            all_log_weights(model),
-            selection.dropped,
-            float(model.family.variance_of(prior.scale).mean()),
-        )
-    else:
-        hierarchy = merged
-    return hierarchy, record
+
+
+def _record_selection(selection: Selection) -> CurveRecord:
+    terms = {"entropy": selection.entropy_term, "likelihood": selection.likelihood_term}
+    return CurveRecord(
+        num_clusters=tuple(selection.num_clusters.tolist()),
+        values=tuple(selection.criterion.tolist()),
+        selected=int(selection.active.sum()),
+        terms={name: tuple(values.tolist()) for name, values in terms.items()},
+    )
 
 
 def assign_groups(model: CMVAE, shared_loc: np.ndarray, present: np.ndarray) -> tuple[IntArray, np.ndarray]:
