@@ -54,7 +54,7 @@ def test_overrides_change_one_key_and_share_no_anchor():
     assert config.train.batch_size == 32
     assert not config.tracking.enabled
     # m0 to m2 are one YAML anchor; only m0 may change.
-    assert [modality.width for modality in config.model.modalities.values()] == [4, 16, 16]
+    assert [modality.width for modality in config.model.modalities.values()] == [4, 64, 64]
 
 
 def test_a_saved_config_reads_back_equal(tmp_path):
@@ -81,7 +81,7 @@ def test_flat_settings_have_dotted_keys():
         ("objective.beta=-1", ["objective.beta", "greater than 0"]),
         ("objective.cross_sources=some", ["objective.cross_sources: 'some'", "all"]),
         ("objective={num_samples: 2, cross_sources: 1}", ["objective", "num_samples 2", "num_samples to 1"]),
-        ("objective.alignment.pretrain=0.2", ["objective.alignment", "pretrain needs a weight above 0"]),
+        ("objective.alignment={pretrain: 0.2}", ["objective.alignment", "pretrain needs a weight above 0"]),
         ("objective.alignment.weight=-1", ["objective.alignment.weight: -1", "greater than or equal to 0"]),
         ("objective.alignment={weight: 1, augment: {m7: [flip]}}", ["no modality 'm7'", "m0, m1, m2"]),
         ("clusters.num_clusters=21", ["clusters.num_clusters is 21", "has 20", "model.num_clusters to 21"]),

@@ -64,7 +64,12 @@ def test_one_sample_without_a_label_gives_what_it_can_and_reasons_for_the_rest(t
     config = run(tmp_path / "unlabelled")
     result = evaluate_run(config, ShardIndex.load(config.data.shards), config.run_dir)
     metrics = json.loads((config.run_dir / "evaluation/metrics.json").read_text())
-    assert set(metrics) == {"clustering/num_clusters", "likelihood/joint", "likelihood/effective_samples"}
+    assert set(metrics) == {
+        "clustering/num_clusters",
+        "clustering/by_group/num_groups",
+        "likelihood/joint",
+        "likelihood/effective_samples",
+    }
     left_out = json.loads((config.run_dir / "evaluation/protocol.json").read_text())["left_out"]
     for name in ("clustering/acc", "coherence", "frechet/classifier", "fid", "fidelity/classifier", "probe"):
         assert len(left_out[name]) > 10, name

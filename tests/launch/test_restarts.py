@@ -32,9 +32,7 @@ def test_runs_are_trained_compared_and_gone_on_with(experiment_file, digits_shar
         "train.max_steps=30",
         "name=2024-01",
         "tracking.enabled=true",
-        "objective.alignment.pretrain=0",
-        "clusters={criterion: entropy}",
-        "model.assign_by=vote",
+        "objective.alignment={weight: 1}",
     ]
     command = [sys.executable, ROOT / "launch/restarts.py", experiment_file, *settings]
     done = run_command([*command, "--restarts", 2], tmp_path)
