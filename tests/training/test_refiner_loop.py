@@ -58,7 +58,7 @@ def test_validation_and_export_take_the_average_and_training_goes_on_from_the_we
     def validate(trainer):
         state = trainer.accelerator.unwrap_model(trainer.module).state_dict()
         validated.append({name: tensor.clone() for name, tensor in state.items()})
-        original(trainer)
+        return original(trainer)
 
     monkeypatch.setattr(loop.Trainer, "validate", validate)
     cmvae_before = (config.cmvae / "export" / WEIGHTS_NAME).read_bytes()
