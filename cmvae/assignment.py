@@ -20,7 +20,6 @@ from cmvae.data.groups import NO_GROUP
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.schema import ShardIndex
 from cmvae.data.store import Location
-from cmvae.encoding import assign_groups
 from cmvae.errors import UserError
 from cmvae.files import write_whole
 from cmvae.model import CMVAE, stack_shared_locations
@@ -204,7 +203,7 @@ def assign_by_group(
     for prefix, places in (together | {f"{name}_": [m] for m, name in enumerate(modalities)}).items():
         there = present[:, places].any(axis=1)
         if there.any():
-            found = assign_groups(model, locations[there][:, places], present[there][:, places])
+            found = model.assign_jointly(locations[there][:, places], present[there][:, places])
             for group, cluster, confidence in zip(np.flatnonzero(there), *found, strict=True):
                 cells[group] |= _cells(prefix, cluster, confidence)
     return [{**row, **cells[group]} for row, group in zip(rows, groups, strict=True)]

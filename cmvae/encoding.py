@@ -106,21 +106,12 @@ def encode_batch(model: CMVAE, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return fields
 
 
-def assign_split(
-    model: CMVAE, split: EncodedSplit, log_weights: np.ndarray, active: np.ndarray
-) -> np.ndarray:
-    """The cluster of every sample that has a modality, (N,), by the model's `assign_by`.
-
-    Args:
-        model: whose prior knows the clusters.
-        split: the encoded samples.
-        log_weights: log π of all clusters, (C,).
-        active: the clusters to choose from, (C,) bool.
-    """
-    if model.config.assign_by == "vote":
-        return vote(responsibilities(split.log_density, log_weights, active), split.present)
-    log_density = model.log_density(joint_location(split.shared_loc, split.present))
-    return responsibilities(log_density[:, None], log_weights, active).argmax(axis=2)[:, 0]
+def assign_split(model: CMVAE, split: EncodedSplit) -> np.ndarray:
+    """The cluster of every sample, (N,), among the model's active ones and by its `assign_by`."""
+    if model.config.assign_by == "joint":
+        return model.assign_jointly(split.shared_loc, split.present)[0]
+    active = model.cluster_prior.active.cpu().numpy()
+    return vote(responsibilities(split.log_density, all_log_weights(model), active), split.present)
 
 
 def select_model_clusters(
@@ -228,18 +219,3 @@ def _record_selection(selection: Selection) -> CurveRecord:
         selected=int(selection.active.sum()),
         terms={name: tuple(values.tolist()) for name, values in terms.items()},
     )
-
-
-def assign_groups(model: CMVAE, shared_loc: np.ndarray, present: np.ndarray) -> tuple[IntArray, np.ndarray]:
-    """Clusters of groups of samples that `mean_by_group` put together, and the confidence in them.
-
-    Args:
-        model: whose prior knows the clusters.
-        shared_loc: (G, M, D_z).
-        present: (G, M) bool.
-    """
-    locations = joint_location(shared_loc, present)
-    active = model.cluster_prior.active.cpu().numpy()
-    log_density = model.log_density(locations)[:, None]
-    probabilities = responsibilities(log_density, all_log_weights(model), active)[:, 0]
-    return probabilities.argmax(axis=1), probabilities.max(axis=1)

@@ -302,15 +302,31 @@ class CMVAE(nn.Module):
         probabilities = responsibilities(log_density, log_weights, active)
         present = np.ones(probabilities.shape[:2], dtype=bool) if mask is None else mask.cpu().numpy()
         if self.config.assign_by == "joint":
-            joint = self.log_density(joint_location(shared.cpu().numpy(), present))
-            together = responsibilities(joint[:, None], log_weights, active)[:, 0]
-            clusters, certainty = together.argmax(axis=1), together.max(axis=1)
+            clusters, certainty = self.assign_jointly(shared.cpu().numpy(), present)
         else:
             clusters = vote(probabilities, present)
             certainty = confidence(probabilities, clusters, present)
         return Assignment(
             torch.from_numpy(clusters), torch.from_numpy(certainty), torch.from_numpy(probabilities)
         )
+
+    def assign_jointly(self, shared_loc: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Clusters where the modalities put samples together, see `cmvae.clustering.joint_location`.
+
+        Args:
+            shared_loc: (N, M, D_z) locations of q(z|x_m).
+            present: (N, M) bool, the modalities that a sample has. Samples without any get a cluster that
+                means nothing.
+
+        Returns:
+            (N,) clusters and (N,) p(c | z) of them at the joint locations.
+        """
+        present = present | ~present.any(axis=1, keepdims=True)
+        active = self.cluster_prior.active.cpu().numpy()
+        log_weights = np.where(active, self.cluster_prior.log_weights.detach().cpu().numpy(), 0)
+        log_density = self.log_density(joint_location(shared_loc, present))[:, None]
+        probabilities = responsibilities(log_density, log_weights, active)[:, 0]
+        return probabilities.argmax(axis=1), probabilities.max(axis=1)
 
     @torch.no_grad()
     def log_density(self, locations: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from cmvae.clustering import (
     labels_of_groups,
     mean_by_group,
 )
-from cmvae.encoding import EncodedSplit, all_log_weights, assign_groups, assign_split, encode_batch
+from cmvae.encoding import EncodedSplit, assign_split, encode_batch
 from cmvae.evaluation import figures
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.pictures import draw_cluster_samples, draw_latent_map
@@ -71,7 +71,7 @@ def evaluate_clustering(context: EvaluationContext, export: Path) -> GroupResult
         subsets, rule = modality_subsets(model.modality_names)
         for names in subsets:
             part = encoded.with_modalities([model.modality_names.index(name) for name in names])
-            agreement = _agreement(model, part)
+            agreement = _agreement(assign_split(model, part), part.label)
             result.metrics |= {
                 # Of all signs that join names, "-" is one that MLflow takes and no modality has.
                 f"clustering/from/{'-'.join(names)}/{key}": agreement[key]
@@ -117,7 +117,7 @@ def group_agreement(model: CMVAE, split: EncodedSplit) -> dict[str, float]:
     """
     groups = split.numbered_groups()
     labels = labels_of_groups(split.label, groups)
-    clusters, _ = assign_groups(model, *mean_by_group(split.shared_loc, split.present, groups))
+    clusters, _ = model.assign_jointly(*mean_by_group(split.shared_loc, split.present, groups))
     return clustering_metrics(clusters[labels >= 0], labels[labels >= 0])
 
 
@@ -140,7 +140,7 @@ def _compare_numbers(model: CMVAE, export: Path, encoded: EncodedSplit, result: 
     if (encoded.label >= 0).any():
         whole = copy.deepcopy(model)
         whole.cluster_prior.take(hierarchy, int(hierarchy.num_clusters[0]))
-        agreement = _agreement(whole, encoded)
+        agreement = _agreement(assign_split(whole, encoded), encoded.label)
         result.metrics |= {f"clustering_all/{name}": agreement[name] for name in AGREEMENT}
 
 
@@ -169,21 +169,18 @@ def evaluate_clusters(model: CMVAE, split: EncodedSplit) -> tuple[dict[str, floa
         `clustering/num_clusters` (selected), and where there are labels `clustering/{acc,nmi,ari,purity}`;
         and the clusters (N,).
     """
-    active = model.cluster_prior.active.cpu().numpy()
-    assignments = assign_split(model, split, all_log_weights(model), active)
-    metrics = {"clustering/num_clusters": float(active.sum())}
+    assignments = assign_split(model, split)
+    metrics = {"clustering/num_clusters": float(model.cluster_prior.active.sum())}
     if (split.label >= 0).any():
-        agreement = _agreement(model, split)
+        agreement = _agreement(assignments, split.label)
         metrics |= {f"clustering/{name}": agreement[name] for name in AGREEMENT}
     return metrics, assignments
 
 
-def _agreement(model: CMVAE, split: EncodedSplit) -> dict[str, float]:
-    """`clustering_metrics` of the labelled samples."""
-    active = model.cluster_prior.active.cpu().numpy()
-    labelled = split.label >= 0
-    assignments = assign_split(model, split, all_log_weights(model), active)
-    return clustering_metrics(assignments[labelled], split.label[labelled])
+def _agreement(assignments: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    """`clustering_metrics` of the labelled samples; (N,) both."""
+    labelled = label >= 0
+    return clustering_metrics(assignments[labelled], label[labelled])
 
 
 def _encode_on_all_ranks(context: EvaluationContext, split: str) -> EncodedSplit:

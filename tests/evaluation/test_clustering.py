@@ -298,6 +298,19 @@ def test_the_papers_criterion_leaves_the_mixture_as_it_is(model):
     assert all(torch.equal(x, before[name]) for name, x in after.items())
 
 
+@pytest.mark.parametrize("assign_by", ["vote", "joint"])
+def test_a_sample_without_any_of_the_models_modalities_spoils_nothing(model, assign_by):
+    split = three_groups(30, 0)
+    clusters = find_clusters(model, split, split, 1.0, ClustersConfig(criterion="silhouette"))
+    model.cluster_prior.take(clusters[0], 3)
+    model.config = model.config.model_copy(update={"assign_by": assign_by})
+    split.present[4] = False
+    split.label[4] = -1
+    metrics, assignments = evaluate_clusters(model, encode_anew(model, split))
+    assert metrics["clustering/acc"] == 1
+    assert len(assignments) == 30
+
+
 def test_an_evaluation_compares_the_numbers_of_clusters(blind_model, tmp_path):
     labels = torch.arange(12) % 3
     data = {"test": {**samples_of(labels), "label": labels}}
