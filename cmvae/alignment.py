@@ -10,14 +10,12 @@ multimodal bound as in Shi et al. (ICLR 2021).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-AugmentationName = Literal["flip", "crop"]
+from cmvae.config import AugmentationName
 
 MAX_LOGITS = 2**24
 """Logits that are kept for the gradient. Those of more samples are computed in parts, and again in the

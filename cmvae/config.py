@@ -30,6 +30,7 @@ from cmvae.kinds import KINDS
 from cmvae.kinds.kind import LikelihoodName
 
 Family = Literal["normal", "laplace"]
+AugmentationName = Literal["flip", "crop"]
 CriterionName = Literal["entropy", "silhouette", "stability", "agreement"]
 
 # Parts of pydantic's locations that are no keys of the YAML: of a mapping's key, and of branches of a union.
@@ -103,7 +104,7 @@ class AlignmentConfig(_Settings):
     many. Then cluster means are found as by `refit_clusters_at`."""
     temperature: float = Field(default=1.0, gt=0)
     """Of the logits. At 1 two encodings of one sample are expected to differ as two samples of p(z|c) do."""
-    augment: dict[ModalityName, tuple[Literal["flip", "crop"], ...]] = {}
+    augment: dict[ModalityName, tuple[AugmentationName, ...]] = {}
     """Image modalities that the contrast sees mirrored at random (`flip`) or as a random part (`crop`): what
     a picture shows must be the same after it. The bound sees them as they are."""
 

@@ -122,6 +122,10 @@ class _Gather(torch.autograd.Function):
         return total.narrow(ctx.dim, torch.distributed.get_rank() * ctx.size, ctx.size), None
 
 
+def _is_alone() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+
+
 def rank_of_process() -> int:
     """This process's rank, 0 where there is only one."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
@@ -132,7 +136,7 @@ def gather(values: Tensor, dim: int) -> Tensor:
 
     With one rank `values` itself. To be called on all ranks.
     """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    if _is_alone():
         return values
     parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, values.contiguous())
@@ -145,7 +149,7 @@ def gather_with_gradient(values: Tensor, dim: int) -> Tensor:
     The gradient sums what the losses of all ranks say, so that a mean of gradients over ranks is that of the
     mean of the losses. With one rank `values` itself. To be called on all ranks.
     """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    if _is_alone():
         return values
     return cast(Tensor, _Gather.apply(values, dim))
 

@@ -59,13 +59,16 @@ def stability_curve(locations: FloatArray, max_clusters: int, seed: int = 0) -> 
 
     Clusters are found in each half. The strength of a set is that of its weakest cluster: the share of its
     pairs that the clusters of the other half keep together, a mean over both directions and several random
-    halvings. Selected is the largest set with a strength of at least `STABLE`, or the strongest.
+    halvings. Selected is the largest set with a strength of at least `STABLE`, or the strongest. Fewer than
+    four samples say nothing, and two clusters are selected.
 
     Args:
         locations: (N, D).
         max_clusters: C.
         seed: of the halvings.
     """
+    if len(locations) < 4:  # a half of fewer than two samples has no clusters
+        return Curve(np.array([2]), np.array([0.0]), 2)
     rng = np.random.default_rng(seed)
     curves = []
     for _ in range(_HALVINGS):

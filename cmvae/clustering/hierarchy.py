@@ -129,7 +129,8 @@ def merge_clusters(
         points = points + 1e-6 * np.random.default_rng(seed).normal(size=points.shape)
         num_distinct = len(points)
     fitted = KMeans(min(max_clusters, num_distinct), n_init=_STARTS, random_state=seed).fit(points)
-    means, sizes = _means_and_sizes(points, fitted.labels_, fitted.cluster_centers_)
+    means = fitted.cluster_centers_
+    sizes = _sizes(fitted.labels_, len(means))
     # The largest cluster is number 0.
     order = np.argsort(-sizes, kind="stable")
     means, sizes = means[order], sizes[order]
@@ -145,7 +146,7 @@ def merge_clusters(
         means[into] = (sizes[into] * means[into] + sizes[gone] * means[gone]) / total
         kept = kept[kept != gone]
         settled = KMeans(len(kept), init=means[kept], n_init=1).fit(points)
-        means[kept], sizes[kept] = _means_and_sizes(points, settled.labels_, settled.cluster_centers_)
+        means[kept], sizes[kept] = settled.cluster_centers_, _sizes(settled.labels_, len(kept))
         sizes[gone] = 0
         sets.append(_set(points, means, sizes, kept, noise))
     return _stack(sets, merged, heights)
@@ -199,11 +200,9 @@ def _set(
     return means.copy(), sizes / sizes.sum(), float(np.square(residuals).mean()) + noise
 
 
-def _means_and_sizes(
-    points: FloatArray, labels: IntArray, centres: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    sizes = np.bincount(labels, minlength=len(centres)).astype(np.float64)
-    return centres.copy(), sizes
+def _sizes(labels: IntArray, num_clusters: int) -> FloatArray:
+    """Samples of each cluster, (C,)."""
+    return np.bincount(labels, minlength=num_clusters).astype(np.float64)
 
 
 def _ward_costs(means: FloatArray, sizes: FloatArray) -> FloatArray:

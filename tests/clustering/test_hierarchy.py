@@ -115,6 +115,14 @@ def test_encodings_that_are_equal_still_give_clusters(points):
         assert np.isfinite(curve.values).all()
 
 
+@pytest.mark.parametrize("num_samples", [2, 3, 4, 5])
+def test_a_handful_of_samples_still_has_curves(num_samples):
+    points = np.random.default_rng(0).normal(size=(num_samples, 3)).astype(np.float32)
+    for curve in (silhouette_curve(merge_clusters(points, 9), points), stability_curve(points, 9)):
+        assert np.isfinite(curve.values).all()
+        assert 2 <= curve.selected <= num_samples
+
+
 def test_silhouettes_are_those_of_scikit_learn():
     points, _ = mixture(4, num_samples=150)
     hierarchy = merge_clusters(points, 6)
