@@ -66,7 +66,7 @@ def keep_sound_precision(accelerator: Accelerator, task: Task, config: Experimen
         _LOGGER.warning(
             "train.mixed_precision: auto takes fp32, which may be slower, as gradients in bf16 are wrong on "
             "this machine: %s. The training is sound. On a processor with AMX the environment variable "
-            "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 may mend bf16; train.mixed_precision=fp32 spares the check",
+            "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 may fix bf16; train.mixed_precision=fp32 skips the check",
             found,
         )
 
