@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cmvae.dcmvae import DCMVAE as DCMVAE
-    from cmvae.model import CMVAE as CMVAE
+    from cmvae.models.cmvae import CMVAE as CMVAE
+    from cmvae.models.dcmvae import DCMVAE as DCMVAE
 
 __all__ = ["CMVAE", "DCMVAE"]
 
@@ -19,11 +19,11 @@ __all__ = ["CMVAE", "DCMVAE"]
 def __getattr__(name: str) -> Any:
     # The model imports torch, which takes seconds; the checks of configs and shards must not wait for it.
     if name == "CMVAE":
-        from cmvae.model import CMVAE
+        from cmvae.models.cmvae import CMVAE
 
         return CMVAE
     if name == "DCMVAE":
-        from cmvae.dcmvae import DCMVAE
+        from cmvae.models.dcmvae import DCMVAE
 
         return DCMVAE
     raise AttributeError(f"module 'cmvae' has no attribute {name!r}")

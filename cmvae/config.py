@@ -23,11 +23,11 @@ from pydantic import (
     model_validator,
 )
 
-from cmvae.data.schema import ModalityName, OnError, ShardIndex
-from cmvae.errors import UserError
-from cmvae.files import write_whole
-from cmvae.kinds import KINDS
-from cmvae.kinds.kind import LikelihoodName
+from cmvae.data.index import ModalityName, OnError, ShardIndex
+from cmvae.modalities import KINDS
+from cmvae.modalities.base import LikelihoodName
+from cmvae.utils.errors import UserError
+from cmvae.utils.files import write_whole
 
 Family = Literal["normal", "laplace"]
 AugmentationName = Literal["flip", "crop"]
@@ -56,7 +56,7 @@ class ModalityConfig(_Settings):
     """Networks and likelihood of one modality."""
 
     network: str | None = None
-    """Encoder and decoder family, a name from `cmvae.networks.NETWORKS`; None is what fits the kind."""
+    """Encoder and decoder family, a name from `cmvae.models.networks.NETWORKS`; None: what fits the kind."""
     width: PositiveInt = 64
     """Filters of the first stage, or hidden units; the published PolyMNIST networks have 64."""
     likelihood: LikelihoodConfig = LikelihoodConfig()
@@ -92,7 +92,7 @@ def _as_several(value: object) -> object:
 
 
 class AlignmentConfig(_Settings):
-    """The contrast between modalities beside the bound, see `cmvae.alignment`. Off with one modality.
+    """The contrast between modalities beside the bound, see `cmvae.models.alignment`. Off with one modality.
 
     It tells samples apart, but not those of one group, where the packed data has groups.
     """

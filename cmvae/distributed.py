@@ -23,9 +23,9 @@ from accelerate.utils import (
 from torch import Tensor
 
 from cmvae.config import CMVAEExperiment, ExperimentConfig
-from cmvae.errors import UserError
-from cmvae.memory import keep_freed_memory
-from cmvae.precision import computes_in_bf16
+from cmvae.models.precision import computes_in_bf16
+from cmvae.utils.errors import UserError
+from cmvae.utils.memory import keep_freed_memory
 
 Decision = TypeVar("Decision")
 

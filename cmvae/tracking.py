@@ -25,8 +25,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cmvae.config import ExperimentConfig, RefinerExperiment, dump_yaml, flatten
-from cmvae.errors import UserError
-from cmvae.files import write_whole
+from cmvae.utils.errors import UserError
+from cmvae.utils.files import write_whole
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

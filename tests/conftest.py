@@ -18,7 +18,7 @@ from handmade_shards import write_tar
 from quadrants import Quadrants
 
 from cmvae.config import CMVAEExperiment, RefinerExperiment, load_config, save_config
-from cmvae.data.schema import ShardIndex
+from cmvae.data.index import ShardIndex
 
 # Networks this small gain nothing from a second thread, and where something else runs on its core they wait
 # for it at every operation: forty times as long. Set before torch is imported, which reads it then.
@@ -75,7 +75,7 @@ def quadrants_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Slow to import, and few tests want it.
     import torch
 
-    from cmvae.data.writer import write_shards
+    from cmvae.datasets.writer import write_shards
     from cmvae.evaluation.classifiers import train_classifiers
 
     folder = tmp_path_factory.mktemp("shards") / "quadrants"
@@ -116,7 +116,7 @@ def make_cmvae_run(experiment: Callable[..., CMVAEExperiment], tmp_path: Path) -
     """`make_cmvae_run("data.shards=…", seed=1)` is the folder of a CMVAE's run with an untrained export."""
     import torch
 
-    from cmvae.model import CMVAE
+    from cmvae.models.cmvae import CMVAE
 
     def make(*overrides: str, seed: int = 0, folder: Path = tmp_path / "cmvae") -> Path:
         config = experiment(*overrides, f"output_dir={folder}")

@@ -18,8 +18,8 @@ from cmvae.config import (
     read_modalities,
     save_config,
 )
-from cmvae.data.schema import ModalitySchema, ShardIndex, ShardSchema, SplitSchema
-from cmvae.errors import UserError
+from cmvae.data.index import ModalitySchema, ShardIndex, ShardSchema, SplitSchema
+from cmvae.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "configs/digits.yaml"

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmvae.data.schema import ModalitySchema
-from cmvae.kinds import KINDS
+from cmvae.data.index import ModalitySchema
+from cmvae.modalities import KINDS
 
 
 def to_device(
     batch: Mapping[str, Any], schemas: Mapping[str, ModalitySchema], device: torch.device
 ) -> dict[str, Any]:
-    """Move a batch and turn its modalities from what is stored into data, see `cmvae.kinds`.
+    """Move a batch and turn its modalities from what is stored into data, see `cmvae.modalities`.
 
     Args:
         batch: from a reader.

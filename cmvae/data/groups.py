@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from cmvae.errors import UserError
+from cmvae.utils.errors import UserError
 
 NO_GROUP = -1
 """The number of a sample that has no group."""

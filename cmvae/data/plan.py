@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cmvae.errors import UserError
+from cmvae.utils.errors import UserError
 
 NUM_LANES = 4
 """Places of a rank's run that are read in turn: up to this many reader processes share no shard's reading.

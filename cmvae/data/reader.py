@@ -22,12 +22,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from cmvae.data.groups import group_number
-from cmvae.data.members import read_members
+from cmvae.data.index import ModalitySchema, OnError, ShardIndex, ShardSchema
 from cmvae.data.plan import EvaluationPlan, Handover, Plan, RankPlan, TrainingPlan
-from cmvae.data.schema import ModalitySchema, OnError, ShardIndex, ShardSchema
-from cmvae.data.store import Location, WrongContentError, is_remote, open_file
-from cmvae.errors import UserError
-from cmvae.kinds import KINDS
+from cmvae.data.remote import Location, WrongContentError, is_remote, open_file
+from cmvae.data.tar import read_members
+from cmvae.modalities import KINDS
+from cmvae.utils.errors import UserError
 
 Batch = dict[str, Any]
 """Modality to tensor (B, *shape) as it is stored, images uint8, zeros where a sample lacks it; `mask`: (B, M)

@@ -13,11 +13,11 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from cmvae.clustering import IntArray, clustering_metrics
+from cmvae.data.index import ModalitySchema, ShardIndex
 from cmvae.data.reader import EvaluationLoader
-from cmvae.data.schema import ModalitySchema, ShardIndex
-from cmvae.data.store import Location
-from cmvae.errors import UserError
-from cmvae.kinds import KINDS
+from cmvae.data.remote import Location
+from cmvae.modalities import KINDS
+from cmvae.utils.errors import UserError
 
 METRICS = ("acc", "nmi", "ari")
 PRINCIPAL_COMPONENTS = 50

@@ -20,18 +20,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from cmvae.data.reader import EvaluationLoader
-from cmvae.data.schema import (
+from cmvae.data.index import (
     CLASSIFIERS_FOLDER,
     INDEX_NAME,
     ClassifierSchema,
     ModalitySchema,
     ShardIndex,
 )
-from cmvae.data.store import Location, open_file
-from cmvae.errors import UserError
-from cmvae.files import write_whole
-from cmvae.kinds import KINDS
+from cmvae.data.reader import EvaluationLoader
+from cmvae.data.remote import Location, open_file
+from cmvae.modalities import KINDS
+from cmvae.utils.errors import UserError
+from cmvae.utils.files import write_whole
 
 _LOGGER = logging.getLogger(__name__)
 

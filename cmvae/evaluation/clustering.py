@@ -16,13 +16,13 @@ from cmvae.clustering import (
     labels_of_groups,
     mean_by_group,
 )
-from cmvae.encoding import EncodedSplit, assign_split, encode_batch
-from cmvae.evaluation import figures
 from cmvae.evaluation.context import EvaluationContext
-from cmvae.evaluation.pictures import draw_cluster_samples, draw_latent_map
 from cmvae.evaluation.result import GroupResult
-from cmvae.exports import CLUSTER_RECORD_NAME, load_clusters
-from cmvae.model import CMVAE
+from cmvae.models.cmvae import CMVAE
+from cmvae.models.encoding import EncodedSplit, assign_split, encode_batch
+from cmvae.models.export import CLUSTER_RECORD_NAME, load_clusters
+from cmvae.visualize import figures
+from cmvae.visualize.previews import draw_cluster_samples, draw_latent_map
 
 AGREEMENT = ("acc", "nmi", "ari", "purity")
 # Samples that the picture of each cluster shows.

@@ -18,17 +18,17 @@ from torch import Tensor
 
 from cmvae.config import EvaluationConfig
 from cmvae.data.batch import to_device
+from cmvae.data.index import ShardIndex
 from cmvae.data.plan import EvaluationPlan
 from cmvae.data.reader import EvaluationLoader
-from cmvae.data.schema import ShardIndex
-from cmvae.data.store import Location
-from cmvae.kinds import KINDS
-from cmvae.kinds.kind import MetricName
-from cmvae.model import CMVAE
-from cmvae.seeds import derive_seed
+from cmvae.data.remote import Location
+from cmvae.modalities import KINDS
+from cmvae.modalities.base import MetricName
+from cmvae.models.cmvae import CMVAE
+from cmvae.utils.seeds import derive_seed
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
-    from cmvae.dcmvae import DCMVAE
+    from cmvae.models.dcmvae import DCMVAE
 
 
 @dataclass(frozen=True)

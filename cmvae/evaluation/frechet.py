@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from cmvae.clustering import FloatArray
-from cmvae.errors import UserError
+from cmvae.utils.errors import UserError
 
 # torchmetrics imports torchvision, which must be mended first.
-import cmvae._torchvision  # noqa: F401 isort:skip
+import cmvae.utils.torchvision_shim  # noqa: F401 isort:skip
 from torchmetrics.image.fid import FrechetInceptionDistance  # isort:skip
 
 _LOGGER = logging.getLogger(__name__)

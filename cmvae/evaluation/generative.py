@@ -1,6 +1,6 @@
 """What a model generates, read once for coherence, Fréchet distances, and precision and recall.
 
-How it is generated is told by `cmvae.evaluation.generations`. Images are read by classifiers and Inception,
+How it is generated is told by `cmvae.evaluation.sampling`. Images are read by classifiers and Inception,
 text by a classifier of words; both say a class, which is all that coherence asks for, so that it knows the
 pairs of images and text, too. Distances are between images. Modalities that nothing reads are sources only.
 """
@@ -17,8 +17,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from cmvae.clustering import FloatArray
-from cmvae.errors import UserError
-from cmvae.evaluation import figures
 from cmvae.evaluation.classifiers import ImageClassifier, load_classifiers
 from cmvae.evaluation.coherence import (
     Sources,
@@ -36,10 +34,12 @@ from cmvae.evaluation.frechet import (
     to_bytes,
     warn_if_few,
 )
-from cmvae.evaluation.generations import Generations, encode_sources, having
 from cmvae.evaluation.result import REFINED, GroupResult
+from cmvae.evaluation.sampling import Generations, encode_sources, having
 from cmvae.evaluation.text import TextClassifier, train_text_classifier
-from cmvae.progress import progress_bar
+from cmvae.utils.errors import UserError
+from cmvae.utils.progress import progress_bar
+from cmvae.visualize import figures
 
 Loaded = TypeVar("Loaded")
 

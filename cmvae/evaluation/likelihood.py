@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.result import GroupResult
-from cmvae.model import CMVAE, Posterior
-from cmvae.objectives import cluster_log_prob, data_log_prob, mixture_log_prob
-from cmvae.progress import progress_bar
+from cmvae.models.cmvae import CMVAE, Posterior
+from cmvae.models.objectives import cluster_log_prob, data_log_prob, mixture_log_prob
+from cmvae.utils.progress import progress_bar
 
 # Importance samples of one sample that are drawn together. Part of what the noise is a function of, hence a
 # constant: the figure must not depend on how much memory there is.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from sklearn.metrics import r2_score
 
-from cmvae.data.schema import ModalitySchema
+from cmvae.data.index import ModalitySchema
 from cmvae.evaluation.context import EvaluationContext
-from cmvae.evaluation.generations import Pair, generate_pairs
 from cmvae.evaluation.result import GroupResult
+from cmvae.evaluation.sampling import Pair, generate_pairs
 
 _LEAST_SPREAD = 1e-5
 

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from cmvae.errors import UserError
 from cmvae.evaluation.result import REFINED, GroupResult
-from cmvae.files import whole_folder
+from cmvae.utils.errors import UserError
+from cmvae.utils.files import whole_folder
 
 
 def write_report(folder: Path, result: GroupResult) -> None:

@@ -9,19 +9,19 @@ import torch
 from accelerate import Accelerator
 
 from cmvae.config import CMVAEExperiment, ExperimentConfig, RefinerExperiment
-from cmvae.data.schema import ShardIndex
+from cmvae.data.index import ShardIndex
 from cmvae.distributed import start_evaluation_accelerator
 from cmvae.evaluation.clustering import evaluate_clustering
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.likelihood import evaluate_likelihood
-from cmvae.evaluation.pictures import draw_refinements, generate_cross_modal
 from cmvae.evaluation.prediction import evaluate_prediction
 from cmvae.evaluation.probes import evaluate_probes
 from cmvae.evaluation.report import write_report
 from cmvae.evaluation.result import GroupResult
-from cmvae.exports import weights_sha256
-from cmvae.model import CMVAE
+from cmvae.models.cmvae import CMVAE
+from cmvae.models.export import weights_sha256
 from cmvae.tracking import resume_tracker
+from cmvae.visualize.previews import draw_refinements, generate_cross_modal
 
 # One pass of generations feeds all of them.
 GENERATIVE_GROUPS = frozenset({"coherence", "frechet", "fidelity"})
@@ -68,7 +68,7 @@ def load_context(
 ) -> EvaluationContext:
     """Model, refiner and data of a run; arguments and errors as of `evaluate_run`."""
     if isinstance(config, RefinerExperiment):
-        from cmvae.dcmvae import DCMVAE
+        from cmvae.models.dcmvae import DCMVAE
 
         dcmvae = DCMVAE.from_run(config, run_dir, accelerator.device)
         model = dcmvae.cmvae

@@ -1,7 +1,7 @@
 """What generated text is worth: token by token, as sentences, and by the colours and the class that it names.
 
 Every metric compares what is generated for a sample, from one of its other modalities or from the text
-itself, with the sample's own text; how it is generated is told by `cmvae.evaluation.generations`.
+itself, with the sample's own text; how it is generated is told by `cmvae.evaluation.sampling`.
 docs/metrics.md says what each is good for.
 """
 
@@ -19,17 +19,17 @@ from torch import Tensor
 
 from cmvae.clustering import IntArray
 from cmvae.data.batch import as_stored
-from cmvae.data.schema import ModalitySchema
-from cmvae.errors import UserError
+from cmvae.data.index import ModalitySchema
 from cmvae.evaluation.classifiers import MIN_ACCURACY
 from cmvae.evaluation.context import EvaluationContext
-from cmvae.evaluation.generations import Pair, generate_pairs
 from cmvae.evaluation.result import GroupResult
-from cmvae.kinds import KINDS
-from cmvae.kinds.text import EOS
+from cmvae.evaluation.sampling import Pair, generate_pairs
+from cmvae.modalities import KINDS
+from cmvae.modalities.text import EOS
+from cmvae.utils.errors import UserError
 
 # torchmetrics imports torchvision, which must be mended first.
-import cmvae._torchvision  # noqa: F401 isort:skip
+import cmvae.utils.torchvision_shim  # noqa: F401 isort:skip
 from torchmetrics.functional.text import bleu_score  # isort:skip
 
 COLOURS = frozenset(

@@ -15,14 +15,14 @@ from torch import nn
 from cmvae.config import ExperimentConfig, flatten
 from cmvae.data.plan import Handover
 from cmvae.distributed import decide_on_main, raise_together, zero_stage
-from cmvae.errors import UserError
-from cmvae.files import publish_folder
-from cmvae.seeds import derive_seed
-from cmvae.tasks import Task
 from cmvae.training.checkpoint_folder import checkpoint_path, list_checkpoints, thin_out, write_manifest
 from cmvae.training.ema import WeightAverage
-from cmvae.training.record import CheckpointRecord
+from cmvae.training.run_state import CheckpointRecord
 from cmvae.training.state import TrainState
+from cmvae.training.tasks import Task
+from cmvae.utils.errors import UserError
+from cmvae.utils.files import publish_folder
+from cmvae.utils.seeds import derive_seed
 
 # What DistributedDataParallel puts before the names of the weights.
 _WRAPPER = "module."

@@ -8,8 +8,8 @@ import re
 import shutil
 from pathlib import Path
 
-from cmvae.errors import UserError
-from cmvae.files import remove_folder, sha256_of
+from cmvae.utils.errors import UserError
+from cmvae.utils.files import remove_folder, sha256_of
 
 MANIFEST_NAME = "manifest.json"
 _LOGGER = logging.getLogger(__name__)

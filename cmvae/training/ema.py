@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cmvae.errors import UserError
+from cmvae.utils.errors import UserError
 
 EMA_NAME = "ema.safetensors"
 

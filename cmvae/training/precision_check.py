@@ -1,7 +1,7 @@
 """Whether a device computes the gradients of the model that is to be trained in bf16 as in fp32.
 
 `train.mixed_precision: auto` takes bf16 where the device has instructions for it. Having them is not enough:
-on processors with AMX some layers gave NaN gradients now and then, see `cmvae.networks.one_pixel`.
+on processors with AMX some layers gave NaN gradients now and then, see `cmvae.models.networks.one_pixel`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cmvae.config import ExperimentConfig
 from cmvae.data.batch import to_device
 from cmvae.data.reader import EvaluationLoader
 from cmvae.distributed import gather_problems
-from cmvae.tasks import Task
+from cmvae.training.tasks import Task
 
 CHECKED_SAMPLES = 8
 """Train samples that the gradients are of: about a second for a model that suits a CPU."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 
-from cmvae.errors import UserError
+from cmvae.utils.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
 

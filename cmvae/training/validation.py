@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from cmvae.data.batch import to_device
-from cmvae.data.schema import ModalitySchema
-from cmvae.errors import UserError
-from cmvae.files import write_whole
+from cmvae.data.index import ModalitySchema
+from cmvae.utils.errors import UserError
+from cmvae.utils.files import write_whole
 
 VALIDATION_NAME = "validation.json"
 """In the folder of a run: the metrics of its last validation."""

@@ -2,15 +2,14 @@
 
 import numpy as np
 import pytest
-from test_table import read, write_csv
-from test_writer import NumberSource, contents
+from packing import NumberSource, contents, read, write_csv
 
 from cmvae.data import groups
+from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
-from cmvae.data.schema import ShardIndex
-from cmvae.data.sources.source import Sample
-from cmvae.data.writer import write_shards
-from cmvae.errors import UserError
+from cmvae.datasets.base import Sample
+from cmvae.datasets.writer import write_shards
+from cmvae.utils.errors import UserError
 
 
 class GroupedSource(NumberSource):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from cmvae.data.plan import EvaluationPlan, Handover, TrainingPlan
-from cmvae.errors import UserError
+from cmvae.utils.errors import UserError
 
 
 def random_cases(count: int):

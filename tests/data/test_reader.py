@@ -16,11 +16,11 @@ import torch
 from handmade_shards import SHAPES, members_of, picture, png, write_index, write_tar
 from PIL import Image
 
-from cmvae import kinds
+from cmvae import modalities as kinds
 from cmvae.data import reader
 from cmvae.data.plan import TrainingPlan
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
-from cmvae.errors import UserError
+from cmvae.utils.errors import UserError
 
 SIZES = [7, 11, 3, 9, 13, 5]
 REPOSITORY = Path(__file__).resolve().parents[2]

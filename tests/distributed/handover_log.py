@@ -11,8 +11,8 @@ import os
 import runpy
 import sys
 
-from cmvae.tasks.cmvae import CMVAETask, LatentNoise
-from cmvae.training.loop import Trainer
+from cmvae.training.cmvae_task import CMVAETask, LatentNoise
+from cmvae.training.trainer import Trainer
 
 log = f"{sys.argv[1]}-{os.environ.get('RANK', '0')}"
 draw_noise, batches = CMVAETask.draw_noise, Trainer._batches

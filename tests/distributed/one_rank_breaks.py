@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from cmvae.tasks import cmvae as cmvae_task
+from cmvae.training import cmvae_task as cmvae_task
 
 original = cmvae_task.LogWeightTerms
 calls = {"training": 0}

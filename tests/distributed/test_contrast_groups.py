@@ -6,7 +6,7 @@ import torch
 from linear_model import linear_model
 
 from cmvae.config import ObjectiveConfig
-from cmvae.tasks.cmvae import CMVAETask
+from cmvae.training.cmvae_task import CMVAETask
 
 # A group of three on both ranks and one of two on the second.
 GROUPS = torch.tensor([7, -1, 7, 2**62, 7, -1, 1, 1])

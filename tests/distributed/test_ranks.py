@@ -15,8 +15,8 @@ from cmvae import CMVAE
 from cmvae.clustering import find_cluster_means
 from cmvae.config import load_config
 from cmvae.data.reader import EvaluationLoader
-from cmvae.encoding import encode_split
-from cmvae.refiner import Refiner
+from cmvae.models.encoding import encode_split
+from cmvae.models.refiner import Refiner
 
 STEPS = 4
 SCRIPT = Path(__file__).with_name("train_steps.py")

@@ -17,14 +17,14 @@ from accelerate.utils import set_seed
 
 from cmvae.config import load_config
 from cmvae.data.batch import to_device
+from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
-from cmvae.data.schema import ShardIndex
 from cmvae.distributed import StopRequest, agree, let_deepspeed_autocast, start_accelerator
-from cmvae.leaving import leave
-from cmvae.model import CMVAE
-from cmvae.precision import autocast_dtype
-from cmvae.tasks.cmvae import CMVAETask, LatentNoise
+from cmvae.models.cmvae import CMVAE
+from cmvae.models.precision import autocast_dtype
+from cmvae.training.cmvae_task import CMVAETask, LatentNoise
 from cmvae.training.optimization import build_optimizer, restart_parameters
+from cmvae.utils.process_exit import leave
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import pytest
 from commands import ROOT
 
 PAGE = ROOT / "docs/extending.md"
-REGISTRY = "cmvae/kinds/__init__.py"
+REGISTRY = "cmvae/modalities/__init__.py"
 _BLOCK = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

@@ -13,7 +13,7 @@ import yaml
 from commands import ROOT
 from mixed import SCHEMAS, VOCABULARY, Mixed
 
-from cmvae.data.writer import write_shards
+from cmvae.datasets.writer import write_shards
 
 
 @pytest.fixture(scope="module")

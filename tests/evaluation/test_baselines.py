@@ -12,9 +12,9 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import normalized_mutual_info_score
 
-from cmvae.data.writer import write_shards
-from cmvae.errors import UserError
+from cmvae.datasets.writer import write_shards
 from cmvae.evaluation.baselines import evaluate_baselines
+from cmvae.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,9 @@ import pytest
 import torch
 from quadrants import Quadrants
 
+from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
-from cmvae.data.schema import ShardIndex
-from cmvae.data.writer import write_shards
-from cmvae.errors import UserError
+from cmvae.datasets.writer import write_shards
 from cmvae.evaluation.classifiers import (
     NUM_FEATURES,
     ImageClassifier,
@@ -24,6 +23,7 @@ from cmvae.evaluation.classifiers import (
     train_classifier,
     train_classifiers,
 )
+from cmvae.utils.errors import UserError
 
 CPU = torch.device("cpu")
 

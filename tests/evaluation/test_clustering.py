@@ -9,22 +9,22 @@ from linear_model import linear_model
 from made_up_context import make_context
 
 from cmvae.config import ClustersConfig, ModalityConfig, ModelConfig
-from cmvae.data.schema import ModalitySchema
-from cmvae.encoding import (
-    EncodedSplit,
-    all_log_weights,
-    encode_split,
-    find_clusters,
-    select_model_clusters,
-)
-from cmvae.errors import UserError
+from cmvae.data.index import ModalitySchema
 from cmvae.evaluation.clustering import (
     AGREEMENT,
     evaluate_clustering,
     evaluate_clusters,
     modality_subsets,
 )
-from cmvae.model import CMVAE
+from cmvae.models.cmvae import CMVAE
+from cmvae.models.encoding import (
+    EncodedSplit,
+    all_log_weights,
+    encode_split,
+    find_clusters,
+    select_model_clusters,
+)
+from cmvae.utils.errors import UserError
 
 SCHEMA = ModalitySchema(kind="image", shape=(1, 8, 8), dtype="uint8")
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from scipy.linalg import sqrtm
 
-from cmvae.errors import UserError
-from cmvae.evaluation import picture_folder
+from cmvae.evaluation import image_folder as picture_folder
 from cmvae.evaluation.frechet import FrechetDistance, load_inception, refusal, to_bytes, warn_if_few
-from cmvae.evaluation.picture_folder import folder_distance, read_pictures
+from cmvae.evaluation.image_folder import folder_distance, read_pictures
+from cmvae.utils.errors import UserError
 
 
 def samples_with(mean, covariance, num_samples, seed):

@@ -18,18 +18,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cmvae.config import EvaluationConfig, ModalityConfig, ModelConfig
+from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
-from cmvae.data.schema import ShardIndex
-from cmvae.data.writer import write_shards
-from cmvae.dcmvae import DCMVAE
-from cmvae.errors import UserError
+from cmvae.datasets.writer import write_shards
 from cmvae.evaluation import generative
 from cmvae.evaluation.classifiers import train_classifiers
 from cmvae.evaluation.context import EvaluationContext
-from cmvae.evaluation.generations import Generations
 from cmvae.evaluation.generative import evaluate_generative
-from cmvae.model import CMVAE, Posterior
-from cmvae.refiner import Refiner
+from cmvae.evaluation.sampling import Generations
+from cmvae.models.cmvae import CMVAE, Posterior
+from cmvae.models.dcmvae import DCMVAE
+from cmvae.models.refiner import Refiner
+from cmvae.utils.errors import UserError
 
 ALL = {"coherence", "frechet", "fidelity"}
 NAMES = ("m0", "m1", "m2")

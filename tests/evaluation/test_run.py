@@ -12,12 +12,12 @@ from refining import make_refiner
 
 from cmvae import CMVAE
 from cmvae.config import RefinerExperiment, load_config, save_config
+from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
-from cmvae.data.schema import ShardIndex
-from cmvae.data.writer import write_shards
-from cmvae.errors import UserError
+from cmvae.datasets.writer import write_shards
 from cmvae.evaluation.run import evaluate_run
-from cmvae.exports import EXPORT_CONFIG_NAME, WEIGHTS_NAME, weights_sha256
+from cmvae.models.export import EXPORT_CONFIG_NAME, WEIGHTS_NAME, weights_sha256
+from cmvae.utils.errors import UserError
 
 
 class Unlabelled(Quadrants):
@@ -204,7 +204,7 @@ def test_a_refiner_of_another_cmvae_is_not_evaluated(refiner_run, run):
     config, cmvae = refiner_run("coherence")
     index = ShardIndex.load(config.data.shards)
     torch.manual_seed(1)
-    CMVAE(cmvae.model, index.modalities).save_pretrained(cmvae.run_dir / "export")
+    CMVAE(cmvae.models.cmvae, index.modalities).save_pretrained(cmvae.run_dir / "export")
     with pytest.raises(
         UserError, match=r"refiner/export: refines the CMVAE with the weights .*, but .*run/export"
     ):

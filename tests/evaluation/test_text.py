@@ -11,7 +11,6 @@ from made_up_context import make_context
 from mixed import COLOURS, SCHEMAS, VOCABULARY, Mixed, MixedOracle, encode_words, mixed_batch
 from sklearn.metrics import f1_score
 
-from cmvae.errors import UserError
 from cmvae.evaluation.text import (
     bleu,
     colour_agreement,
@@ -20,6 +19,7 @@ from cmvae.evaluation.text import (
     token_accuracy,
     train_text_classifier,
 )
+from cmvae.utils.errors import UserError
 
 CAPTION = SCHEMAS["caption"]
 

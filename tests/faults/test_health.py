@@ -13,10 +13,10 @@ import pytest
 import torch
 from faulty_training import Training, replace
 
-from cmvae.training import heartbeat
+from cmvae.training import watchdog as heartbeat
 from cmvae.training.advice import out_of_memory_advice
-from cmvae.training.heartbeat import EXIT_HUNG, Heartbeat
 from cmvae.training.rank_log import rank_log
+from cmvae.training.watchdog import EXIT_HUNG, Heartbeat
 
 SETTINGS = ("train.max_steps=6", "train.checkpoint_every=2")
 Usage = namedtuple("Usage", "total used free")
@@ -50,7 +50,7 @@ def test_a_full_disk_at_the_end_is_an_error_and_the_last_checkpoint_is_intact(tm
 
 def limit_file_size():
     """No file can be larger than the weights: the optimizer's state is cut off while it is written."""
-    from cmvae.training import loop
+    from cmvae.training import trainer
 
     def limited(original, *arguments):
         checkpoint = original(*arguments)
@@ -58,7 +58,7 @@ def limit_file_size():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, resource.RLIM_INFINITY))
         return checkpoint
 
-    replace(loop, "save_checkpoint", limited, 1)
+    replace(trainer, "save_checkpoint", limited, 1)
 
 
 @pytest.mark.faults
@@ -88,7 +88,7 @@ def test_a_real_full_disk(tmp_path, digits_shards):
 
 def grow_checkpoints(disk):
     """Something else fills the disk after the second checkpoint."""
-    from cmvae.training import loop
+    from cmvae.training import trainer
 
     def and_fill(original, *arguments):
         checkpoint = original(*arguments)
@@ -96,7 +96,7 @@ def grow_checkpoints(disk):
             file.write(bytes(max(0, shutil.disk_usage(disk).free - 20_000)))
         return checkpoint
 
-    replace(loop, "save_checkpoint", and_fill, 2)
+    replace(trainer, "save_checkpoint", and_fill, 2)
 
 
 def test_a_folder_that_takes_no_files_is_named(tmp_path, digits_shards):
@@ -172,7 +172,7 @@ def test_what_moves_is_left_alone(tmp_path, monkeypatch):
 
 
 def run_out_of_memory():
-    from cmvae.training.loop import Trainer
+    from cmvae.training.trainer import Trainer
 
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")

@@ -38,7 +38,7 @@ def die_in_weights():
 
 
 def die_in_deletion():
-    from cmvae import files
+    from cmvae.utils import files
 
     def half(original, path, **named):
         (path / "manifest.json").unlink()
@@ -61,7 +61,7 @@ FAULTS = {
         [5, 6],
     ),
     "in the first step": (partial(die_before, "accelerate.accelerator:Accelerator", "backward", 1), []),
-    "before a checkpoint": (partial(die_before, "cmvae.training.loop", "save_checkpoint", 3), [2, 4]),
+    "before a checkpoint": (partial(die_before, "cmvae.training.trainer", "save_checkpoint", 3), [2, 4]),
     "in a checkpoint's weights": (die_in_weights, [2, 4]),
     "before a checkpoint's record": (
         partial(die_before, f"{CHECKPOINT}:CheckpointRecord", "write", 3),
@@ -70,8 +70,8 @@ FAULTS = {
     "before the flush and rename": (partial(die_before, CHECKPOINT, "publish_folder", 3), [2, 4]),
     "after the rename": (partial(die_before, CHECKPOINT, "thin_out", 3), [2, 4, 5]),
     "in the deletion of an old one": (die_in_deletion, [4, 5]),
-    "in a validation": (partial(die_before, "cmvae.training.loop:Trainer", "validate", 1), [2, 4]),
-    "in the export": (partial(die_before, "cmvae.exports", "save_file", 1), [10, 12]),
+    "in a validation": (partial(die_before, "cmvae.training.trainer:Trainer", "validate", 1), [2, 4]),
+    "in the export": (partial(die_before, "cmvae.models.export", "save_file", 1), [10, 12]),
 }
 QUICK = ("in a checkpoint's weights", "in a validation")
 

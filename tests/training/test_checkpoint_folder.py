@@ -5,7 +5,6 @@ import os
 
 import pytest
 
-from cmvae.errors import UserError
 from cmvae.training.checkpoint_folder import (
     MANIFEST_NAME,
     find_damage,
@@ -14,6 +13,7 @@ from cmvae.training.checkpoint_folder import (
     thin_out,
     write_manifest,
 )
+from cmvae.utils.errors import UserError
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from cmvae import CMVAE
 from cmvae.config import ObjectiveConfig
-from cmvae.data.schema import ShardIndex
-from cmvae.errors import UserError
-from cmvae.tasks import CMVAETask, Task
-from cmvae.tasks.refiner import RefinerTask
-from cmvae.training import loop
-from cmvae.training.loop import run_training
+from cmvae.data.index import ShardIndex
+from cmvae.training import trainer
+from cmvae.training.refiner_task import RefinerTask
+from cmvae.training.tasks import CMVAETask, Task
+from cmvae.training.trainer import run_training
+from cmvae.utils.errors import UserError
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_all_networks_of_both_tasks_are_compiled():
 def test_under_deepspeed_it_is_refused():
     ranks = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
     with pytest.raises(UserError, match=r"train\.compile: under DeepSpeed .*train\.compile=false.*ddp\.yaml"):
-        loop._compile_networks(ranks, None)
+        trainer._compile_networks(ranks, None)
 
 
 def test_a_compiler_that_fails_is_told_with_the_remedy(experiment, monkeypatch):

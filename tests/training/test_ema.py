@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from cmvae.errors import UserError
 from cmvae.training.ema import EMA_NAME, WeightAverage
+from cmvae.utils.errors import UserError
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ import torch
 from safetensors.torch import load_file
 
 from cmvae import distributed
-from cmvae.data.schema import ShardIndex
+from cmvae.data.index import ShardIndex
 from cmvae.distributed import NonFiniteError
-from cmvae.tasks import build_task
-from cmvae.training import loop, precision_check
+from cmvae.training import precision_check, trainer
 from cmvae.training.checkpoint_folder import list_checkpoints
-from cmvae.training.loop import run_training
 from cmvae.training.precision_check import compare_gradients, keep_sound_precision
+from cmvae.training.tasks import build_task
+from cmvae.training.trainer import run_training
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def breaking(monkeypatch):
             break_layer(task, layer, factor)
             return task
 
-        monkeypatch.setattr(loop, "build_task", build)
+        monkeypatch.setattr(trainer, "build_task", build)
 
     return breaks
 

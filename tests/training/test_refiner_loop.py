@@ -8,16 +8,16 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
-from cmvae.data.schema import ShardIndex
-from cmvae.errors import UserError
-from cmvae.evaluation import figures
-from cmvae.exports import WEIGHTS_NAME, weights_sha256
-from cmvae.refiner import Refiner
-from cmvae.tasks.refiner import RefinerTask
-from cmvae.training import loop
+from cmvae.data.index import ShardIndex
+from cmvae.models.export import WEIGHTS_NAME, weights_sha256
+from cmvae.models.refiner import Refiner
+from cmvae.training import trainer
 from cmvae.training.checkpoint_folder import list_checkpoints
 from cmvae.training.ema import EMA_NAME
-from cmvae.training.loop import average_weights, run_training
+from cmvae.training.refiner_task import RefinerTask
+from cmvae.training.trainer import average_weights, run_training
+from cmvae.utils.errors import UserError
+from cmvae.visualize import figures
 
 
 @pytest.fixture(autouse=True)
@@ -53,14 +53,14 @@ def test_validation_and_export_take_the_average_and_training_goes_on_from_the_we
     refiner_experiment, monkeypatch
 ):
     config = refiner_experiment("train.validate_every=4")
-    validated, original = [], loop.Trainer.validate
+    validated, original = [], trainer.Trainer.validate
 
     def validate(trainer):
         state = trainer.accelerator.unwrap_model(trainer.module).state_dict()
         validated.append({name: tensor.clone() for name, tensor in state.items()})
         return original(trainer)
 
-    monkeypatch.setattr(loop.Trainer, "validate", validate)
+    monkeypatch.setattr(trainer.Trainer, "validate", validate)
     cmvae_before = (config.cmvae / "export" / WEIGHTS_NAME).read_bytes()
     assert train(config) is None
     average, weights = last_checkpoint(config, EMA_NAME), last_checkpoint(config, WEIGHTS_NAME)
@@ -99,13 +99,13 @@ def test_the_average_is_of_all_updates_by_its_rule(refiner_experiment, monkeypat
     """The checkpoints of every step hold the weights: from them the average, in double precision."""
     config = refiner_experiment("train.checkpoint_every=1", "train.keep_checkpoints=10")
     start = {}
-    original = loop.Trainer.fit
+    original = trainer.Trainer.fit
 
     def fit(trainer, stop):
         start.update({name: x.detach().double() for name, x in trainer.task.state_dict().items()})
         return original(trainer, stop)
 
-    monkeypatch.setattr(loop.Trainer, "fit", fit)
+    monkeypatch.setattr(trainer.Trainer, "fit", fit)
     train(config)
     average = start
     for n, checkpoint in enumerate(list_checkpoints(config.run_dir / "checkpoints")):
@@ -118,13 +118,13 @@ def test_the_average_is_of_all_updates_by_its_rule(refiner_experiment, monkeypat
 
 
 def test_training_lowers_the_loss(refiner_experiment, monkeypatch):
-    losses, original = [], loop.Meter.add
+    losses, original = [], trainer.Meter.add
 
     def add(meter, report, *rest):
         losses.append(report["denoising_loss"].mean().item())
         original(meter, report, *rest)
 
-    monkeypatch.setattr(loop.Meter, "add", add)
+    monkeypatch.setattr(trainer.Meter, "add", add)
     train(refiner_experiment("train.max_steps=40", "train.batch_size=8", "train.checkpoint_every=null"))
     assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
 

@@ -7,11 +7,11 @@ import pytest
 from accelerate import Accelerator
 from faulty_training import Training
 
-from cmvae.data.schema import ShardIndex
-from cmvae.errors import UserError
+from cmvae.data.index import ShardIndex
 from cmvae.tracking import NullTracker
-from cmvae.training import loop
+from cmvae.training import trainer
 from cmvae.training.skipped import SkippedSamples
+from cmvae.utils.errors import UserError
 
 SETTINGS = ("train.max_steps=12", "train.checkpoint_every=7")
 
@@ -47,13 +47,13 @@ def test_what_was_skipped_is_a_curve(experiment, damaged_shards, monkeypatch):
         def log_metrics(self, metrics, step):
             points.extend((name, step, value) for name, value in metrics.items() if "skipped" in name)
 
-    monkeypatch.setattr(loop, "open_tracker", lambda *_: Recorder())
+    monkeypatch.setattr(trainer, "open_tracker", lambda *_: Recorder())
     index = json.loads((damaged_shards / "index.json").read_text())
     shard = damaged_shards / index["splits"]["validation"]["shards"][0]["name"]
     shard.write_bytes(shard.read_bytes().replace(b"PNG", b"GIF", 1))
     settings = [f"data.shards={damaged_shards}", "data.on_error=skip", "data.cache_megabytes=0"]
     config = experiment(*settings, "train.max_steps=20", "train.log_every=10", "train.validate_every=10")
-    loop.run_training(config, ShardIndex.load(config.data.shards))
+    trainer.run_training(config, ShardIndex.load(config.data.shards))
     assert points == [
         (name, step, count)
         for step in (10, 20)

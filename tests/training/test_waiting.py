@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 from cmvae.config import ObjectiveConfig, OptimizerConfig
 from cmvae.data.batch import to_device
 from cmvae.distributed import StopRequest, agree
-from cmvae.tasks import CMVAETask
-from cmvae.tasks.refiner import RefinerTask
-from cmvae.training.meter import Meter
+from cmvae.training.meters import Meter
 from cmvae.training.optimization import build_optimizer
+from cmvae.training.refiner_task import RefinerTask
+from cmvae.training.tasks import CMVAETask
 
 B = 6
 # Their result, or the size of it, is read by the CPU; `multinomial` checks its probabilities there.

@@ -19,18 +19,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works in a checkout that is not installed
-
 from clusters_data import ALL, DATA_SETS, DataSet, FeatureReader, View, feature_sets
 from clusters_methods import METHODS, NotRunError
 from clusters_ours import ROOT, TITLES, VARIANTS, Trainings, run_command
 from clusters_results import Cell, Results, draw_figure, format_table
 
-from cmvae.arguments import positive_integer
-from cmvae.data.schema import INDEX_NAME, ShardIndex
-from cmvae.errors import UserError
-from cmvae.files import write_whole
-from cmvae.progress import progress_bar
+from cmvae.data.index import INDEX_NAME, ShardIndex
+from cmvae.utils.arguments import positive_integer
+from cmvae.utils.errors import UserError
+from cmvae.utils.files import write_whole
+from cmvae.utils.process_exit import run_main
+from cmvae.utils.progress import progress_bar
 
 _ALL_TITLES = {**{name: method.title for name, method in METHODS.items()}, **TITLES}
 
@@ -264,24 +263,18 @@ def main() -> int:
         # For the trainings, and for what numpy and torch start here; those read it when they are imported.
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     try:
-        try:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {arguments.out}: cannot be written: {error}. Give another") from error
-        results = Results(arguments.out / "results.jsonl")
-        # numpy is there already.
-        from threadpoolctl import threadpool_limits
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {arguments.out}: cannot be written: {error}. Give another") from error
+    results = Results(arguments.out / "results.jsonl")
+    # numpy is there already.
+    from threadpoolctl import threadpool_limits
 
-        with threadpool_limits(arguments.threads):
-            try:
-                failures = run_suite(arguments, results)
-            finally:
-                write_reports(arguments.out, results)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    with threadpool_limits(arguments.threads):
+        try:
+            failures = run_suite(arguments, results)
+        finally:
+            write_reports(arguments.out, results)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     print(f"written to {arguments.out}: results.jsonl, table.md, figure.png")
@@ -289,4 +282,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

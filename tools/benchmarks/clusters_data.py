@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cmvae.data.schema import ModalitySchema, ShardIndex
-from cmvae.errors import UserError
-from cmvae.files import write_whole
-from cmvae.kinds import KINDS
+from cmvae.data.index import ModalitySchema, ShardIndex
+from cmvae.modalities import KINDS
+from cmvae.utils.errors import UserError
+from cmvae.utils.files import write_whole
 
 PRINCIPAL_COMPONENTS = 50
 """Of pixels, and of what is wider where a method needs fewer numbers than rows."""

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from clusters_data import DataSet, IntArray, View, read_rows
 
-from cmvae.data.schema import ShardIndex
-from cmvae.errors import UserError
-from cmvae.files import write_whole
-from cmvae.starter import write_starter_config
+from cmvae.commands.starter_config import write_starter_config
+from cmvae.data.index import ShardIndex
+from cmvae.utils.errors import UserError
+from cmvae.utils.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmvae.errors import UserError
+from cmvae.utils.errors import UserError
 
 if TYPE_CHECKING:  # slow to import
     from matplotlib.axes import Axes

@@ -1,0 +1,108 @@
+"""Pack a data set into shards: python tools/make_shards.py SOURCE --out shards/NAME."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from cmvae.data.index import ShardIndex
+from cmvae.datasets import SOURCES
+from cmvae.utils.arguments import non_negative_integer, positive_integer
+from cmvae.utils.errors import UserError
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; flags of a source are known to its sub-command only."""
+    parser = argparse.ArgumentParser(description="Pack a data set into shards that training reads.")
+    commands = parser.add_subparsers(dest="source", metavar="SOURCE", required=True)
+    for name, module in SOURCES.items():
+        command = commands.add_parser(name, help=module.DESCRIPTION, description=module.DESCRIPTION)
+        command.add_argument(
+            "--out", type=Path, required=True, metavar="FOLDER", help="for example shards/NAME"
+        )
+        command.add_argument("--seed", type=non_negative_integer, default=0, help="default: 0")
+        command.add_argument(
+            "--workers",
+            type=positive_integer,
+            default=os.cpu_count() or 1,
+            metavar="N",
+            help="writer processes; the bytes do not depend on it (default: all processors)",
+        )
+        command.add_argument(
+            "--shard-size",
+            type=positive_integer,
+            default=1000,
+            metavar="N",
+            help="samples of a shard (default: 1000)",
+        )
+        command.add_argument(
+            "--limit",
+            type=positive_integer,
+            metavar="N",
+            help="for a quick trial: N train samples, and of the other splits as large a part",
+        )
+        command.add_argument("--force", action="store_true", help="replace a data set that is in --out")
+        module.add_arguments(command)
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Pack, print a summary and the next command."""
+    arguments = parse_arguments()
+    # Slow to import; after the flags, so that a mistake in them shows at once.
+    from cmvae.commands.starter_config import write_starter_config
+    from cmvae.datasets.writer import write_shards
+    from cmvae.utils.files import write_whole
+    from cmvae.utils.progress import progress_bar
+
+    started = time.perf_counter()
+    module = SOURCES[arguments.source]
+    known_config = module.config_for(arguments)
+    config = known_config if known_config is not None else arguments.config
+    if known_config is None and config is not None and config.exists() and not arguments.force:
+        raise UserError(f"--config {config}: is there already. Choose another, or add --force")
+    source = module.from_arguments(arguments)
+    with progress_bar(desc=str(arguments.out), unit=" samples") as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        index = write_shards(
+            source,
+            arguments.out,
+            seed=arguments.seed,
+            shard_size=arguments.shard_size,
+            num_workers=arguments.workers,
+            limit=arguments.limit,
+            force=arguments.force,
+            report=report,
+        )
+    if known_config is None:
+        starter = write_starter_config(index, arguments.out)
+        if config is None:
+            print(f"A config to start from; --config PATH writes it:\n\n{starter}")
+        else:
+            config.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(config, starter.encode())
+    print_summary(index, time.perf_counter() - started)
+    print(f"Look at it: python tools/inspect_shards.py {arguments.out}")
+    if config is not None:
+        print(
+            "Train on it: accelerate launch --config_file configs/accelerate/cpu.yaml launch/train.py "
+            f"{config}" + (f" data.shards={arguments.out}" if known_config is not None else "")
+        )
+    return 0
+
+
+def print_summary(index: ShardIndex, seconds: float) -> None:
+    """Samples and shards of every split, and how long it took."""
+    num_samples = sum(split.num_samples for split in index.splits.values())
+    num_bytes = sum(shard.num_bytes for split in index.splits.values() for shard in split.shards)
+    for name, split in index.splits.items():
+        print(f"{name:>10}  {split.num_samples:>7,} samples in {len(split.shards)} shards")
+    rate = num_samples / seconds
+    print(f"{num_samples:,} samples, {num_bytes:,} bytes in {seconds:.1f} s: {rate:,.0f} samples/s")

@@ -1,0 +1,192 @@
+r"""Train one experiment from several seeds, and give one answer without labels.
+
+    python launch/restarts.py configs/NAME.yaml [key=value …] [--restarts 5] [--parallel P] [--overwrite]
+
+Each run is a process of its own, as `launch/train.py` with seed=… makes it, P at a time: on GPUs one each,
+else as many as there are cores, which they share. Folder: `output_dir`, else `runs/NAME-restarts`. In it are
+the runs, named after their seeds; `SEED.log`, what each run said; `restarts.json`, how the runs compare,
+which to take, and a warning if they disagree; and `consensus.csv`, the cluster of each sample that most runs
+agree about, with the share that does. In MLflow the runs are children of one run, which has these two files.
+
+Given again after a stop or a kill, the command trains what is not complete from the newest checkpoint, and
+leaves the rest. Exit codes: 0 all runs complete; 1 some failed, and the others were compared; 2 something
+that you can mend; 75 stopped by SIGTERM and 130 by Ctrl-C, after checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cmvae.commands.restart_runs import (
+    CONSENSUS_NAME,
+    RESTARTS_NAME,
+    Answer,
+    check_earlier,
+    delete_earlier,
+    find_answer,
+    format_answer,
+    is_complete,
+    overrides_of,
+    plan_restarts,
+    restarts_folder,
+)
+from cmvae.config import CMVAEExperiment, check_against_shards, load_config
+from cmvae.data.index import ShardIndex
+from cmvae.utils.arguments import positive_integer
+from cmvae.utils.errors import UserError
+from cmvae.utils.processes import Job, divide_machine, run_jobs
+
+# Of sysexits.h, as launch/train.py: a failure for now, after which to try again.
+EX_TEMPFAIL = 75
+_TRAIN = Path(__file__).resolve().parent / "train.py"
+_TAIL_BYTES = 4096
+
+
+class Lines:
+    """A line for each start and end; on a terminal also one for each training, with its progress bar."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, tqdm] = {}
+
+    def started(self, job: Job) -> None:
+        """As `Watcher.started`."""
+        tqdm.write(f"{job.name}: training, log in {job.log}", file=sys.stderr)
+
+    def running(self, jobs: Sequence[Job]) -> None:
+        """As `Watcher.running`."""
+        if not sys.stderr.isatty():
+            return
+        for job in jobs:
+            if job.name not in self._bars:
+                self._bars[job.name] = tqdm(bar_format="{desc}", leave=False, dynamic_ncols=True)
+            self._bars[job.name].set_description_str(last_line(job.log))
+
+    def ended(self, job: Job, exit_code: int) -> None:
+        """As `Watcher.ended`."""
+        if job.name in self._bars:
+            self._bars.pop(job.name).close()
+        what = "complete" if exit_code == 0 else f"ended with exit code {exit_code}: {last_line(job.log)}"
+        tqdm.write(f"{job.name}: {what}", file=sys.stderr)
+
+
+def last_line(log: Path) -> str:
+    """What a log ends with; a progress bar's last state is a line."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Train an experiment from several seeds, and give one answer without labels."
+    )
+    parser.add_argument("config", help="the experiment, a YAML file in configs/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings to change, e.g. train.batch_size=64"
+    )
+    parser.add_argument(
+        "--restarts", type=positive_integer, default=5, metavar="N", help="runs, at least 2 (default: 5)"
+    )
+    parser.add_argument(
+        "--parallel",
+        type=positive_integer,
+        metavar="P",
+        help="runs at a time (default: one a GPU, without GPUs one a core)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="delete what earlier runs left, train anew")
+    arguments = parser.parse_intermixed_args()
+    if arguments.restarts < 2:
+        parser.error("--restarts: it takes at least two runs to compare")
+    return arguments
+
+
+def check_experiment(arguments: argparse.Namespace) -> tuple[CMVAEExperiment, ShardIndex]:
+    """The experiment and the index of its data.
+
+    Raises:
+        UserError: settings or data do not fit each other, or it is a refiner's experiment, or the folder
+            is that of a single run.
+    """
+    config = load_config(arguments.config, arguments.overrides)
+    if not isinstance(config, CMVAEExperiment):
+        raise UserError(f"{arguments.config}: a refiner finds no clusters. Give the experiment of a CMVAE")
+    index = ShardIndex.load(config.data.shards)
+    check_against_shards(config, index, arguments.config)
+    folder = restarts_folder(config)
+    if (folder / "config.yaml").exists():
+        raise UserError(f"{folder}: the folder of a single run. Give another one with output_dir=…")
+    return config, index
+
+
+def train_all(
+    runs: Sequence[CMVAEExperiment], arguments: argparse.Namespace, folder: Path
+) -> signal.Signals | None:
+    """Train what is not complete; None, or the signal that stopped it."""
+    # Slow to import, like all that they import.
+    import torch
+
+    from cmvae.distributed import StopRequest
+
+    jobs = []
+    for run in runs:
+        if is_complete(run):
+            print(f"seed {run.seed}: complete since an earlier call", file=sys.stderr)
+            continue
+        command = [sys.executable, str(_TRAIN), arguments.config, *arguments.overrides, *overrides_of(run)]
+        jobs.append(Job(f"seed {run.seed}", [*command, "--resume"], folder / f"{run.seed}.log"))
+    slots = divide_machine(len(jobs), arguments.parallel, torch.accelerator.device_count())
+    with StopRequest.listening() as stop:
+        run_jobs(jobs, slots, lambda: stop.signal is not None, Lines())
+    return stop.signal
+
+
+def report(answer: Answer, folder: Path) -> None:
+    """Say what came out, and what to do next."""
+    print(format_answer(answer))
+    print(
+        f"mean pairwise ARI {answer.mean_pairwise_ari:.3f}; {answer.unanimous:.0%} of the samples unanimous"
+    )
+    if answer.failed:
+        print(f"failed: {', '.join(f'seed {seed}, {folder}/{seed}.log' for seed in answer.failed)}")
+    if answer.warning is not None:
+        print(answer.warning)
+    print(f"chosen: {answer.chosen}. Next: python launch/evaluate.py {answer.chosen}")
+    print(f"consensus: {folder / CONSENSUS_NAME}; how the runs compare: {folder / RESTARTS_NAME}")
+
+
+def main() -> int:
+    """Check, train, compare, report."""
+    arguments = parse_arguments()
+    config, index = check_experiment(arguments)
+    folder = restarts_folder(config)
+    runs = plan_restarts(config, arguments.restarts)
+    if arguments.overwrite:
+        delete_earlier(folder, runs)
+    check_earlier(runs)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error}. Set output_dir=…") from error
+
+    from cmvae.tracking import resume_tracker
+
+    # Before the trainings, so that only one process makes a new database.
+    tracker = resume_tracker(config, folder, is_main=True)
+    stopped_by = train_all(runs, arguments, folder)
+    if stopped_by is not None:
+        print(f"{stopped_by.name}: stopped. Give the same command to go on", file=sys.stderr)
+        return EX_TEMPFAIL if stopped_by == signal.SIGTERM else 128 + stopped_by
+    answer = find_answer(runs, index, folder)
+    tracker.log_metrics({"restarts/mean_pairwise_ari": answer.mean_pairwise_ari}, step=0)
+    for name in (RESTARTS_NAME, CONSENSUS_NAME):
+        tracker.log_artifact(folder / name)
+    report(answer, folder)
+    return 1 if answer.failed else 0

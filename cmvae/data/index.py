@@ -1,0 +1,232 @@
+"""What a packed data set is: its modalities, its shards and `index.json`.
+
+This module imports neither torch nor webdataset, so that a wrong path or a missing modality is reported
+in the first second.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cmvae.data.remote import Location, is_remote, read_file
+from cmvae.modalities import KINDS
+from cmvae.utils.errors import UserError
+
+INDEX_NAME = "index.json"
+CLASSIFIERS_FOLDER = "classifiers"
+FORMAT_VERSION: Final = 1
+# Members of a tar sample that are not modalities, and keys of a batch that are not modalities.
+RESERVED_NAMES = frozenset(
+    {"cls", "group", "group_name", "key", "label", "mask", "position", "skipped", "valid"}
+)
+
+_MODALITY_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
+_CLASSIFIER_FILE = re.compile(rf"{CLASSIFIERS_FOLDER}/{_MODALITY_NAME.pattern}\.safetensors")
+
+
+def _check_modality_name(name: str) -> str:
+    if not _MODALITY_NAME.fullmatch(name) or name in RESERVED_NAMES:
+        raise ValueError(
+            f"modality name {name!r} must be lower-case letters, digits and '_', begin with a letter, "
+            f"and be none of {sorted(RESERVED_NAMES)}"
+        )
+    return name
+
+
+def _check_shard_name(name: str) -> str:
+    # Shards lie beside their index: a name with a slash or `..` could make a reader open any file.
+    if not _SHARD_NAME.fullmatch(name):
+        raise ValueError(f"shard name {name!r} must be a plain file name that ends in .tar")
+    return name
+
+
+def _check_classifier_file(file: str) -> str:
+    if not _CLASSIFIER_FILE.fullmatch(file):
+        raise ValueError(f"classifier file {file!r} must be {CLASSIFIERS_FOLDER}/MODALITY.safetensors")
+    return file
+
+
+ModalityName = Annotated[str, AfterValidator(_check_modality_name)]
+ShardName = Annotated[str, AfterValidator(_check_shard_name)]
+ClassifierFile = Annotated[str, AfterValidator(_check_classifier_file)]
+SplitName = Literal["train", "validation", "test"]
+OnError = Literal["error", "skip"]
+"""What a damaged sample leads to."""
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModalitySchema(_Schema):
+    """One modality as it lies in the shards; in a tar an image of modality `m0` is `KEY.m0.png`."""
+
+    kind: str
+    """A name from `cmvae.modalities.KINDS`."""
+    shape: tuple[int, ...]
+    """Shape of one sample; an image is (channels, height, width)."""
+    dtype: str
+    optional: bool = False
+    """Whether a sample may lack it."""
+    categories: tuple[str, ...] | None = None
+    """Of categorical data and text: the names, or the vocabulary, that stored numbers are places in."""
+    columns: tuple[str, ...] | None = None
+    """Names of the dimensions of a vector, if they have some."""
+    mean: tuple[float, ...] | None = None
+    """Of each dimension of a vector over the train split; None where nothing is standardised."""
+    std: tuple[float, ...] | None = None
+    """As `mean`: standard deviations."""
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> ModalitySchema:
+        kind = KINDS.get(self.kind)
+        if kind is None:
+            raise ValueError(f"kind {self.kind!r} is none of {', '.join(KINDS)}")
+        if self.dtype != kind.dtype:
+            raise ValueError(
+                f"dtype {self.dtype!r}: a modality of kind {self.kind} is stored as {kind.dtype}"
+            )
+        if self.categories is not None and len(set(self.categories)) != len(self.categories):
+            raise ValueError("categories: a name is there twice")
+        kind.check(self)
+        return self
+
+
+class ShardSchema(_Schema):
+    """One tar file, beside the index."""
+
+    name: ShardName
+    num_samples: int = Field(ge=1)
+    num_bytes: int = Field(ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class SplitSchema(_Schema):
+    """The shards of one split, in the order in which they were written."""
+
+    num_samples: int = Field(ge=1)
+    shards: tuple[ShardSchema, ...]
+    num_groups: int = Field(default=0, ge=0)
+    """Groups that its samples name; 0 where no sample has a group. A reader yields groups where there are
+    some."""
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> SplitSchema:
+        total = sum(shard.num_samples for shard in self.shards)
+        if total != self.num_samples:
+            raise ValueError(f"num_samples is {self.num_samples}, but its shards hold {total}")
+        return self
+
+
+class ClassifierSchema(_Schema):
+    """What reads the class of one modality's images when models are evaluated; trained on these shards."""
+
+    file: ClassifierFile
+    """Below the folder of the index."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    width: int = Field(ge=1)
+    """Channels of its first convolution."""
+    epochs: int = Field(ge=1)
+    seed: int = Field(ge=0)
+    accuracy: float = Field(ge=0, le=1)
+    """On the test split."""
+
+
+class ShardIndex(_Schema):
+    """`index.json`: everything that a reader needs to know before it opens a tar."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    name: str
+    source: dict[str, str | int | float | bool | None]
+    """Where the data came from and the settings it was packed with, for people."""
+    modalities: dict[ModalityName, ModalitySchema]
+    class_names: tuple[str, ...] | None
+    """Names of the labels 0, 1, …; null where the data has no labels."""
+    splits: dict[SplitName, SplitSchema]
+    classifiers: dict[ModalityName, ClassifierSchema] = {}
+    """By modality; tools/train_classifiers.py adds them to an index that is already there."""
+
+    @classmethod
+    def load(cls, location: Location) -> ShardIndex:
+        """Read the `index.json` of a folder or a URL.
+
+        Raises:
+            UserError: the data set or its index is missing or damaged, or cannot be fetched.
+        """
+        try:
+            return cls.model_validate_json(read_file(location, INDEX_NAME))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(_missing_index(location)) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise UserError(
+                f"{location}/{INDEX_NAME}: {where}: {first['msg']}. Pack the data set again with this "
+                "version of tools/make_shards.py"
+            ) from error
+
+    def split(self, name: str, location: Location) -> SplitSchema:
+        """The split called `name`; `location` only names the data set in the error message.
+
+        Raises:
+            UserError: the data set has no such split.
+        """
+        for known, split in self.splits.items():
+            if known == name:
+                return split
+        raise UserError(f"{location}: no split {name!r}; it has {', '.join(self.splits)}")
+
+    def check_modalities(self, trained_on: Mapping[str, ModalitySchema], location: Location) -> None:
+        """Refuse data that is not of the kind and shape that a model was trained on.
+
+        Args:
+            trained_on: the modalities that are to be read, as the model knows them.
+            location: names the data set in the error message.
+
+        Raises:
+            UserError: a modality is missing or has another kind, shape, dtype or other names.
+        """
+        path = f"{location}/{INDEX_NAME}"
+        for name, expected in trained_on.items():
+            found = self.modalities.get(name)
+            if found is None:
+                raise UserError(
+                    f"{path}: modalities: no {name!r}, only {', '.join(self.modalities)}. Pack a data set "
+                    "that has it, or leave it out"
+                )
+            for key in ("kind", "shape", "dtype", "categories", "columns"):
+                before, now = getattr(expected, key), getattr(found, key)
+                if before != now:
+                    raise UserError(
+                        f"{path}: modalities.{name}.{key}: {_shorten(now)}, but the model was trained on "
+                        f"{_shorten(before)}. Pack the data in that form, or train a model on this data"
+                    )
+
+
+def _missing_index(location: Location) -> str:
+    if is_remote(location):
+        return (
+            f"{location}: has no {INDEX_NAME}. Give the address of a copy of a whole shard folder, as "
+            "tools/make_shards.py writes it"
+        )
+    if not Path(location).is_dir():
+        return (
+            f"{location}: no such shard folder. Pack a data set first, "
+            f"for example: python tools/make_shards.py digits --out {location}"
+        )
+    return (
+        f"{location}/{INDEX_NAME}: missing, so {location} is no finished shard folder (packing may have been "
+        f"interrupted). Run tools/make_shards.py again with --out {location}"
+    )
+
+
+def _shorten(value: object) -> str:
+    """A value for a message: a vocabulary has thousands of words."""
+    return textwrap.shorten(str(value), 80, placeholder=" …")

@@ -1,0 +1,468 @@
+"""CUBICC: photographs of birds with captions that people wrote, subspecies grouped into species.
+
+Source: Palumbo, Manduchi, Laguna, Chopard, Vogt, "Deep Generative Clustering with Multimodal Diffusion
+Variational Autoencoders", ICLR 2024, from CUB-200-2011 (Wah et al., 2011) and the captions of Reed et al.,
+CVPR 2016. A sample is a photograph with one of its ten captions; all ten are in one split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cmvae.data.index import ModalitySchema, SplitName
+from cmvae.datasets.base import random_stream
+from cmvae.datasets.columns import ColumnSource, ImageColumn, TextColumn
+from cmvae.datasets.download import add_download_arguments, fetch_and_unpack
+from cmvae.datasets.splits import Splits, draw_splits, fractions, fractions_text
+from cmvae.modalities.text import EOS, PAD, SPECIAL_TOKENS, UNKNOWN
+from cmvae.utils.errors import UserError
+
+DESCRIPTION = "birds with captions: the released CUBICC, CUB-200-2011 with its captions, or cub_mini64"
+
+RELEASE_URL = "https://polybox.ethz.ch/index.php/s/LRkTC2oa6YHHlUj/download"
+IMAGE_SIZE = 64
+CAPTION_LENGTH, MIN_COUNT = 32, 3
+"""As published."""
+
+SPECIES = {
+    "Blackbird": ("Rusty_Blackbird", "Brewer_Blackbird", "Red_winged_Blackbird"),
+    "Gull": ("Western_Gull", "California_Gull", "Herring_Gull"),
+    "Jay": ("Blue_Jay", "Florida_Jay"),
+    "Oriole": ("Scott_Oriole", "Hooded_Oriole", "Baltimore_Oriole"),
+    "Tanager": ("Scarlet_Tanager", "Summer_Tanager"),
+    "Tern": ("Elegant_Tern", "Artic_Tern", "Caspian_Tern"),
+    "Warbler": ("Pine_Warbler", "Kentucky_Warbler", "Yellow_Warbler"),
+    "Wren": ("House_Wren", "Marsh_Wren", "Carolina_Wren"),
+}
+"""Species to the subspecies of CUBICC, as the folders of CUB-200-2011 spell them."""
+FAMILIES = {
+    "Albatross": ("Black_footed_Albatross", "Laysan_Albatross", "Sooty_Albatross"),
+    "Auklet": ("Crested_Auklet", "Least_Auklet", "Parakeet_Auklet", "Rhinoceros_Auklet"),
+    "Blackbird_and_Grackle": ("Brewer_Blackbird", "Red_winged_Blackbird", "Boat_tailed_Grackle"),
+    "Cuckoo_and_Ani": ("Groove_billed_Ani", "Black_billed_Cuckoo", "Yellow_billed_Cuckoo"),
+    "Finch": ("Gray_crowned_Rosy_Finch", "Purple_Finch"),
+    "Flycatcher": ("Acadian_Flycatcher", "Great_Crested_Flycatcher", "Yellow_bellied_Flycatcher"),
+}
+"""The same of cub_mini64. Its four lone subspecies, bunting, cormorant, crow and flicker, are left out: each
+would be a class of a third of the others' size, with nothing to be grouped."""
+
+_SPLIT_STREAM = 0
+_SPLIT_FILES: dict[SplitName, str] = {
+    "train": "train_split.npy",
+    "validation": "validation_split.npy",
+    "test": "test_split.npy",
+}
+_RELEASED_FILES = ("images.pt", "captions.pt", "labels.pt", "original_labels.pt", "cub.vocab")
+_RELEASED_MEMBER = re.compile(
+    r"(?:.*/)?((?:images|captions|labels|original_labels)\.pt|(?:train|validation|test)_split\.npy|cub\.vocab)"
+)
+# What the released vocabulary calls the special tokens; the others of its names are its words.
+_RELEASED_TOKENS = {"<pad>": PAD, "<eos>": EOS, "<exc>": UNKNOWN, "<unk>": UNKNOWN}
+_CHUNK = 512
+"""Samples that are converted at once: all captions as one-hot vectors take gigabytes."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `make_shards.py cubicc`."""
+    origin = parser.add_mutually_exclusive_group(required=True)
+    origin.add_argument(
+        "--released", type=Path, metavar="FOLDER", help="the released folder: images.pt, captions.pt, …"
+    )
+    add_download_arguments(parser, origin, Path("data/cubicc"))
+    origin.add_argument(
+        "--cub",
+        type=Path,
+        metavar="FOLDER",
+        help="CUB_200_2011, with images/CLASS/*.jpg and captions in text/ or text_c10/, or see --captions",
+    )
+    origin.add_argument(
+        "--mini", type=Path, metavar="FOLDER", help="cub_mini64: images.npz and captions.json"
+    )
+    parser.add_argument(
+        "--captions",
+        type=Path,
+        metavar="FOLDER",
+        help="with --cub: CLASS/*.txt, a file an image, a line a caption (default: in the folder of --cub)",
+    )
+    parser.add_argument(
+        "--fractions",
+        type=fractions,
+        default=(0.7, 0.15, 0.15),
+        metavar="TRAIN,VALIDATION,TEST",
+        help="shares of the images of every subspecies; the release has its own (default: 0.7,0.15,0.15)",
+    )
+
+
+def config_for(arguments: argparse.Namespace) -> Path:
+    """As `SourceModule.config_for`: cub_mini64 has one of its own, for a CPU."""
+    return Path("configs/cubicc.yaml" if arguments.mini is None else "configs/cub_mini.yaml")
+
+
+def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
+    """The source that the flags describe."""
+    if arguments.captions is not None and arguments.cub is None:
+        raise UserError("--captions: only goes with --cub; the others hold their captions")
+    if arguments.mini is not None:
+        return open_mini(arguments.mini, arguments.fractions, arguments.seed)
+    if arguments.cub is not None:
+        return open_cub(arguments.cub, arguments.captions, arguments.fractions, arguments.seed)
+    folder = download_release(arguments.cache) if arguments.download else arguments.released
+    return open_release(folder, arguments.fractions, arguments.seed)
+
+
+class ArrayImages:
+    """Photographs that are in memory already, a column."""
+
+    def __init__(self, images: np.ndarray, image_of_row: np.ndarray) -> None:
+        self._images, self._image_of_row = images, image_of_row
+        self.schema = ModalitySchema(kind="image", shape=images.shape[1:], dtype="uint8")
+
+    def has(self, row: int) -> bool:
+        """As `Column.has`."""
+        return True
+
+    def read(self, row: int) -> np.ndarray:
+        """As `Column.read`: (3, height, width) uint8."""
+        return self._images[self._image_of_row[row]]
+
+
+class TokenRows:
+    """Captions that are tokens already, a column."""
+
+    def __init__(self, tokens: np.ndarray, vocabulary: tuple[str, ...]) -> None:
+        self._tokens = tokens
+        self.schema = ModalitySchema(
+            kind="text", shape=tokens.shape[1:], dtype="int64", categories=vocabulary
+        )
+
+    def has(self, row: int) -> bool:
+        """As `Column.has`."""
+        return True
+
+    def read(self, row: int) -> np.ndarray:
+        """As `Column.read`: (length,) int64."""
+        return self._tokens[row]
+
+
+def open_mini(folder: Path, shares: tuple[float, float, float], seed: int) -> ColumnSource:
+    """cub_mini64 in families, without its four lone subspecies.
+
+    Args:
+        folder: of images.npz and captions.json.
+        shares: of the splits in the images of every subspecies.
+        seed: of the splits.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    path = folder / "captions.json"
+    texts = _read_json(path)
+    try:
+        with np.load(folder / "images.npz", allow_pickle=False) as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+        classes, files, captions = texts["classes"], texts["files"], texts["captions"]
+    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{folder}: cannot be read as cub_mini64 ({error}). It holds images.npz (images, labels) and "
+            "captions.json (classes, files, captions)"
+        ) from error
+    if not len(images) == len(labels) == len(files) == len(captions):
+        raise UserError(f"{folder}: images, labels, files and captions differ in number. Copy it again")
+    subspecies = [_strip_number(classes[label]) for label in labels.tolist()]
+    kept = [number for number, name in enumerate(subspecies) if _group_of(name, FAMILIES) is not None]
+    rows = _CaptionRows([captions[number] for number in kept])
+    return rows.source(
+        ArrayImages(images[kept].transpose(0, 3, 1, 2), rows.image_of_row),
+        [subspecies[number] for number in kept],
+        [Path(files[number]).stem for number in kept],
+        FAMILIES,
+        shares,
+        seed,
+        {"source": "cub_mini64", "folder": str(folder), "left_out": len(files) - len(kept)},
+    )
+
+
+def open_cub(
+    folder: Path, captions: Path | None, shares: tuple[float, float, float], seed: int
+) -> ColumnSource:
+    """The subspecies of CUBICC out of CUB-200-2011, whole frames.
+
+    Args:
+        folder: `CUB_200_2011`, or what it holds: `images/NUMBER.CLASS/NAME.jpg`.
+        captions: `NUMBER.CLASS/NAME.txt`; None looks in the folder.
+        shares: of the splits in the images of every subspecies.
+        seed: of the splits.
+
+    Raises:
+        UserError: folders or captions are missing.
+    """
+    root = folder / "CUB_200_2011" if (folder / "CUB_200_2011").is_dir() else folder
+    if captions is None:
+        places = [base / name for base in (root, folder) for name in ("text", "text_c10")]
+        captions = next((place for place in places if place.is_dir()), None)
+        if captions is None:
+            raise UserError(
+                f"{root}: holds neither text/ nor text_c10/ with captions. Fetch them (Reed et al., 2016, "
+                "cvpr2016_cub) and give their folder as --captions"
+            )
+    classes = sorted(
+        path
+        for path in (root / "images").glob("*")
+        if path.is_dir() and _group_of(_strip_number(path.name), SPECIES) is not None
+    )
+    found = {_strip_number(path.name) for path in classes}
+    lacking = [name for members in SPECIES.values() for name in members if name not in found]
+    if lacking:
+        raise UserError(
+            f"{root / 'images'}: no folder NUMBER.{lacking[0]}, and {len(lacking) - 1} more of the 22 of "
+            "CUBICC. Give the folder of CUB-200-2011 that holds images/"
+        )
+    paths = [path for folder in classes for path in sorted(folder.glob("*.jpg"))]
+    rows = _CaptionRows([_read_captions(captions / path.parent.name / f"{path.stem}.txt") for path in paths])
+    of_row = [paths[image] for image in rows.image_of_row.tolist()]
+    return rows.source(
+        ImageColumn(of_row, [str(path) for path in of_row], IMAGE_SIZE),
+        [_strip_number(path.parent.name) for path in paths],
+        [path.stem for path in paths],
+        SPECIES,
+        shares,
+        seed,
+        {"source": "CUB-200-2011", "folder": str(root), "captions": str(captions)},
+    )
+
+
+def open_release(folder: Path, shares: tuple[float, float, float], seed: int) -> ColumnSource:
+    """The released folder, with its own splits as long as no photograph is in two of them.
+
+    Args:
+        folder: of images.pt, captions.pt, labels.pt, original_labels.pt, *_split.npy and cub.vocab.
+        shares: of the splits in the images of every subspecies, if they have to be drawn.
+        seed: likewise.
+
+    Raises:
+        UserError: a file is missing or damaged, or holds what it should not.
+    """
+    for name in (*_RELEASED_FILES, *_SPLIT_FILES.values()):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: missing. Give the released folder, or --download it")
+    images = _read_released_images(folder / "images.pt")
+    labels, subspecies = (
+        np.asarray(_load_tensor(folder / name)).reshape(-1).astype(np.int64)
+        for name in ("labels.pt", "original_labels.pt")
+    )
+    tokens, vocabulary = _read_released_captions(folder)
+    if not len(images) == len(labels) == len(subspecies) == len(tokens):
+        raise UserError(f"{folder}: images, captions and labels differ in number. Fetch it again")
+    # The ten pairs of a photograph hold the same pixels.
+    first_row, image_of_row = np.unique(
+        images.reshape(len(images), -1), axis=0, return_index=True, return_inverse=True
+    )[1:]
+    image_of_row = image_of_row.reshape(-1)
+    splits = _read_released_splits(folder, len(labels))
+    if _is_shared(image_of_row, splits):
+        print(
+            "note: in the released splits photographs are in two of them; split anew by photograph",
+            file=sys.stderr,
+        )
+        splits = draw_splits(image_of_row, shares, random_stream(seed, _SPLIT_STREAM), labels=subspecies)
+    classes = np.unique(labels)
+    return ColumnSource(
+        name="cubicc",
+        columns={
+            "image": ArrayImages(images, np.arange(len(images))),
+            "caption": TokenRows(tokens, vocabulary),
+        },
+        splits=splits,
+        labels=np.searchsorted(classes, labels),
+        # Which of the eight names belongs to which number is not in the folder.
+        class_names=tuple(f"species {label}" for label in classes.tolist()),
+        keys=[f"pair-{row:05d}" for row in range(len(labels))],
+        settings={"source": "released CUBICC", "folder": str(folder)},
+        # The folder has no names of photographs: each is called after its first pair.
+        groups=[f"photo-{row:05d}" for row in first_row[image_of_row].tolist()],
+    )
+
+
+def download_release(cache: Path) -> Path:
+    """Fetch and unpack the released archive, as far as that is not done already.
+
+    Returns:
+        The released folder.
+
+    Raises:
+        UserError: as `fetch_and_unpack`.
+    """
+
+    def place(member: str) -> str | None:
+        match = _RELEASED_MEMBER.fullmatch(member)
+        return None if match is None else match[1]
+
+    return fetch_and_unpack(RELEASE_URL, cache / "CUBICC.zip", cache / "CUBICC", place)
+
+
+class _CaptionRows:
+    """A row a caption.
+
+    Args:
+        captions: of every image.
+    """
+
+    def __init__(self, captions: Sequence[Sequence[str]]) -> None:
+        self.texts = [caption for of_image in captions for caption in of_image]
+        counts = [len(of_image) for of_image in captions]
+        self.image_of_row = np.repeat(np.arange(len(captions)), counts)
+        self._number_of_row = np.concatenate([np.arange(count) for count in counts])
+
+    def source(
+        self,
+        images: ArrayImages | ImageColumn,
+        subspecies: Sequence[str],
+        stems: Sequence[str],
+        groups: Mapping[str, Sequence[str]],
+        shares: tuple[float, float, float],
+        seed: int,
+        settings: Mapping[str, str | int | float | bool | None],
+    ) -> ColumnSource:
+        """Split by image, evenly over the subspecies, and label by group."""
+        class_names = tuple(groups)
+        labels = np.array([class_names.index(str(_group_of(name, groups))) for name in subspecies])
+        numbers = np.unique(np.array(subspecies), return_inverse=True)[1]
+        rng = random_stream(seed, _SPLIT_STREAM)
+        splits = draw_splits(self.image_of_row, shares, rng, labels=numbers[self.image_of_row])
+        captions = TextColumn(self.texts, splits["train"], MIN_COUNT, CAPTION_LENGTH)
+        return ColumnSource(
+            name="cubicc",
+            columns={"image": images, "caption": captions},
+            splits=splits,
+            labels=labels[self.image_of_row],
+            class_names=class_names,
+            keys=[
+                f"{stems[image]}-{number}"
+                for image, number in zip(
+                    self.image_of_row.tolist(), self._number_of_row.tolist(), strict=True
+                )
+            ],
+            settings={**settings, "fractions": fractions_text(shares)},
+            groups=[stems[image] for image in self.image_of_row.tolist()],
+        )
+
+
+def _strip_number(folder_name: str) -> str:
+    """`009.Brewer_Blackbird` without its number."""
+    return folder_name.partition(".")[2] or folder_name
+
+
+def _group_of(subspecies: str, groups: Mapping[str, Sequence[str]]) -> str | None:
+    return next((name for name, members in groups.items() if subspecies in members), None)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file. Give the folder that holds it") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}). Copy it again") from error
+
+
+def _read_captions(path: Path) -> list[str]:
+    """The captions of one image, a line each."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read: {error}. Give the captions' folder as --captions"
+        ) from error
+    captions = [line for line in lines if line]
+    if not captions:
+        raise UserError(f"{path}: holds no caption. Give the captions' folder as --captions")
+    return captions
+
+
+def _load_tensor(path: Path) -> Any:
+    """A tensor, mapped where the file allows it; what is pickled in it is not run."""
+    import torch
+
+    try:
+        try:
+            tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # a file from before torch 1.6 cannot be mapped
+            tensor = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what its unpickler does
+        message = str(error).partition("\n")[0]
+        raise UserError(f"{path}: cannot be read as a tensor ({message}). Fetch it again") from error
+    if not isinstance(tensor, torch.Tensor):
+        raise UserError(f"{path}: holds {type(tensor).__name__}, expected a tensor. Fetch it again")
+    return tensor
+
+
+def _read_released_images(path: Path) -> np.ndarray:
+    """(N, 3, 64, 64) uint8."""
+    tensor = _load_tensor(path)
+    if tensor.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+        raise UserError(
+            f"{path}: of shape {tuple(tensor.shape)}, expected (N, 3, {IMAGE_SIZE}, {IMAGE_SIZE})"
+        )
+    if not tensor.is_floating_point():
+        return tensor.numpy().astype(np.uint8)
+    images = np.empty(tensor.shape, dtype=np.uint8)
+    for start in range(0, len(images), _CHUNK):
+        part = tensor[start : start + _CHUNK].float().numpy()
+        if not (part.min() >= 0 and part.max() <= 1):
+            raise UserError(f"{path}: values of {part.min():g} to {part.max():g}, expected 0 to 1")
+        images[start : start + _CHUNK] = (part * 255).round()
+    return images
+
+
+def _read_released_captions(folder: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(N, 32) int64 and the vocabulary, which begins with the special tokens."""
+    path = folder / "cub.vocab"
+    try:
+        words = _read_json(path)["i2w"]
+        names = [_RELEASED_TOKENS.get(words[str(place)], words[str(place)]) for place in range(len(words))]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: has no i2w from 0, 1, … to words. Fetch it again") from error
+    one_hot = _load_tensor(folder / "captions.pt")
+    if one_hot.ndim != 3 or one_hot.shape[2] != len(names):
+        raise UserError(
+            f"{folder / 'captions.pt'}: of shape {tuple(one_hot.shape)}, expected (N, length, {len(names)}) "
+            "for the words of cub.vocab. Fetch it again"
+        )
+    vocabulary = (*SPECIAL_TOKENS, *(name for name in names if name not in SPECIAL_TOKENS))
+    places = {name: place for place, name in enumerate(vocabulary)}
+    place_of = np.array([places[name] for name in names], dtype=np.int64)
+    tokens = np.empty(tuple(one_hot.shape[:2]), dtype=np.int64)
+    for start in range(0, len(tokens), _CHUNK):
+        tokens[start : start + _CHUNK] = place_of[one_hot[start : start + _CHUNK].argmax(-1).numpy()]
+    return tokens, vocabulary
+
+
+def _read_released_splits(folder: Path, number: int) -> Splits:
+    splits: Splits = {}
+    for split, name in _SPLIT_FILES.items():
+        path = folder / name
+        try:
+            rows = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path}: cannot be read as a NumPy array ({error}). Fetch it again") from error
+        if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer) or len(rows) == 0:
+            raise UserError(f"{path}: {rows.dtype} of shape {rows.shape}, expected numbers of pairs")
+        if rows.min() < 0 or rows.max() >= number:
+            raise UserError(f"{path}: numbers {rows.min()} to {rows.max()}, but there are {number} pairs")
+        splits[split] = np.sort(rows.astype(np.int64))
+    return splits
+
+
+def _is_shared(groups: np.ndarray, splits: Splits) -> bool:
+    """Whether a group is in two splits."""
+    found = [set(groups[rows].tolist()) for rows in splits.values()]
+    return len(set.union(*found)) < sum(map(len, found))

@@ -1,0 +1,227 @@
+"""Pack a source into shards: by several processes, every file whole or absent, the same bytes for a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from pathlib import Path
+
+import numpy as np
+import webdataset
+
+from cmvae.data.groups import check_group_names
+from cmvae.data.index import (
+    CLASSIFIERS_FOLDER,
+    INDEX_NAME,
+    ShardIndex,
+    ShardSchema,
+    SplitName,
+    SplitSchema,
+)
+from cmvae.datasets.base import SPLIT_NUMBERS, Sample, Source, random_stream
+from cmvae.modalities import KINDS
+from cmvae.utils.errors import UserError
+from cmvae.utils.files import write_whole
+
+_OWN_FILE = re.compile(rf"({'|'.join(SPLIT_NUMBERS)})-\d{{6}}\.tar|\..+\.partial")
+
+
+@dataclass(frozen=True)
+class _ShardTask:
+    """One shard to be written."""
+
+    path: Path
+    split: SplitName
+    indices: np.ndarray
+    """(n,) numbers of the samples, in the order of the shard."""
+
+
+@dataclass(frozen=True)
+class _WrittenShard:
+    """One shard that was written."""
+
+    schema: ShardSchema
+    groups: frozenset[str]
+    """Names of the groups of its samples."""
+
+
+def write_shards(
+    source: Source,
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    shard_size: int = 1000,
+    num_workers: int = 1,
+    limit: int | None = None,
+    force: bool = False,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> ShardIndex:
+    """Pack `source` into `folder`.
+
+    Samples lie in an order shuffled by the seed; a key is what the source calls the sample, or its number
+    there. The index is written last, so that an interrupted run leaves no folder that looks whole; the next
+    run cleans up.
+
+    Args:
+        source: what to pack. Reaches the writer processes by fork or by pickling.
+        folder: where to; made if missing.
+        seed: seed of the samples' order.
+        shard_size: samples of a shard. A process holds one shard in memory.
+        num_workers: writer processes; the bytes do not depend on it.
+        limit: pack only so many train samples, and of the other splits as large a part.
+        force: replace the data set that is in `folder`.
+        report: called after each shard with the number of samples done and to do in all.
+
+    Returns:
+        The index that was written.
+
+    Raises:
+        UserError: the folder holds a data set already, the source is damaged, the disk is full, or a writer
+            process was killed; or two groups have the same number.
+    """
+    folder = Path(folder)
+    _clear(folder, force)
+    tasks = _deal(source, folder, seed, shard_size, limit)
+    shards = _run(source, tasks, num_workers, report)
+    check_group_names(sorted(frozenset().union(*(shard.groups for shard in shards))))
+    splits = {}
+    for split in source.split_sizes:
+        of_split = [shard for task, shard in zip(tasks, shards, strict=True) if task.split == split]
+        schemas = tuple(shard.schema for shard in of_split)
+        splits[split] = SplitSchema(
+            num_samples=sum(schema.num_samples for schema in schemas),
+            shards=schemas,
+            num_groups=len(frozenset().union(*(shard.groups for shard in of_split))),
+        )
+    index = ShardIndex(
+        name=source.name,
+        source={**source.settings, "seed": seed, "shard_size": shard_size, "limit": limit},
+        modalities=dict(source.modalities),
+        class_names=source.class_names,
+        splits=splits,
+    )
+    write_whole(folder / INDEX_NAME, index.model_dump_json(indent=2).encode())
+    return index
+
+
+def _clear(folder: Path, force: bool) -> None:
+    """Make the folder, without an index, shards and classifiers of an earlier run."""
+    index = folder / INDEX_NAME
+    if index.exists() and not force:
+        raise UserError(
+            f"{folder}: holds a packed data set already. Choose another --out, or add --force to replace it"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The index goes first: without it the folder is known to be unfinished.
+        index.unlink(missing_ok=True)
+        for path in folder.iterdir():
+            if _OWN_FILE.fullmatch(path.name):
+                path.unlink()
+        # Trained on the data that is being replaced.
+        for path in (folder / CLASSIFIERS_FOLDER).glob("*.safetensors"):
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be prepared: {error}. Choose another --out") from error
+
+
+def _deal(source: Source, folder: Path, seed: int, shard_size: int, limit: int | None) -> list[_ShardTask]:
+    """Cut the shuffled samples of every split into shards."""
+    part = 1.0 if limit is None else min(1.0, limit / source.split_sizes["train"])
+    tasks = []
+    for split, size in source.split_sizes.items():
+        order = random_stream(seed, SPLIT_NUMBERS[split]).permutation(size)[: max(1, round(part * size))]
+        for number, start in enumerate(range(0, len(order), shard_size)):
+            path = folder / f"{split}-{number:06d}.tar"
+            tasks.append(_ShardTask(path, split, order[start : start + shard_size]))
+    return tasks
+
+
+def _run(
+    source: Source, tasks: list[_ShardTask], num_workers: int, report: Callable[[int, int], None]
+) -> list[_WrittenShard]:
+    """Write all shards; the first failure cancels those that are not begun."""
+    pool = ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(source,))
+    try:
+        futures: list[Future[_WrittenShard]] = [pool.submit(_write_shard, task) for task in tasks]
+        done, total = 0, sum(len(task.indices) for task in tasks)
+        for future in as_completed(futures):
+            done += future.result().schema.num_samples
+            report(done, total)
+        return [future.result() for future in futures]
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"{tasks[0].path.parent}: a writer process was killed, most likely for lack of memory. "
+            "Run again with fewer --workers or a smaller --shard-size"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_source: Source
+"""What this writer process packs; set once by `_start_worker`, so that no task has to carry it."""
+
+
+def _start_worker(source: Source) -> None:
+    global _source
+    _source = source
+    # Ctrl-C reaches every process of the terminal; the parent alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A killed parent cannot stop its pool, and a pool's process waits for ever: leave with the parent."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _write_shard(task: _ShardTask) -> _WrittenShard:
+    buffer = io.BytesIO()
+    groups = set()
+    # The numbers that tar adds are fixed, so that equal samples make equal bytes.
+    with webdataset.TarWriter(buffer, user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
+        for index in task.indices.tolist():
+            sample = _source.sample(task.split, index)
+            key = sample.key if sample.key is not None else f"{task.split}-{index:06d}"
+            tar.write({"__key__": key, **_encode(_source, sample)})
+            if sample.group is not None:
+                groups.add(sample.group)
+    content = buffer.getvalue()
+    try:
+        write_whole(task.path, content)
+    except OSError as error:
+        raise UserError(
+            f"{task.path}: cannot be written: {error}. Free some space, or choose another --out"
+        ) from error
+    schema = ShardSchema(
+        name=task.path.name,
+        num_samples=len(task.indices),
+        num_bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+    return _WrittenShard(schema, frozenset(groups))
+
+
+def _encode(source: Source, sample: Sample) -> dict[str, bytes]:
+    """Members of one sample: suffix to content."""
+    members = {}
+    for modality, stored in sample.values.items():
+        kind = KINDS[source.modalities[modality].kind]
+        members[f"{modality}.{kind.suffix}"] = kind.encode(stored)
+    if sample.label is not None:
+        members["cls"] = b"%d" % sample.label
+    if sample.group is not None:
+        members["group"] = sample.group.encode()
+    return members

@@ -1,0 +1,1 @@
+"""Models as tensors: CMVAE and D-CMVAE, their objectives, networks and exports."""

@@ -1,0 +1,55 @@
+"""A caption network whose encoder of z reads words without their order, for texts that are few.
+
+Convolutions over embedded words (`caption.py`) learn from tens of thousands of sentences; with a few hundred
+they learn them by heart. What modalities share is mostly which words are there, so that the encoder of z
+takes a bag of words through two hidden layers. The encoder of w and the decoder are those of `caption.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmvae.data.index import ModalitySchema
+from cmvae.modalities.text import SPECIAL_TOKENS
+from cmvae.models.networks.caption import TokenEmbedding, embedding_dim, num_private_features, private_trunk
+from cmvae.models.networks.encoder import TwoTrunkEncoder
+
+# Hidden units of both layers, in multiples of the width.
+_HIDDEN = 8
+
+
+class BagOfWords(nn.Module):
+    """Tokens (B, L) int64 to (B, H): which words a text has, through a linear map."""
+
+    def __init__(self, num_tokens: int, hidden: int) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.layer = nn.Linear(num_tokens, hidden)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Scaled to unit length, so that long texts and short ones weigh the same."""
+        bag = torch.zeros(len(tokens), self.num_tokens, device=tokens.device).scatter_(1, tokens, 1.0)
+        bag[:, : len(SPECIAL_TOKENS)] = 0
+        return self.layer(F.normalize(bag))
+
+
+class BagOfWordsEncoder(TwoTrunkEncoder):
+    """Tokens (B, L) int64: z is read from a bag of words, w from the embedded text."""
+
+    def __init__(self, schema: ModalitySchema, width: int, shared_dim: int, private_dim: int) -> None:
+        num_tokens, hidden = len(schema.categories or ()), _HIDDEN * width
+        super().__init__(
+            shared_trunk=nn.Sequential(
+                BagOfWords(num_tokens, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+            ),
+            private_trunk=nn.Sequential(
+                TokenEmbedding(num_tokens, embedding_dim(width)),
+                nn.Unflatten(1, (1, -1)),
+                *private_trunk(width),
+            ),
+            num_features=(hidden, num_private_features(schema.shape[0], width)),
+            shared_dim=shared_dim,
+            private_dim=private_dim,
+        )

@@ -1,0 +1,65 @@
+"""Fully connected networks with two hidden layers, for data of any kind and shape.
+
+Numbers are taken as they are; what is a place among `categories` becomes one-hot.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmvae.data.index import ModalitySchema
+from cmvae.modalities import KINDS
+from cmvae.models.networks.encoder import TwoTrunkEncoder
+
+
+def _hidden_layers(in_features: int, width: int) -> nn.Sequential:
+    """(B, in_features) to (B, width)."""
+    return nn.Sequential(
+        nn.Linear(in_features, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+    )
+
+
+class VectorEncoder(TwoTrunkEncoder):
+    """Data (B, *shape), flattened, through two hidden layers of `width` units a trunk."""
+
+    def __init__(self, schema: ModalitySchema, width: int, shared_dim: int, private_dim: int) -> None:
+        num_categories = len(schema.categories or ())
+        in_features = math.prod(schema.shape) * (num_categories or 1)
+        super().__init__(
+            _hidden_layers(in_features, width),
+            _hidden_layers(in_features, width),
+            (width, width),
+            shared_dim,
+            private_dim,
+        )
+        self.num_categories = num_categories
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """As `TwoTrunkEncoder.prepare`: (B, F) fp32."""
+        if self.num_categories:
+            x = F.one_hot(x, self.num_categories).float()
+        return x.flatten(1)
+
+
+class VectorDecoder(nn.Module):
+    """Latents (B, D_z + D_w) through two hidden layers to the likelihood's parameters."""
+
+    def __init__(self, schema: ModalitySchema, width: int, shared_dim: int, private_dim: int) -> None:
+        super().__init__()
+        self.parameter_shape = KINDS[schema.kind].parameter_shape(schema)
+        self.layers = _hidden_layers(shared_dim + private_dim, width)
+        self.out = nn.Linear(width, math.prod(self.parameter_shape))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(B, D_z + D_w) to (B, *parameter shape), see `cmvae.modalities`."""
+        return self.out(self.layers(latents)).unflatten(1, self.parameter_shape)
+
+
+def check_vector(schema: ModalitySchema, modality: str) -> None:
+    """Nothing to refuse: anything can be flattened."""

@@ -1,0 +1,254 @@
+"""tools/benchmarks/clusters.py: features, methods and tables against what is computed by hand."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from commands import ROOT, run_tool
+from sklearn.cluster import KMeans
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+from cmvae.data.index import ModalitySchema
+from cmvae.datasets.base import Sample
+from cmvae.datasets.writer import write_shards
+from cmvae.modalities.text import SPECIAL_TOKENS
+from cmvae.utils.errors import UserError
+
+sys.path.insert(0, str(ROOT / "tools" / "benchmarks"))  # where the script's own modules lie
+
+import clusters
+import clusters_methods
+from clusters_data import ALL, DATA_SETS, DataSet, FeatureReader, FeatureSet, View, read_rows
+from clusters_methods import METHODS, choose_rows
+from clusters_ours import Trainings, run_command
+from clusters_results import Cell, Results, draw_figure, format_table
+
+WORDS = (*SPECIAL_TOKENS, "red", "green", "wings", "beak")
+CAPTIONS = 4
+
+
+class Pairs:
+    """Things of two classes, two numbers each, with one of four captions, one of which says the class."""
+
+    name = "pairs"
+    class_names = ("red", "green")
+    settings: ClassVar = {}
+    modalities: ClassVar = {
+        "sizes": ModalitySchema(
+            kind="vector", shape=(2,), dtype="float32", columns=("a", "b"), mean=(0.0, 0.0), std=(1.0, 1.0)
+        ),
+        "caption": ModalitySchema(kind="text", shape=(3,), dtype="int64", categories=WORDS),
+    }
+    split_sizes: ClassVar = {"train": 80, "validation": 8, "test": 40}
+
+    def sample(self, split: str, index: int) -> Sample:
+        thing, caption = divmod(index, CAPTIONS)
+        label = thing % 2
+        sizes = np.random.default_rng([len(split), thing]).normal([9 * label, 0], [1, 100])
+        words = np.array([3 + label if caption == 0 else 5, 5 + caption % 2, 1])
+        return Sample(
+            {"sizes": sizes.astype(np.float32), "caption": words}, label, f"{split}{thing}-{caption}"
+        )
+
+
+DATA = DataSet(
+    "pairs",
+    "pairs",
+    lambda shared, tables: [],
+    views=(View("pair"), View("thing", alone=("caption",), grouped=True)),
+    group_of=lambda key: key.partition("-")[0],
+)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clusters") / "pairs"
+    write_shards(Pairs(), folder)
+    return folder
+
+
+def stored(shards: Path, split: str):
+    rows = read_rows(shards, (split,), ["sizes", "caption"])
+    texts = [" ".join(WORDS[word] for word in row[:2]) for row in rows.values["caption"]]
+    return rows.values["sizes"].astype(np.float64), texts, rows
+
+
+def test_each_modality_is_standardised_and_weighted_by_its_size(shards):
+    train, test = (stored(shards, split) for split in ("train", "test"))
+    vectorizer = TfidfVectorizer(tokenizer=str.split, token_pattern=None).fit(train[1])
+    scale = np.sqrt(vectorizer.transform(train[1]).toarray().var(0).sum())
+    expected = [
+        np.hstack(
+            [
+                (sizes - train[0].mean(0)) / train[0].std(0) / np.sqrt(2),
+                vectorizer.transform(texts).toarray() / scale,
+            ]
+        )
+        for sizes, texts, _ in (train, test)
+    ]
+    features = FeatureReader(shards, DATA, DATA.views[0]).features(ALL)
+    np.testing.assert_allclose(features.fitted, expected[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(features.placed, expected[1], rtol=1e-4, atol=1e-5)
+    # Two numbers weigh as much as all words.
+    assert features.fitted[:, :2].var(0).sum() == pytest.approx(1, rel=1e-4)
+    assert features.fitted[:, 2:].var(0).sum() == pytest.approx(1, rel=1e-4)
+
+
+def test_a_grouped_row_is_the_mean_of_its_samples(shards):
+    view = DATA.view("thing")
+    reader = FeatureReader(shards, DATA, view)
+    found = reader.features(FeatureSet("caption", "TF-IDF"))
+    train, test = (stored(shards, split) for split in ("train", "test"))
+    vectorizer = TfidfVectorizer(tokenizer=str.split, token_pattern=None).fit(train[1])
+    things = np.array([key.partition("-")[0] for key in test[2].keys])
+    for row, thing in enumerate(np.unique(things)):
+        texts = [text for text, of in zip(test[1], things, strict=True) if of == thing]
+        assert len(texts) == CAPTIONS
+        mean = vectorizer.transform(texts).toarray().mean(0)
+        np.testing.assert_allclose(found.placed.toarray()[row], mean, rtol=1e-5)
+        assert reader.labels[row] == test[2].labels[things == thing][0]
+    assert found.fitted.shape[0] == 80 / CAPTIONS
+
+
+def run(out: Path, shards: Path, *flags: str) -> Results:
+    flags = ("--shards", str(shards.parent), "--out", str(out), *flags)
+    arguments = clusters.parse_arguments(flags)
+    arguments.data = ["pairs"]
+    out.mkdir(exist_ok=True)
+    results = Results(out / "results.jsonl")
+    assert clusters.run_suite(arguments, results) == []
+    clusters.write_reports(out, results)
+    return results
+
+
+def test_cells_are_those_of_scikit_learn_and_run_once(shards, tmp_path, monkeypatch):
+    monkeypatch.setitem(clusters.DATA_SETS, "pairs", DATA)
+    out = tmp_path / "out"
+    results = run(out, shards, "--methods", "kmeans,gmm,spectral", "--seeds", "2")
+    lines = (out / "results.jsonl").read_text().splitlines()
+    # Pairs: sizes, captions, all; things: captions, all.
+    assert len(lines) == 3 * 2 * (3 + 2)
+    train, test = (stored(shards, split) for split in ("train", "test"))
+    mean, std = train[0].mean(0), train[0].std(0)
+    for group in results.groups():
+        assert "not_run" not in group.lines[0]
+        if group.cell == Cell("pairs", "pair", "kmeans", "sizes: standardised", True, 0):
+            for line in group.lines:
+                kmeans = KMeans(2, n_init=10, random_state=line["seed"]).fit((train[0] - mean) / std)
+                expected = kmeans.predict((test[0] - mean) / std)
+                labels = test[2].labels
+                assert line["nmi"] == pytest.approx(normalized_mutual_info_score(labels, expected))
+                assert line["ari"] == pytest.approx(adjusted_rand_score(labels, expected))
+                assert line["num_clusters"] == 2
+                assert "fitted on 80 train pairs, compared on 40 of test" in line["note"]
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+    called = []
+    for name, method in METHODS.items():
+        counted = clusters_methods.Method(
+            method.title, lambda *rest, m=method: called.append(rest[3]) or m.assign(*rest), method.takes
+        )
+        monkeypatch.setitem(METHODS, name, counted)
+    run(out, shards, "--methods", "kmeans,gmm,spectral", "--seeds", "2")
+    assert called == []
+    # As a kill in the middle of a write leaves it: that cell alone is run again.
+    unfinished = "\n".join(lines)[:-30]
+    (out / "results.jsonl").write_text(unfinished)
+    run(out, shards, "--methods", "kmeans,gmm,spectral", "--seeds", "2")
+    assert len(called) == 1
+    assert len((out / "results.jsonl").read_text().splitlines()) == len(lines)
+    run(out, shards, "--methods", "kmeans", "--seeds", "3")
+    assert called[1:] == [2] * 5
+
+
+def test_a_method_that_cannot_run_says_why_and_is_tried_again(shards, tmp_path, monkeypatch):
+    monkeypatch.setitem(clusters.DATA_SETS, "pairs", DATA)
+    monkeypatch.setitem(sys.modules, "mvlearn", None)
+    for _ in range(2):
+        results = run(tmp_path, shards, "--methods", "mv-spectral", "--seeds", "1")
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2  # one a view, not written twice
+    assert "not run: mvlearn cannot be imported" in (tmp_path / "table.md").read_text()
+    assert all(Cell(**vars(group.cell)) not in results for group in results.groups())
+
+
+def test_a_table_has_means_over_seeds_and_the_figure_draws_them(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    nmi = [0.5, 0.7, 0.9]
+    for seed, value in enumerate(nmi):
+        line = {"num_clusters": 3 + seed, "acc": 0.25, "nmi": value, "ari": -0.1, "seconds": 2.0, "note": "n"}
+        results.add(Cell("wine", "sample", "ours", "all", False, seed), line)
+        results.add(Cell("wine", "sample", "kmeans", "look", True, seed), {**line, "nmi": 0.3})
+        results.add(Cell("wine", "sample", "kmeans", "acids", True, seed), {**line, "nmi": 0.4})
+    groups = Results(tmp_path / "results.jsonl").groups()
+    titles = {"kmeans": "k-means", "ours": "ours"}
+    table = format_table(groups, titles, list(DATA_SETS))
+    spread = statistics.stdev(nmi)
+    assert f"| ours [1] | all | found | 3 | 3, 4, 5 | 0.250 ± 0.000 | 0.700 ± {spread:.3f} | -0.100" in table
+    assert "| k-means, best modality | 0.250 / 0.400 / -0.100 |" in table
+    assert "| ours, number found | 0.250 / 0.700 / -0.100 |" in table
+    drawn = [text.get_text() for ax in draw_figure(groups, titles, ["wine"]).axes for text in ax.texts]
+    assert sorted(drawn) == sorted([".25", ".25", ".70", ".40", "-.10", "-.10"])
+
+
+def test_a_line_that_is_no_cell_is_named(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"data": 1}\n{"da')
+    with pytest.raises(UserError, match=r"results.jsonl: line 1 is no cell"):
+        Results(tmp_path / "results.jsonl")
+
+
+def test_one_training_serves_all_cells_of_ours(shards, tmp_path):
+    commands = []
+
+    def pretend(arguments, log):
+        commands.append(arguments)
+        if arguments[0] == "launch/train.py":
+            (tmp_path / "runs/pairs-ours-1/export").mkdir(parents=True)
+            return
+        told, grouped = "--num-clusters" in arguments, "--by-group" in arguments
+        rows = read_rows(shards, ("test",), [])
+        with open(arguments[arguments.index("--out") + 1], "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["key", "split", "cluster", "caption_cluster"])
+            for key, label in zip(rows.keys, rows.labels.tolist(), strict=True):
+                # Found: one caption of four is elsewhere when it is alone. Told: all are in one cluster.
+                apart = key.endswith("-3") and not grouped
+                table.writerow([key, "test", 0 if told else 7 if apart else 4 + label, label])
+
+    for _ in range(2):
+        trainings = Trainings(tmp_path, pretend)
+        pairs = trainings.find(DATA, DATA.view("pair"), shards, "ours", 1, told=False)
+        things = trainings.find(DATA, DATA.view("thing"), shards, "ours", 1, told=False)
+        told = trainings.find(DATA, DATA.view("thing"), shards, "ours", 1, told=True)
+        alone = View("caption", alone=("caption",), together=False, grouped=True, read_from=("caption",))
+        captions = trainings.find(DATA, alone, shards, "ours", 1, told=False)
+    assert [command[0] for command in commands] == ["launch/train.py", *["launch/cluster.py"] * 4]
+    assert "seed=1" in commands[0]
+    assert "--by-group" not in commands[1]
+    assert commands[3][-4:] == ["--by-group", "--num-clusters", "2", "--overwrite"]
+    assert commands[4][-4:] == ["--by-group", "--modalities", "caption", "--overwrite"]
+    assert (len(pairs.clusters), len(things.clusters), len(captions.clusters)) == (40, 10, 10)
+    assert set(pairs.clusters) == {4, 5, 7}
+    assert things.clusters.tolist() == (4 + things.labels).tolist()
+    assert set(told.clusters) == {0}
+
+
+def test_what_fails_is_told_in_its_last_words(tmp_path):
+    with pytest.raises(UserError, match=r"launch/train.py failed: error: .*none.yaml.*All of it: .*log"):
+        run_command(["launch/train.py", str(tmp_path / "none.yaml")], tmp_path / "log")
+    done = run_tool("benchmarks/clusters.py", "--data", "wine,cheese", folder=tmp_path)
+    assert done.returncode == 2
+    assert "'cheese' is none of wine" in done.stderr
+
+
+def test_rows_are_drawn_by_the_seed():
+    assert choose_rows(5, 5, 0).tolist() == [0, 1, 2, 3, 4]
+    first, again, other = choose_rows(100, 9, 1), choose_rows(100, 9, 1), choose_rows(100, 9, 2)
+    assert first.tolist() == again.tolist() == sorted(set(first.tolist()))
+    assert first.tolist() != other.tolist()

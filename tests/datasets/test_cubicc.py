@@ -1,0 +1,253 @@
+import argparse
+import io
+import json
+import shutil
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmvae.config import load_config
+from cmvae.data.reader import EvaluationLoader
+from cmvae.datasets import cubicc
+from cmvae.datasets.writer import write_shards
+from cmvae.utils.errors import UserError
+
+MINI = Path(__file__).resolve().parents[3] / "shared" / "data" / "cub_mini64"
+SPLITS = ("train", "validation", "test")
+SHARES = (0.7, 0.15, 0.15)
+WORDS = ("<exc>", "<pad>", "<eos>", "a", "red", "bird")
+
+
+def parse(*flags: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=0)
+    cubicc.add_arguments(parser)
+    return parser.parse_args([str(flag) for flag in flags])
+
+
+def read(*flags: object):
+    """The source that a command line describes."""
+    return cubicc.from_arguments(parse(*flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--released", "x"], "cubicc"),
+        (["--download"], "cubicc"),
+        (["--cub", "x"], "cubicc"),
+        (["--mini", "x"], "cub_mini"),
+    ],
+)
+def test_each_form_has_the_experiment_that_fits_it(flags, name):
+    path = cubicc.config_for(parse(*flags))
+    assert load_config(Path(__file__).parents[2] / path).name == name
+
+
+@pytest.mark.skipif(not MINI.is_dir(), reason="cub_mini64 may not be handed on with the project")
+def test_real_birds_are_split_by_photograph_and_grouped_into_families(tmp_path):
+    source = read("--mini", MINI)
+    texts = json.loads((MINI / "captions.json").read_text())
+    with np.load(MINI / "images.npz") as arrays:
+        images, labels = arrays["images"], arrays["labels"]
+    by_stem = {Path(file).stem: number for number, file in enumerate(texts["files"])}
+    lone = ("Bunting", "Cormorant", "Crow", "Flicker")
+    kept = [name for name in by_stem if not texts["classes"][labels[by_stem[name]]].endswith(lone)]
+    assert len(kept) == 1019
+    used: dict[str, Counter] = {}
+    families = {}
+    for split in SPLITS:
+        keys = [source.keys[row] for row in source.splits[split]]
+        used[split] = Counter(key.rpartition("-")[0] for key in keys)
+        assert set(used[split].values()) == {10}
+        share = np.bincount([labels[by_stem[stem]] for stem in used[split]], minlength=22)
+        whole = np.bincount([labels[by_stem[stem]] for stem in kept], minlength=22)
+        assert np.abs(share - SHARES[SPLITS.index(split)] * whole).max() <= 2
+        for index in range(0, source.split_sizes[split], 97):
+            sample = source.sample(split, index)
+            stem, _, number = sample.key.rpartition("-")
+            assert sample.group == stem
+            image = by_stem[stem]
+            np.testing.assert_array_equal(sample.values["image"], images[image].transpose(2, 0, 1))
+            words = source.modalities["caption"].categories
+            said = [words[token] for token in sample.values["caption"].tolist()]
+            told = "".join(c if c.isalnum() else " " for c in texts["captions"][image][int(number)].lower())
+            for word, expected in zip(said, told.split(), strict=False):
+                assert word in (expected, "<unk>", "<eos>")
+            families.setdefault(texts["classes"][labels[image]], set()).add(sample.label)
+    assert sum(map(len, used.values())) == len(set(kept) & set().union(*used.values())) == 1019
+    assert all(len(found) == 1 for found in families.values())
+    by_name = {name.partition(".")[2]: source.class_names[found.pop()] for name, found in families.items()}
+    assert by_name["Groove_billed_Ani"] == by_name["Yellow_billed_Cuckoo"] == "Cuckoo_and_Ani"
+    assert by_name["Boat_tailed_Grackle"] == by_name["Red_winged_Blackbird"] == "Blackbird_and_Grackle"
+    assert Counter(by_name.values())["Auklet"] == 4
+    # No photograph is there twice under two names, either.
+    pixels = {split: {source.sample(split, i).values["image"].tobytes() for i in range(0, size, 1)}
+              for split, size in source.split_sizes.items()}  # fmt: skip
+    assert not pixels["train"] & pixels["test"]
+
+
+@pytest.fixture(scope="module")
+def cub(tmp_path_factory) -> Path:
+    """Every subspecies of CUBICC and one other, ten grey photographs each; brightness is the number."""
+    root = tmp_path_factory.mktemp("cub") / "CUB_200_2011"
+    names = [name for members in cubicc.SPECIES.values() for name in members] + ["House_Sparrow"]
+    for number, name in enumerate(names, 1):
+        folder = f"{number:03d}.{name}"
+        (root / "images" / folder).mkdir(parents=True)
+        (root / "text" / folder).mkdir(parents=True)
+        for photograph in range(10):
+            stem = f"{name}_{photograph:04d}"
+            grey = 10 * number + photograph
+            Image.new("RGB", (90, 70), (grey,) * 3).save(root / "images" / folder / f"{stem}.jpg", quality=95)
+            lines = [f"A {name.replace('_', ' ')}, seen from angle {caption}." for caption in range(10)]
+            (root / "text" / folder / f"{stem}.txt").write_text("\n".join(lines) + "\n\n")
+    return root
+
+
+def test_the_original_folder_gives_the_subspecies_of_cubicc(cub):
+    source = read("--cub", cub)
+    assert sum(source.split_sizes.values()) == 22 * 10 * 10
+    assert source.class_names == tuple(cubicc.SPECIES)
+    held = {split: {source.keys[row].rpartition("-")[0] for row in source.splits[split]} for split in SPLITS}
+    assert not held["train"] & held["test"]
+    assert not held["train"] & held["validation"]
+    assert not held["validation"] & held["test"]
+    names = [name for members in cubicc.SPECIES.values() for name in members]
+    words = source.modalities["caption"].categories
+    for index in range(0, source.split_sizes["test"], 13):
+        sample = source.sample("test", index)
+        stem, _, caption = sample.key.rpartition("-")
+        assert sample.group == stem
+        name, _, photograph = stem.rpartition("_")
+        assert name in cubicc.SPECIES[source.class_names[sample.label]]
+        grey = 10 * (names.index(name) + 1) + int(photograph)
+        assert sample.values["image"].shape == (3, 64, 64)
+        assert abs(sample.values["image"].astype(int) - grey).max() <= 2
+        said = [words[token] for token in sample.values["caption"].tolist()]
+        assert said[: said.index("<eos>")] == [
+            "a", *name.lower().split("_"), "seen", "from", "angle", caption
+        ]  # fmt: skip
+
+
+def test_captions_may_lie_elsewhere_and_their_lack_is_told(cub, tmp_path):
+    shutil.copytree(cub / "images", tmp_path / "images")
+    with pytest.raises(UserError, match=r"neither text/ nor text_c10/.*--captions"):
+        read("--cub", tmp_path)
+    assert read("--cub", tmp_path, "--captions", cub / "text").split_sizes == read("--cub", cub).split_sizes
+    with pytest.raises(UserError, match=r"0000\.txt: cannot be read"):
+        read("--cub", tmp_path, "--captions", tmp_path)
+    shutil.rmtree(next((tmp_path / "images").glob("*.Blue_Jay")))
+    with pytest.raises(UserError, match=r"no folder NUMBER\.Blue_Jay"):
+        read("--cub", tmp_path, "--captions", cub / "text")
+
+
+@pytest.fixture
+def released(tmp_path) -> Path:
+    """Eight photographs of ten pairs each in the released form; caption n of a photograph has n words."""
+    folder = tmp_path / "released"
+    folder.mkdir()
+    photograph = np.repeat(np.arange(8), 10)
+    torch.save(
+        torch.from_numpy(photograph / 10).float()[:, None, None, None].expand(80, 3, 64, 64).clone(),
+        folder / "images.pt",
+    )
+    tokens = np.ones((80, 12), np.int64)
+    for pair in range(80):
+        tokens[pair, : pair % 10] = 3 + photograph[pair] % 3
+        tokens[pair, pair % 10] = 2
+    torch.save(
+        torch.nn.functional.one_hot(torch.from_numpy(tokens), len(WORDS)).float(), folder / "captions.pt"
+    )
+    torch.save(torch.from_numpy(photograph % 2), folder / "labels.pt")
+    torch.save(torch.from_numpy(photograph), folder / "original_labels.pt")
+    for name, first, last in (("train", 0, 60), ("validation", 60, 70), ("test", 70, 80)):
+        np.save(folder / f"{name}_split.npy", np.arange(first, last))
+    (folder / "cub.vocab").write_text(json.dumps({"i2w": dict(enumerate(WORDS))}))
+    return folder
+
+
+def test_the_released_folder_reads_as_what_it_holds(released, tmp_path):
+    source = read("--released", released)
+    assert source.split_sizes == {"train": 60, "validation": 10, "test": 10}
+    index = write_shards(source, tmp_path / "out")
+    words = index.modalities["caption"].categories
+    assert words == ("<pad>", "<eos>", "<unk>", "a", "red", "bird")
+    for split in SPLITS:
+        (batch,) = EvaluationLoader(
+            tmp_path / "out", split=split, modalities=["image", "caption"], batch_size=60
+        )
+        for place, key in enumerate(batch["key"][: index.splits[split].num_samples]):
+            pair = int(key.removeprefix("pair-"))
+            photograph = pair // 10
+            assert batch["label"][place] == photograph % 2
+            assert batch["group_name"][place] == f"photo-{10 * photograph:05d}"
+            assert (batch["image"][place] == round(25.5 * photograph)).all()
+            said = [words[token] for token in batch["caption"][place].tolist()]
+            length = pair % 10
+            assert said == [words[3 + photograph % 3]] * length + ["<eos>"] + ["<pad>"] * (11 - length)
+
+
+def test_released_splits_that_part_a_photograph_are_drawn_anew(released, capsys):
+    np.save(released / "train_split.npy", np.arange(0, 65))
+    np.save(released / "validation_split.npy", np.arange(65, 70))
+    source = read("--released", released, "--fractions", "0.5,0.25,0.25")
+    assert "split anew by photograph" in capsys.readouterr().err
+    held = {split: set((rows // 10).tolist()) for split, rows in source.splits.items()}
+    assert [len(held[split]) for split in SPLITS] == [4, 2, 2]
+
+
+class Harm:
+    def __reduce__(self):
+        return (print, ("harm",))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("images.pt", torch.zeros(80, 3, 28, 28), r"images\.pt: of shape \(80, 3, 28, 28\)"),
+        ("images.pt", torch.full((80, 3, 64, 64), 2.0), r"images\.pt: values of 2 to 2"),
+        ("images.pt", [1, 2], r"images\.pt: holds list"),
+        ("labels.pt", Harm(), r"labels\.pt: cannot be read as a tensor"),
+        ("labels.pt", torch.zeros(79), "differ in number"),
+        ("captions.pt", torch.zeros(80, 12, 7), r"captions\.pt: .*expected \(N, length, 6\)"),
+        ("test_split.npy", np.array([80]), r"test_split\.npy: numbers 80 to 80, but there are 80 pairs"),
+        ("test_split.npy", np.array([1.5]), r"test_split\.npy: float64"),
+        ("test_split.npy", np.array([Harm()], dtype=object), r"test_split\.npy: cannot be read"),
+        ("cub.vocab", b"{", r"cub\.vocab: cannot be read as JSON"),
+        ("cub.vocab", b"[]", r"cub\.vocab: has no i2w"),
+        ("cub.vocab", None, r"cub\.vocab: missing"),
+    ],
+)
+def test_what_the_released_folder_should_not_hold_is_named(released, capfd, name, content, message):
+    path = released / name
+    path.unlink()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif name.endswith(".npy"):
+        np.save(path, content, allow_pickle=True)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=message):
+        read("--released", released)
+    assert "harm" not in capfd.readouterr().out
+
+
+def test_the_release_is_fetched_and_only_its_files_are_unpacked(released, tmp_path, monkeypatch):
+    archive = tmp_path / "archive.zip"
+    with zipfile.ZipFile(archive, "w") as members:
+        for path in released.iterdir():
+            members.write(path, f"data/CUBICC/{path.name}")
+        members.writestr("../../escaped.txt", b"x")
+        members.writestr("data/CUBICC/classifier.pt", io.BytesIO(b"x").getvalue())
+    monkeypatch.setattr(cubicc, "RELEASE_URL", archive.as_uri())
+    source = read("--download", "--cache", tmp_path / "cache")
+    assert source.split_sizes == {"train": 60, "validation": 10, "test": 10}
+    assert sorted(path.name for path in (tmp_path / "cache" / "CUBICC").iterdir()) == sorted(
+        path.name for path in released.iterdir()
+    )

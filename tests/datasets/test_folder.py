@@ -1,0 +1,118 @@
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cmvae.data.reader import EvaluationLoader
+from cmvae.datasets import folder
+from cmvae.datasets.writer import write_shards
+from cmvae.utils.errors import UserError
+
+
+def read(path: Path, *flags: str):
+    """The source that a command line describes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=Path("shards/mine"))
+    parser.add_argument("--seed", type=int, default=0)
+    folder.add_arguments(parser)
+    return folder.from_arguments(parser.parse_args([str(path), *flags]))
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Forty samples `s.NUMBER`; every fourth has no picture, every fifth no text."""
+    for name in ("Photos", "notes", "spectra", ".cache"):
+        (tmp_path / name).mkdir()
+    names = ["name,label"]
+    for number in range(40):
+        names.append(f"s.{number},{'even' if number % 2 == 0 else 'odd'}")
+        if number % 4:
+            suffix = "png" if number % 3 else "bmp"
+            Image.new("RGB", (20, 30), (6 * number, 0, 0)).save(tmp_path / "Photos" / f"s.{number}.{suffix}")
+        if number % 5:
+            (tmp_path / "notes" / f"s.{number}.txt").write_text(
+                f"Note {'even' if number % 2 == 0 else 'odd'}"
+            )
+        np.save(tmp_path / "spectra" / f"s.{number}.npy", np.full((2, 3), number, np.int16))
+    (tmp_path / "labels.csv").write_text("\n".join(names))
+    (tmp_path / ".cache" / "x.txt").write_text("hidden")
+    return tmp_path
+
+
+def test_files_of_the_same_name_are_one_sample(root, capsys):
+    (root / "notes" / "README.md").write_text("no text of a sample")
+    source = read(root, "--image-size", "8")
+    told = capsys.readouterr().err
+    assert "left alone: 1 .md" in told
+    assert "photos is missing in 10 of 40" in told
+    index = write_shards(source, root / "out")
+    assert {name: schema.kind for name, schema in index.modalities.items()} == {
+        "photos": "image", "notes": "text", "spectra": "vector"
+    }  # fmt: skip
+    assert index.modalities["spectra"].shape == (6,)
+    words = index.modalities["notes"].categories
+    seen = []
+    for split in index.splits:
+        size = index.splits[split].num_samples
+        (batch,) = EvaluationLoader(
+            root / "out", split=split, modalities=list(index.modalities), batch_size=size
+        )
+        for place, key in enumerate(batch["key"]):
+            number = int(key.removeprefix("s_"))
+            seen.append(number)
+            parity = "even" if number % 2 == 0 else "odd"
+            assert index.class_names[batch["label"][place]] == parity
+            assert batch["mask"][place].tolist() == [number % 4 > 0, number % 5 > 0, True]
+            assert (batch["spectra"][place] == number).all()
+            if number % 4:
+                assert (batch["photos"][place, 0] == 6 * number).all()
+            if number % 5:
+                assert [words[token] for token in batch["notes"][place, :3].tolist()] == [
+                    "note",
+                    parity,
+                    "<eos>",
+                ]
+    assert sorted(seen) == list(range(40))
+
+
+def test_labels_are_optional(root):
+    (root / "labels.csv").unlink()
+    source = read(root)
+    assert source.class_names is None
+    assert source.sample("train", 0).label is None
+
+
+def test_mistakes_are_named(root, tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        read(root / "nothing")
+    with pytest.raises(UserError, match="no subfolder with pictures"):
+        read(root / "Photos")
+    (root / "notes" / "s.1.png").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"s\.1\.txt: s\.1\.png has the same name"):
+        read(root)
+    (root / "notes" / "s.1.txt").unlink()
+    with pytest.raises(UserError, match=r"notes: holds (image and text|text and image), .*s\.1\.png"):
+        read(root)
+    (root / "notes" / "s.1.png").unlink()
+    (root / "notes" / "extra.txt").write_text("x")
+    with pytest.raises(UserError, match=r"labels\.csv: no row with the name 'extra'"):
+        read(root)
+    (root / "notes" / "extra.txt").unlink()
+    np.save(root / "spectra" / "s.1.npy", np.zeros(5))
+    with pytest.raises(UserError, match=r"s\.1\d?\.npy: holds \d numbers, .*s\.\d+\.npy holds \d"):
+        read(root)
+    np.save(root / "spectra" / "s.1.npy", np.array([1, np.nan]))
+    with pytest.raises(UserError, match=r"s\.1\.npy: holds no numbers, or such as are not finite"):
+        read(root)
+    np.save(root / "spectra" / "s.1.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"s\.1\.npy: cannot be read as an array"):
+        read(root)
+
+
+def test_names_that_become_one_key_are_refused(root):
+    (root / "labels.csv").unlink()
+    (root / "notes" / "s_1.txt").write_text("x")
+    with pytest.raises(UserError, match=r"s_1: 's_1' is the key of .*s\.1 as well"):
+        read(root)

@@ -1,0 +1,300 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+from packing import read, write_csv
+from PIL import Image
+from pyarrow import parquet
+
+from cmvae.data.reader import EvaluationLoader
+from cmvae.datasets.writer import write_shards
+from cmvae.utils.errors import UserError
+
+SPECIES = ("finch", "auklet")
+COLOURS = ("red", "green", "blue")
+
+
+@pytest.fixture
+def rows(tmp_path) -> list[dict[str, object]]:
+    """Sixty birds: every third has no picture, every fifth no caption, every seventh no weight."""
+    (tmp_path / "photos").mkdir()
+    made: list[dict[str, object]] = []
+    for number in range(60):
+        Image.new("RGB", (40, 20), (4 * number, 0, 255)).save(tmp_path / "photos" / f"{number}.png")
+        made.append(
+            {
+                "photo": "" if number % 3 == 0 else f"photos/{number}.png",
+                "caption": "" if number % 5 == 0 else f"A {COLOURS[number % 3]} bird, isn't it?",
+                "Wing length": number / 2,
+                "weight": "" if number % 7 == 0 else 1e3 + number,
+                "hops": "yes" if number % 2 else "no",
+                "colour": COLOURS[number % 3],
+                "species": SPECIES[number % 2],
+                "split": ("train", "train", "train", "Val", "test")[number % 5],
+            }
+        )
+    return made
+
+
+FLAGS = (
+    "--image photo --text caption --vector size=weight --categorical colour --binary hops --label species "
+    "--split split --image-size 16 --min-count 2"
+)
+
+
+@pytest.fixture
+def packed(tmp_path, rows):
+    path = write_csv(tmp_path / "birds.csv", rows)
+    source = read(path, FLAGS, "--vector", "Wing length")
+    index = write_shards(source, tmp_path / "out", shard_size=20)
+    batches = {
+        split: next(iter(EvaluationLoader(tmp_path / "out", split=split, modalities=list(index.modalities),
+                                          batch_size=index.splits[split].num_samples)))
+        for split in index.splits
+    }  # fmt: skip
+    return index, batches
+
+
+def test_what_was_in_the_table_is_in_the_shards(rows, packed):
+    index, batches = packed
+    assert list(index.modalities) == ["photo", "caption", "size", "colour", "hops", "wing_length"]
+    assert index.class_names == ("auklet", "finch")
+    words = index.modalities["caption"].categories
+    assert words[:4] == ("<pad>", "<eos>", "<unk>", "a")
+    seen = []
+    for split, residues in (("train", {0, 1, 2}), ("validation", {3}), ("test", {4})):
+        batch = batches[split]
+        for place, key in enumerate(batch["key"]):
+            number = int(key.removeprefix("row-")) - 2
+            row = rows[number]
+            seen.append(number)
+            assert number % 5 in residues
+            assert index.class_names[batch["label"][place]] == row["species"]
+            mask = batch["mask"][place].tolist()
+            assert mask == [number % 3 > 0, number % 5 > 0, number % 7 > 0, True, True, True]
+            if mask[0]:
+                assert (batch["photo"][place].amax((1, 2)) - np.array([4 * number, 0, 255])).abs().max() <= 1
+            if mask[1]:
+                tokens = [words[token] for token in batch["caption"][place].tolist()]
+                assert tokens[:6] == ["a", COLOURS[number % 3], "bird", "isn't", "it", "<eos>"]
+            if mask[2]:
+                assert batch["size"][place].tolist() == [1e3 + number]
+            assert index.modalities["colour"].categories[batch["colour"][place]] == row["colour"]
+            assert batch["hops"][place].tolist() == [number % 2]
+            assert batch["wing_length"][place].tolist() == [number / 2]
+    assert sorted(seen) == list(range(60))
+    optional = {name: schema.optional for name, schema in index.modalities.items()}
+    assert optional == {
+        "photo": True, "caption": True, "size": True, "colour": False, "hops": False, "wing_length": False
+    }  # fmt: skip
+
+
+def test_statistics_are_those_of_train_alone(packed):
+    index, _ = packed
+    train = np.array([number / 2 for number in range(60) if number % 5 < 3])
+    assert index.modalities["wing_length"].mean == pytest.approx([train.mean()])
+    assert index.modalities["wing_length"].std == pytest.approx([train.std()])
+    weights = np.array([1e3 + number for number in range(60) if number % 5 < 3 and number % 7 > 0])
+    assert index.modalities["size"].mean == pytest.approx([weights.mean()])
+
+
+def test_words_of_the_other_splits_are_unknown(tmp_path):
+    rows = [{"t": "seen seen", "s": "train"}, {"t": "new seen", "s": "test"}, {"t": "new", "s": "val"}]
+    source = read(write_csv(tmp_path / "t.csv", rows), "--text t --split s --min-count 1")
+    assert source.modalities["t"].categories == ("<pad>", "<eos>", "<unk>", "seen")
+    # Two words and the end, and no longer than train needs: the next multiple of eight.
+    assert source.sample("test", 0).values["t"].tolist() == [2, 3, 1, 0, 0, 0, 0, 0]
+
+
+def test_a_long_text_is_cut(tmp_path):
+    path = write_csv(tmp_path / "t.csv", [{"t": "word " * 30}] * 20)
+    assert read(path, "--text t").modalities["t"].shape == (32,)
+    tokens = read(path, "--text t --text-length 16").sample("train", 0).values["t"]
+    assert tokens.tolist() == [3] * 15 + [1]
+    with pytest.raises(SystemExit):
+        read(path, "--text t --text-length 20")
+
+
+def test_parquet_reads_as_csv_does(tmp_path):
+    parquet.write_table(
+        pa.table(
+            {
+                "a": [1.5, None, float("nan"), 4.0, 5.0, 6.0],
+                "b": [1, 2, 3, 4, 5, 6],
+                "yes": [True, False, None, True, False, True],
+                "s": ["train", "train", "train", "train", "val", "test"],
+                "label": pa.array([10, 9, 10, 9, 9, 10], pa.int8()),
+            }
+        ),
+        tmp_path / "t.parquet",
+    )
+    source = read(tmp_path / "t.parquet", "--vector a --vector b --binary yes --split s --label label")
+    assert source.class_names == ("9", "10")
+    found = [source.sample("train", number) for number in range(4)]
+    assert [list(sample.values) for sample in found] == [
+        ["a", "b", "yes"],
+        ["b", "yes"],
+        ["b"],
+        ["a", "b", "yes"],
+    ]
+    assert [sample.values["b"].tolist() for sample in found] == [[1], [2], [3], [4]]
+    assert [sample.key for sample in found] == ["row-000001", "row-000002", "row-000003", "row-000004"]
+    assert found[0].values["yes"].tolist() == [1]
+
+
+def numbers(count: int, **more) -> list[dict[str, object]]:
+    return [{"x": number, "y": -number, **more} for number in range(count)]
+
+
+def test_what_the_split_column_never_names_is_drawn_from_train(tmp_path):
+    rows = [{**row, "s": "test" if row["x"] < 20 else "train"} for row in numbers(100)]
+    source = read(write_csv(tmp_path / "t.csv", rows), "--vector x --split s")
+    assert source.split_sizes == {"train": 72, "validation": 8, "test": 20}
+    assert source.splits["test"].tolist() == list(range(20))
+
+
+def test_groups_and_classes_are_respected_where_splits_are_drawn(tmp_path):
+    rows = [{"x": n, "bird": n // 10, "kind": n // 10 % 2} for n in range(400)]
+    path = write_csv(tmp_path / "t.csv", rows)
+    source = read(path, "--vector x --group bird --label kind")
+    birds = {split: set((found // 10).tolist()) for split, found in source.splits.items()}
+    assert sum(map(len, birds.values())) == 40
+    assert [sum(bird % 2 for bird in found) for found in birds.values()] == [16, 2, 2]
+
+
+def test_a_picture_of_two_splits_is_told(tmp_path, capsys):
+    Image.new("L", (8, 8)).save(tmp_path / "one.png")
+    path = write_csv(tmp_path / "t.csv", [{"p": "one.png", "x": n} for n in range(30)])
+    read(path, "--image p --vector x")
+    assert "1 pictures are in train and in another split" in capsys.readouterr().err
+
+
+def test_a_constant_column_is_told_and_harmless(tmp_path, capsys):
+    path = write_csv(tmp_path / "t.csv", numbers(30, z=5))
+    source = read(path, "--vector all=x,z")
+    assert source.modalities["all"].std[1] == 1.0
+    assert "all: z never vary" in capsys.readouterr().err
+
+
+def test_a_pattern_leaves_out_what_has_another_part(tmp_path):
+    rows = [
+        {**row, "kind": row["x"] % 2, "bird": row["x"], "id": row["x"]} for row in numbers(40, part="train")
+    ]
+    path = write_csv(tmp_path / "t.csv", rows)
+    source = read(path, "--vector all=* --label kind --split part --group bird --key id")
+    assert source.modalities["all"].columns == ("x", "y")
+    # Whoever names a column means it.
+    with pytest.raises(UserError, match="--label kind: is a modality as well"):
+        read(path, "--vector x,kind --label kind")
+
+
+def test_patterns_names_and_keys(tmp_path):
+    rows = [{"px_1": n, "px_2": 2 * n, "px_10": 3 * n, "id": f"bird_{n}"} for n in range(30)]
+    source = read(write_csv(tmp_path / "t.csv", rows), "--vector", "px_*", "--key", "id")
+    assert source.modalities["vector"].columns == ("px_1", "px_2", "px_10")
+    assert source.sample("train", 0).key.startswith("bird_")
+
+
+def test_other_separators_and_empty_cells(tmp_path):
+    rows = [{"a": "NA" if n == 3 else n, "b": n} for n in range(30)]
+    path = write_csv(tmp_path / "t.csv", rows, delimiter=";")
+    source = read(path, "--separator ; --vector a --vector b --na NA")
+    assert source.modalities["a"].optional
+    assert not source.modalities["b"].optional
+    with pytest.raises(UserError, match="--separator"):
+        read(path, "--vector a")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--vector caption", r"birds\.csv: row 3, column caption: .A green bird.*is no number.*--na"),
+        ("--binary colour", r"row 2, column colour: 'red' is none of"),
+        ("--vector wieght", r"no column 'wieght'. Did you mean 'weight'\?"),
+        ("--vector weight --label caption", r"row 2, column caption: empty"),
+        ("--vector weight --split colour", r"row 2, column colour: 'red' is no split"),
+        ("--vector weight", r"birds\.csv: row 2, .*row 9, .*and 4 more: nothing there in any modality"),
+        ("--text colour --label colour", "--label colour: is a modality as well"),
+        ("--text colour --categorical colour", "there already. Name them: --categorical NAME=colour"),
+        ("--image weight", r"row 3, column weight: .*1001.0 is no file"),
+        ("--image *s*", "--image .*: means .*Give one at a time"),
+        ("--text caption --text colour --key colour", r"row 5: 'red' is the key of .*row 2 as well"),
+        ("--text colour --key caption", r"row 2, column caption: empty"),
+        ("", "no modality is asked for"),
+    ],
+)
+def test_mistakes_are_named_with_row_and_column(tmp_path, rows, flags, message):
+    path = write_csv(tmp_path / "birds.csv", rows)
+    with pytest.raises(UserError, match=message):
+        read(path, flags)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a,b\n1,2\n1,2,3\n", "row 3 has 3 cells, the first row names 2 columns"),
+        (b"a,b\n1,2\n1\n", "row 3 has 1 cells"),
+        (b"a,a\n1,2\n", "row 1: column 'a' is there twice"),
+        (b"a,b\n", "holds no rows"),
+        (b"", "holds no rows"),
+        ("a\né\n".encode("latin-1"), "UTF-8"),
+        (b'a\n"1\n', "cannot be read as CSV"),
+    ],
+)
+def test_a_broken_csv_is_refused(tmp_path, content, message):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "t.csv", "--vector a")
+
+
+def test_a_broken_parquet_is_refused(tmp_path):
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        read(tmp_path / "t.parquet", "--vector a")
+
+
+def test_paths_stay_below_the_table_unless_they_are_absolute(tmp_path):
+    (tmp_path / "deep").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    path = tmp_path / "deep" / "t.csv"
+    write_csv(path, [{"p": "a/../../secret.png"}] * 30)
+    with pytest.raises(UserError, match=r"row 2, column p: .* leads out of .*absolute path"):
+        read(path, "--image p")
+    write_csv(path, [{"p": tmp_path / "secret.png"}] * 30)
+    assert read(path, "--image p").split_sizes["train"] == 24
+
+
+def test_a_damaged_picture_is_named(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    source = read(write_csv(tmp_path / "t.csv", [{"p": "bad.png"}] * 30), "--image p")
+    with pytest.raises(
+        UserError, match=r"t\.csv: row \d+, column p: .*bad\.png: cannot be read as a picture"
+    ):
+        source.sample("train", 0)
+
+
+def test_pictures_are_turned_cut_and_resized(tmp_path):
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:10, 18:42] = (200, 100, 50)
+    pixels[10:, 18:42] = (30, 60, 90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    Image.fromarray(pixels).save(tmp_path / "p.png", exif=exif)
+    # What is fully transparent is white, whatever colour lies below.
+    Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(tmp_path / "q.png")
+    rows = [{"p": "p.png", "q": "q.png"}] * 30
+    path = write_csv(tmp_path / "t.csv", rows)
+    sample = read(path, "--image p --image q --image-size 8").sample("train", 0)
+    # The upper half of what the chip saw is on the right when the picture is held upright.
+    for columns, colour in [(slice(5, 8), (200, 100, 50)), (slice(0, 3), (30, 60, 90))]:
+        assert np.abs(sample.values["p"][:, :, columns].astype(int).mean((1, 2)) - colour).max() < 10
+    assert (sample.values["q"] == 255).all()
+    grey = read(path, "--image p --image-size 8 --channels 1").sample("train", 0).values["p"]
+    assert grey.shape == (1, 8, 8)
+    assert abs(int(grey[0, 4, 7]) - (0.299 * 200 + 0.587 * 100 + 0.114 * 50)) < 5
+
+
+def test_sixteen_bits_are_refused_rather_than_clipped(tmp_path):
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    source = read(write_csv(tmp_path / "t.csv", [{"p": "deep.png"}] * 30), "--image p")
+    with pytest.raises(UserError, match="more than 8 bits"):
+        source.sample("train", 0)

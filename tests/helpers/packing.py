@@ -1,0 +1,54 @@
+"""Sources to pack, tables to write, and what came out."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from pathlib import Path
+
+import numpy as np
+
+from cmvae.data.index import ModalitySchema
+from cmvae.datasets import table
+from cmvae.datasets.base import Sample
+
+
+def read(path: Path, flags: str, *more: str):
+    """The source that a command line describes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=Path("shards/mine"))
+    parser.add_argument("--seed", type=int, default=0)
+    table.add_arguments(parser)
+    return table.from_arguments(parser.parse_args([str(path), *flags.split(), *more]))
+
+
+def write_csv(path: Path, rows: list[dict[str, object]], **settings) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), **settings)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+class NumberSource:
+    """Samples whose pixels and label are the number of the sample."""
+
+    name = "numbers"
+    modalities = {"m0": ModalitySchema(kind="image", shape=(1, 2, 2), dtype="uint8")}  # noqa: RUF012
+    class_names = tuple(str(number) for number in range(60))
+    settings = {"source": "test"}  # noqa: RUF012
+    split_sizes = {"train": 60, "test": 10}  # noqa: RUF012
+
+    def __init__(self, bad: int = -1, action=None, seconds: float = 0.0):
+        self.bad, self.action, self.seconds = bad, action, seconds
+
+    def sample(self, split, index):
+        time.sleep(self.seconds)
+        if index == self.bad:
+            self.action()
+        return Sample({"m0": np.full((1, 2, 2), index, dtype=np.uint8)}, label=index)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -1,0 +1,117 @@
+"""A tiny CMVAE and tiny refiners for it, untrained: what D-CMVAE is tested with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cmvae.config import ModalityConfig, ModelConfig, RefinerConfig
+from cmvae.data.index import ModalitySchema
+from cmvae.models.cmvae import CMVAE
+from cmvae.models.refiner import Refiner
+
+NAMES = ("a", "b", "c")
+SHARED_DIM = 4
+NETWORK = {"channels": 8, "multipliers": [1, 2], "blocks": 1, "dropout": 0.0}
+
+
+def image_schema(*shape: int) -> ModalitySchema:
+    return ModalitySchema(kind="image", shape=shape, dtype="uint8")
+
+
+def make_cmvae(schemas: Mapping[str, ModalitySchema] | None = None, seed: int = 0) -> CMVAE:
+    """A CMVAE whose reconstructions show what they are made from, though it has learned nothing."""
+    schemas = schemas or dict.fromkeys(NAMES, image_schema(3, 8, 8))
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        shared_dim=SHARED_DIM,
+        private_dim=3,
+        num_clusters=5,
+        modalities={name: ModalityConfig(width=2) for name in schemas},
+    )
+    return CMVAE(config, schemas).eval()
+
+
+def make_config(**sections: Any) -> RefinerConfig:
+    """A refiner's settings: `make_config(diffusion={"prediction": "v"})` differs from tiny ones in that."""
+    small: dict[str, Any] = {
+        "network": NETWORK,
+        "diffusion": {"num_timesteps": 20},
+        "conditioning": {},
+        "sampler": {"num_steps": 4},
+    }
+    for name, section in sections.items():
+        small[name] = {**small[name], **section} if isinstance(section, dict) else section
+    return RefinerConfig.model_validate(small)
+
+
+def make_refiner(
+    schemas: Mapping[str, ModalitySchema] | Sequence[str] = NAMES,
+    cmvae_sha256: str = "0" * 64,
+    seed: int = 0,
+    autocast_dtype: torch.dtype | None = None,
+    shared_dim: int = SHARED_DIM,
+    **sections: Any,
+) -> Refiner:
+    """An untrained refiner of 8×8 images, or of `schemas`, with the settings of `make_config`."""
+    if not isinstance(schemas, Mapping):
+        schemas = dict.fromkeys(schemas, image_schema(3, 8, 8))
+    torch.manual_seed(seed)
+    return Refiner(make_config(**sections), schemas, shared_dim, cmvae_sha256, autocast_dtype).eval()
+
+
+class Told(nn.Module):
+    """In place of a denoiser: says that the clean image is what `think` makes of the reconstruction."""
+
+    def __init__(self, think: Any = lambda reconstruction: reconstruction) -> None:
+        super().__init__()
+        self.think = think
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        reconstruction: Tensor,
+        modality: Tensor,
+        shared: Tensor,
+        present: Tensor,
+    ) -> Tensor:
+        return self.think(reconstruction)
+
+
+def tell(refiner: Refiner, **arguments: Any) -> Refiner:
+    """Let a refiner that predicts images have `Told` for all its networks."""
+    assert refiner.config.diffusion.prediction == "sample"
+    for group in refiner.denoisers:
+        refiner.denoisers[group] = Told(**arguments)
+    return refiner
+
+
+def record_calls(refiner: Refiner) -> list[dict[str, Tensor]]:
+    """Every call of a denoiser from now on: its arguments by name, and its `output`."""
+    calls: list[dict[str, Tensor]] = []
+    names = ("noisy", "timesteps", "reconstruction", "modality", "shared", "present")
+
+    def note(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append({**dict(zip(names, arguments, strict=True)), "output": output})
+
+    for denoiser in refiner.denoisers.values():
+        denoiser.register_forward_hook(note)
+    return calls
+
+
+def silence(refiner: Refiner) -> Refiner:
+    """Let every network predict zeros."""
+    for denoiser in refiner.denoisers.values():
+        nn.init.zeros_(denoiser.unet.conv_out.weight)
+        nn.init.zeros_(denoiser.unet.conv_out.bias)
+    return refiner
+
+
+def signal_power(num_timesteps: int) -> np.ndarray:
+    """ᾱ of DDPM's linear schedule, (T,), in double precision."""
+    return np.cumprod(1 - np.linspace(1e-4, 0.02, num_timesteps))

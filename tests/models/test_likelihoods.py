@@ -1,0 +1,116 @@
+"""Likelihoods against torch.distributions: values and gradients, over axes (M, K, B) before the event."""
+
+import pytest
+import torch
+
+from cmvae.config import LikelihoodConfig
+from cmvae.data.index import ModalitySchema
+from cmvae.modalities import KINDS
+from cmvae.modalities.text import SPECIAL_TOKENS
+from cmvae.models.likelihoods import LIKELIHOODS, likelihood_of
+from cmvae.models.objectives import data_log_prob
+
+M, K, B, NUM_WORDS, SCALE = 2, 3, 4, 6, 0.3
+VOCABULARY = (*SPECIAL_TOKENS, *"abc")
+
+SCHEMAS = {
+    "image": ModalitySchema(kind="image", shape=(3, 2, 5), dtype="uint8"),
+    "text": ModalitySchema(kind="text", shape=(7,), dtype="int64", categories=VOCABULARY),
+    "vector": ModalitySchema(kind="vector", shape=(5,), dtype="float32", mean=(0.0,) * 5, std=(1.0,) * 5),
+    "binary": ModalitySchema(kind="binary", shape=(5,), dtype="uint8"),
+    "categorical": ModalitySchema(kind="categorical", shape=(), dtype="int64", categories=VOCABULARY),
+}
+CASES = [(kind, family) for kind in SCHEMAS for family in KINDS[kind].likelihoods]
+
+
+def reference(family, parameters):
+    """The density of one element of the data, built by torch."""
+    if family == "normal":
+        return torch.distributions.Normal(parameters, SCALE)
+    if family == "laplace":
+        return torch.distributions.Laplace(parameters, SCALE)
+    if family == "bernoulli":
+        return torch.distributions.Bernoulli(logits=parameters)
+    return torch.distributions.Categorical(logits=parameters)
+
+
+def made_up(kind, family):
+    torch.manual_seed(0)
+    schema = SCHEMAS[kind]
+    parameters = 2 * torch.randn(M, K, B, *KINDS[kind].parameter_shape(schema), dtype=torch.float64)
+    if family == "categorical":
+        data = torch.randint(NUM_WORDS, (B, *schema.shape))
+    elif family == "bernoulli":
+        data = torch.randint(2, (B, *schema.shape)).double()
+    else:
+        data = torch.rand(B, *schema.shape, dtype=torch.float64)
+    return data, parameters.requires_grad_()
+
+
+@pytest.mark.parametrize(("kind", "family"), CASES)
+def test_values_and_gradients_equal_those_of_torch(kind, family):
+    data, parameters = made_up(kind, family)
+    density = LIKELIHOODS[family].log_prob(data, parameters, SCALE)
+    assert density.shape == (M, K, *data.shape)
+    expected = torch.empty_like(density)
+    # One row of the leading axes after the other: what broadcasts wrongly shows.
+    for m in range(M):
+        for k in range(K):
+            for b in range(B):
+                expected[m, k, b] = reference(family, parameters[m, k, b]).log_prob(data[b])
+    torch.testing.assert_close(density, expected)
+    seeds = torch.randn_like(density)
+    (gradient,) = torch.autograd.grad((density * seeds).sum(), parameters)
+    (expected_gradient,) = torch.autograd.grad((expected * seeds).sum(), parameters)
+    torch.testing.assert_close(gradient, expected_gradient)
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize(("kind", "family"), CASES)
+def test_a_sample_has_the_sum_over_its_elements(kind, family):
+    data, parameters = made_up(kind, family)
+    log_prob = data_log_prob(LIKELIHOODS[family], SCALE, data, parameters)
+    event = len(SCHEMAS[kind].shape)
+    expected = torch.distributions.Independent(reference(family, parameters), event).log_prob(data)
+    assert log_prob.shape == (M, K, B)
+    torch.testing.assert_close(log_prob, expected)
+
+
+def test_bernoulli_of_shades_of_grey_is_the_cross_entropy():
+    shade = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
+    logits = torch.tensor([[-1.0, 0.5, 3.0], [2.0, -40.0, 40.0]], dtype=torch.float64)
+    bright = 1 / (1 + (-logits).exp())
+    dark = 1 / (1 + logits.exp())
+    expected = shade * bright.log() + (1 - shade) * dark.log()
+    torch.testing.assert_close(LIKELIHOODS["bernoulli"].log_prob(shade, logits, 1.0), expected)
+
+
+def test_logits_far_out_stay_finite_in_single_precision():
+    far = torch.tensor([[1e4, -1e4]])
+    assert LIKELIHOODS["categorical"].log_prob(torch.tensor([1]), far, 1.0).item() == -2e4
+    assert LIKELIHOODS["bernoulli"].log_prob(torch.tensor([0.0, 1.0]), far, 1.0).tolist() == [[-1e4, -1e4]]
+
+
+@pytest.mark.parametrize(("kind", "family"), CASES)
+def test_what_a_decoder_gives_becomes_data_of_the_kind(kind, family):
+    schema = SCHEMAS[kind]
+    _, parameters = made_up(kind, family)
+    data = LIKELIHOODS[family].to_data(parameters)
+    assert data.shape == (M, K, B, *schema.shape)
+    density = reference(family, parameters)
+    # `mean` of a categorical is not a number that means something; its mode is.
+    torch.testing.assert_close(data, density.mode if family == "categorical" else density.mean)
+
+
+def test_a_family_is_chosen_by_the_kind_unless_the_config_says_one():
+    chosen = {kind: likelihood_of(LikelihoodConfig(), schema) for kind, schema in SCHEMAS.items()}
+    names = {likelihood: name for name, likelihood in LIKELIHOODS.items()}
+    assert {kind: names[likelihood] for kind, likelihood in chosen.items()} == {
+        "image": "laplace",
+        "text": "categorical",
+        "vector": "normal",
+        "binary": "bernoulli",
+        "categorical": "categorical",
+    }
+    asked_for = likelihood_of(LikelihoodConfig(family="bernoulli"), SCHEMAS["image"])
+    assert asked_for is LIKELIHOODS["bernoulli"]

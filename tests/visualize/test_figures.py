@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from mixed import SCHEMAS, Mixed
+from sklearn.datasets import make_blobs
+
+from cmvae.clustering import clustering_metrics, merge_clusters
+from cmvae.data.index import ModalitySchema
+from cmvae.modalities import KINDS
+from cmvae.modalities.text import SPECIAL_TOKENS
+from cmvae.models.export import ClusterRecord, CurveRecord
+from cmvae.visualize.figures import (
+    cluster_tree,
+    confusion_matrix,
+    criterion_curves,
+    cross_modal_grid,
+    latent_map,
+    metric_comparison,
+    metrics_along,
+    project_2d,
+    sample_rows,
+)
+
+
+def pictures(figure: Figure) -> list[np.ndarray]:
+    figure.canvas.draw()
+    return [np.asarray(ax.images[0].get_array()) for ax in figure.axes]
+
+
+def image_schemas(names: Sequence[str], shape: tuple[int, ...]) -> dict[str, ModalitySchema]:
+    return dict.fromkeys(names, ModalitySchema(kind="image", shape=shape, dtype="uint8"))
+
+
+@pytest.mark.parametrize(("num_modalities", "channels", "size"), [(3, 3, 16), (5, 3, 28), (2, 1, 28)])
+def test_cross_modal_grid_puts_each_pair_in_its_place(num_modalities: int, channels: int, size: int) -> None:
+    names = [f"m{m}" for m in range(num_modalities)]
+    shape = (4, channels, size, size)
+    inputs = {name: np.full(shape, 100 + m, dtype=np.uint8) for m, name in enumerate(names)}
+    generated = {
+        (source, target): np.full(shape, i * num_modalities + j, dtype=np.uint8)
+        for i, source in enumerate(names)
+        for j, target in enumerate(names)
+    }
+    figure = cross_modal_grid(inputs, generated, schemas=image_schemas(names, shape[1:]))
+    rows = iter(pictures(figure))
+    # Axes run row by row: first the inputs, then one row a source.
+    for name in names:
+        assert next(rows)[1, 1, 0] == inputs[name].flat[0]
+    for source in names:
+        for target in names:
+            picture = next(rows)
+            assert picture.shape == (size + 2, 4 * (size + 1) + 1, 3)
+            assert picture[size, size, 0] == generated[source, target].flat[0]
+
+
+def test_images_keep_their_orientation_and_lie_a_white_pixel_apart() -> None:
+    image = np.zeros((2, 3, 4, 6), dtype=np.uint8)
+    image[0, 0, 0, :] = 250
+    image[0, 1, 3, 2] = 60
+    figure = cross_modal_grid({"m0": image}, {("m0", "m0"): image}, schemas=image_schemas(["m0"], (3, 4, 6)))
+    picture, _ = pictures(figure)
+    assert picture[1, 1:7, 0].tolist() == [250] * 6
+    assert picture[4, 3].tolist() == [0, 60, 0]
+    for line in (0, 5):
+        assert (picture[line] == 255).all()
+    for line in (0, 7, 14):
+        assert (picture[:, line] == 255).all()
+
+
+def test_what_a_sample_lacks_and_what_would_come_from_it_stays_white() -> None:
+    names = ["m0", "m1"]
+    black = np.zeros((2, 1, 8, 8), dtype=np.uint8)
+    figure = cross_modal_grid(
+        dict.fromkeys(names, black),
+        {(source, target): black for source in names for target in names},
+        schemas=image_schemas(names, (1, 8, 8)),
+        present={"m0": np.array([True, False]), "m1": np.array([True, True])},
+    )
+    shown = [
+        [bool((picture[1:9, 1 + 9 * n : 9 + 9 * n] == 0).all()) for n in range(2)]
+        for picture in pictures(figure)
+    ]
+    first, both = [True, False], [True, True]
+    # Inputs; from m0; from m1, which can make the missing m0.
+    assert shown == [first, both, first, first, both, both]
+
+
+def cells(ax: Axes) -> list[Axes]:
+    return list(ax.child_axes)
+
+
+def test_every_kind_is_drawn_as_it_draws_itself() -> None:
+    source = Mixed()
+    samples = [source.sample("test", index).values for index in range(3)]
+    values = {name: np.stack([sample[name] for sample in samples]) for name in SCHEMAS}
+    present = {name: np.ones(3, dtype=bool) for name in SCHEMAS}
+    present["caption"] = np.array([True, False, True])
+    figure = cross_modal_grid(
+        values,
+        {(a, b): values[b] for a in SCHEMAS for b in SCHEMAS},
+        {(a, "photo"): values["photo"] for a in SCHEMAS},
+        schemas=SCHEMAS,
+        present=present,
+    )
+    figure.canvas.draw()
+    rows = [figure.axes[start : start + 5] for start in range(0, len(figure.axes), 5)]
+    # The inputs, then two rows a source.
+    assert len(rows) == 11
+    photo, caption, sizes, marks, habitat = rows[0]
+    assert photo.images
+    assert not cells(photo)
+    texts = [cell.texts[0].get_text().split() for cell in cells(caption)]
+    assert texts == [KINDS["text"].to_text(values["caption"][n], SCHEMAS["caption"]).split() for n in (0, 2)]
+    assert [len(cell.patches) for cell in cells(sizes)] == [2, 2, 2]
+    assert [cell.images[0].get_array().tolist() for cell in cells(marks)] == values["marks"][:, None].tolist()
+    assert [cell.texts[0].get_text() for cell in cells(habitat)] == ["shore", "forest", "field"]
+    # From the caption, which the second sample lacks; and below it the refined photographs only.
+    assert [len(cells(ax)) for ax in rows[3]] == [0, 2, 2, 2, 2]
+    assert [len(cells(ax)) + len(ax.images) for ax in rows[4]] == [1, 0, 0, 0, 0]
+
+
+def test_drawn_text_stays_in_its_cell() -> None:
+    """Measured by the renderer: as many usual words as there is room for in the shards."""
+    vocabulary = (*SPECIAL_TOKENS, *(f"{letter}" * size for letter in "abcdefgh" for size in (1, 3, 4, 6, 8)))
+    for length in (2, 16, 32):
+        schema = ModalitySchema(kind="text", shape=(length,), dtype="int64", categories=vocabulary)
+        rng = np.random.default_rng(length)
+        values = rng.integers(3, len(vocabulary), size=(2, 3, length))
+        figure = sample_rows({"caption": values}, ["one", "two"], schemas={"caption": schema})
+        figure.canvas.draw()
+        for cell in cells(figure.axes[0]):
+            box, drawn = cell.get_window_extent(), cell.texts[0].get_window_extent()
+            assert drawn.height <= 1.1 * box.height
+            assert drawn.width <= 1.15 * box.width
+
+
+def test_rows_of_pictures_and_text_are_level() -> None:
+    source = Mixed()
+    samples = [source.sample("test", index).values for index in range(8)]
+    values = {
+        name: np.stack([sample[name] for sample in samples]).reshape(4, 2, *SCHEMAS[name].shape)
+        for name in ("photo", "caption")
+    }
+    figure = sample_rows(values, list("abcd"), schemas=SCHEMAS)
+    figure.canvas.draw()
+    photo, caption = (ax.get_window_extent() for ax in figure.axes)
+    assert photo.y0 == pytest.approx(caption.y0, abs=3)
+    assert photo.y1 == pytest.approx(caption.y1, abs=3)
+
+
+def test_sample_rows_keep_samples_and_titles_in_their_rows() -> None:
+    images = (10 * np.arange(6).reshape(3, 2, 1, 1, 1) * np.ones((3, 2, 3, 8, 8))).astype(np.uint8)
+    present = np.ones((3, 2), dtype=bool)
+    present[2, 1] = False
+    figure = sample_rows(
+        {"m0": images, "m1": 200 - images},
+        ["cluster 4", "cluster 7", "cluster 9"],
+        schemas=image_schemas(["m0", "m1"], (3, 8, 8)),
+        present={"m0": present, "m1": np.ones_like(present)},
+    )
+    first, second = pictures(figure)
+    assert first[1::9, 1::9, 0][:3, :2].tolist() == [[0, 10], [20, 30], [40, 255]]
+    assert second[1::9, 1::9, 0][:3, :2].tolist() == [[200, 190], [180, 170], [160, 150]]
+    labels = figure.axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["cluster 4", "cluster 7", "cluster 9"]
+    # Each title beside the middle of its row.
+    assert [label.get_position()[1] for label in labels] == pytest.approx([4.5, 13.5, 22.5], abs=0.5)
+
+
+def test_criterion_curves_stand_side_by_side_and_say_which_decides() -> None:
+    curve = CurveRecord(num_clusters=(5, 4, 3, 2), values=(0.1, 0.2, 0.6, 0.3), selected=3)
+    record = ClusterRecord(
+        criterion="silhouette", selected=3, told=None, curves={"entropy": curve, "silhouette": curve}
+    )
+    figure = criterion_curves(record)
+    figure.canvas.draw()
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert titles == ["silhouette: 3, decides", "entropy: 3"]
+    for ax in figure.axes:
+        assert ax.lines[0].get_xydata().T.tolist() == [[5, 4, 3, 2], [0.1, 0.2, 0.6, 0.3]]
+
+
+def test_the_tree_names_its_clusters() -> None:
+    points = np.repeat(10.0 * np.eye(4), 5, axis=0) + np.random.default_rng(0).normal(size=(20, 4))
+    figure = cluster_tree(merge_clusters(points.astype(np.float32), 6), 4)
+    figure.canvas.draw()
+    names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert len(set(names)) == 4
+    assert all(name.isdigit() for name in names)
+
+
+def test_confusion_matrix_shows_counts_and_names() -> None:
+    counts = np.array([[5, 0, 1], [0, 4, 0], [0, 0, 0]])
+    figure = confusion_matrix(counts, ["zero", "one", "two"], np.array([7, 2, 11]))
+    (share,) = pictures(figure)
+    assert share.tolist() == [[5 / 6, 0, 1 / 6], [0, 1, 0], [0, 0, 0]]
+    ax = figure.axes[0]
+    assert {(text.get_position(), text.get_text()) for text in ax.texts} == {
+        ((0, 0), "5"),
+        ((2, 0), "1"),
+        ((1, 1), "4"),
+    }
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["7", "2", "11"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["zero", "one", "two"]
+
+
+@pytest.mark.parametrize("num_categories", [3, 35])
+def test_latent_map_draws_every_point_of_every_category(num_categories: int) -> None:
+    points = np.random.default_rng(0).normal(size=(200, 2))
+    assignments = np.arange(200) % num_categories
+    figure = latent_map(points, assignments, labels=None)
+    figure.canvas.draw()
+    (ax,) = figure.axes
+    assert sum(len(collection.get_offsets()) for collection in ax.collections) == 200
+    colours = {tuple(collection.get_facecolor()[0]) for collection in ax.collections}
+    assert len(colours) == num_categories
+    assert len(latent_map(points, assignments, assignments // 2).axes) == 2
+
+
+def test_projection_keeps_clusters_apart_and_is_reproducible() -> None:
+    z, labels = make_blobs(n_samples=90, centers=3, n_features=16, cluster_std=0.5, random_state=0)
+    points = project_2d(z, seed=4)
+    assert points.shape == (90, 2)
+    centres = np.stack([points[labels == label].mean(axis=0) for label in range(3)])
+    nearest = np.linalg.norm(points[:, None] - centres, axis=2).argmin(axis=1)
+    assert clustering_metrics(nearest, labels)["acc"] == 1
+    np.testing.assert_array_equal(points, project_2d(z, seed=4))
+
+
+def test_pyplot_is_not_touched() -> None:
+    # pyplot keeps every figure alive and may look for a display.
+    script = "import sys, cmvae.visualize.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_comparison_shows_every_repeat_and_their_spread() -> None:
+    groups = {
+        "a": {"clustering/acc": [0.5, 0.7, 0.9], "probe/z/m0": [1.0]},
+        "b": {"clustering/acc": [0.6], "likelihood/joint": [-3.0, -5.0]},
+    }
+    figure = metric_comparison(groups)
+    figure.canvas.draw()
+    panels = {ax.get_title(loc="left"): ax for ax in figure.axes if ax.get_visible()}
+    assert list(panels) == ["clustering/acc", "likelihood/joint"]
+    acc = panels["clustering/acc"]
+    points = [line.get_xydata().tolist() for line in acc.lines if line.get_marker() == "o"]
+    assert points == [[[0.5, 0], [0.7, 0], [0.9, 0]], [[0.6, 1]]]
+    means = [container.lines[0].get_xydata().tolist() for container in acc.containers]
+    np.testing.assert_allclose(means, [[[0.7, 0]], [[0.6, 1]]])
+    (bar,) = acc.containers[0].lines[2][0].get_segments()
+    assert bar[:, 0] == pytest.approx([0.5, 0.9])
+    assert [label.get_text() for label in acc.get_yticklabels()] == ["a", "b"]
+    (ax,) = metric_comparison(groups, ["likelihood/joint"]).axes
+    assert ax.get_title(loc="left") == "likelihood/joint"
+    # What is no main metric is only drawn when there is nothing else.
+    (ax,) = metric_comparison({"a": {"probe/z/m0": [1.0]}}).axes
+    assert ax.get_title(loc="left") == "probe/z/m0"
+
+
+def test_metrics_along_a_setting_are_lines_through_the_means() -> None:
+    groups = {
+        0.5: {"clustering/acc": [0.6], "clustering/nmi": [0.5]},
+        0.0: {"clustering/acc": [0.8, 0.9, 1.0]},
+        0.2: {"clustering/acc": [0.7, 0.9]},
+    }
+    figure = metrics_along(groups, "missing", ["clustering/nmi", "clustering/acc"])
+    figure.canvas.draw()
+    nmi, acc = (ax for ax in figure.axes if ax.get_visible())
+    assert [ax.get_title(loc="left") for ax in (nmi, acc)] == ["clustering/nmi", "clustering/acc"]
+    assert acc.get_xlabel() == "missing"
+    (line,) = acc.containers
+    np.testing.assert_allclose(line.lines[0].get_xydata(), [[0, 0.9], [0.2, 0.8], [0.5, 0.6]])
+    bars = [bar[:, 1].tolist() for bar in line.lines[2][0].get_segments()]
+    np.testing.assert_allclose(bars, [[0.8, 1.0], [0.8 - 0.02**0.5, 0.8 + 0.02**0.5], [0.6, 0.6]])
+    points = [dots.get_xydata().tolist() for dots in acc.lines if dots.get_marker() == "o"]
+    assert points == [[[0, 0.8], [0, 0.9], [0, 1]], [[0.2, 0.7], [0.2, 0.9]], [[0.5, 0.6]]]
+    (only,) = nmi.containers
+    np.testing.assert_allclose(only.lines[0].get_xydata(), [[0.5, 0.5]])

@@ -1,0 +1,353 @@
+"""Measure how fast the parts are: python tools/benchmarks {train,read,select,sample,evaluate} ….
+
+Everything is timed several times, in turns (A B A B) where things are compared, and told as the median with
+the range. `python tools/benchmarks train --help` and so on say more; docs/performance.md has what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from cmvae.config import MetricGroup, load_config
+from cmvae.utils.arguments import non_negative_integer, positive_integer
+from cmvae.utils.errors import UserError
+from cmvae.utils.files import write_whole
+from cmvae.utils.process_exit import run_main
+
+if TYPE_CHECKING:  # slow to import
+    from turns import Measured, Variant
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Measure how fast the parts are.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--repeats", type=positive_integer, default=5, metavar="N", help="timed runs of each")
+    common.add_argument(
+        "--warm-up",
+        type=non_negative_integer,
+        default=1,
+        metavar="N",
+        help="runs of each before those that are timed",
+    )
+    common.add_argument("--out", type=Path, metavar="FILE.json", help="also write all of it there")
+
+    train = commands.add_parser(
+        "train", parents=[common], help="updates of a CMVAE", description="Time updates of a CMVAE."
+    )
+    train.add_argument("config", metavar="configs/NAME.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    train.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="SETTINGS",
+        help="the same with these settings, key=value separated by spaces; any number of times",
+    )
+    train.add_argument(
+        "--beside-checkout", type=Path, metavar="FOLDER", help="the same done by another checkout"
+    )
+    train.add_argument(
+        "--reference",
+        action="store_true",
+        help="also the released code's way: a decoder call a pair, fp32, default layout",
+    )
+    train.add_argument(
+        "--synthetic", type=positive_integer, metavar="M", help="so many modalities like the config's first"
+    )
+    train.add_argument(
+        "--image-size", type=positive_integer, default=28, metavar="PX", help="side of random images"
+    )
+    train.add_argument(
+        "--read",
+        action="store_true",
+        help="read the config's shards, not one random batch; one variant after the other, for readers work "
+        "ahead",
+    )
+    train.add_argument("--updates", type=positive_integer, default=1, metavar="N", help="in a timed run")
+    train.add_argument(
+        "--profile", type=Path, metavar="TRACE.json", help="write a trace of the first variant"
+    )
+
+    read = commands.add_parser(
+        "read",
+        parents=[common],
+        help="the reader",
+        description="Time the reader on a train split, and a DataLoader over the same images in a folder.",
+    )
+    read.add_argument("shards", metavar="shards/NAME")
+    read.add_argument("--workers", type=non_negative_integer, nargs="+", default=[0, 1, 2], metavar="N")
+    read.add_argument("--batch-size", type=positive_integer, default=128, metavar="B")
+    read.add_argument(
+        "--batches",
+        type=positive_integer,
+        default=32,
+        metavar="N",
+        help="in a timed run (default: 32; of 128 samples, as many as are shuffled together)",
+    )
+    read.add_argument(
+        "--folder",
+        type=positive_integer,
+        metavar="N",
+        help="beside it a folder of the first N samples' images",
+    )
+
+    select = commands.add_parser(
+        "select",
+        parents=[common],
+        help="the selection of clusters",
+        description="Time the selection of clusters from one encoding pass, and with one for each number.",
+    )
+    select.add_argument("run", metavar="runs/NAME")
+
+    sample = commands.add_parser(
+        "sample", parents=[common], help="refined images", description="Time the refinement of images."
+    )
+    sample.add_argument("run", metavar="runs/NAME_refiner")
+    sample.add_argument("--steps", type=positive_integer, nargs="+", default=[10, 20, 50], metavar="N")
+    sample.add_argument("--images", type=positive_integer, default=1000, metavar="N", help="in a timed run")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        parents=[common],
+        help="groups of metrics",
+        description="Time each group of metrics of an evaluation.",
+    )
+    evaluate.add_argument("run", metavar="runs/NAME")
+    evaluate.add_argument("--metrics", nargs="+", choices=get_args(MetricGroup), metavar="GROUP")
+    parsed, left = parser.parse_known_args(arguments)
+    # Those that follow an option: argparse takes all positional arguments of a sub-command at once.
+    overrides = [argument for argument in left if parsed.command == "train" and not argument.startswith("-")]
+    if overrides != left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if overrides:
+        parsed.overrides = [*parsed.overrides, *overrides]
+    return parsed
+
+
+def check_files(arguments: argparse.Namespace) -> None:
+    """Refuse files that could not be written when all is measured.
+
+    Raises:
+        UserError: their folder is not there.
+    """
+    for option in ("out", "profile"):
+        path: Path | None = getattr(arguments, option, None)
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"--{option} {path}: there is no folder {path.parent}. Make it, or name another")
+
+
+def train_variants(arguments: argparse.Namespace) -> list[Variant]:
+    """The config as it is, then what stands beside it."""
+    import torch
+    from turns import Variant
+
+    from cmvae.models.precision import network_precision
+
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    common = {
+        "config_path": str(Path(arguments.config).resolve()),
+        "synthetic": arguments.synthetic,
+        "image_size": arguments.image_size,
+        "read": arguments.read,
+        "updates": arguments.updates,
+    }
+    own = {**common, "overrides": arguments.overrides}
+    profile = str(arguments.profile.resolve()) if arguments.profile is not None else None
+    variants = [Variant("as configured", "update", {**own, "profile": profile})]
+    for settings in arguments.beside:
+        overrides = [*arguments.overrides, *settings.split()]
+        variants.append(Variant(settings, "update", {**common, "overrides": overrides}))
+    if arguments.beside_checkout is not None:
+        checkout = arguments.beside_checkout.resolve()
+        if not (checkout / "cmvae").is_dir():
+            raise UserError(f"--beside-checkout {arguments.beside_checkout}: holds no cmvae/")
+        variants.append(Variant(f"as in {arguments.beside_checkout}", "update", own, checkout))
+    if arguments.reference:
+        variants.append(Variant("pair by pair, fp32", "update", {**own, "reference": True}))
+    last = variants[-1].title
+    variants = [*(replace(variant, compared_with=last) for variant in variants[:-1]), variants[-1]]
+    precisions = [
+        "fp32"
+        if variant.arguments.get("reference")
+        else network_precision(
+            load_config(arguments.config, variant.arguments["overrides"]).train.mixed_precision, device
+        )
+        for variant in variants
+    ]
+    return variants + [
+        Variant(f"3×3 convolutions, {precision}", "ceiling", {"precision": precision})
+        for precision in dict.fromkeys(precisions)
+    ]
+
+
+def read_variants(arguments: argparse.Namespace, folder: Path) -> list[Variant]:
+    """The reader with each number of workers, then the folder with each."""
+    from reading import write_folder
+    from turns import Variant
+
+    common = {"batch_size": arguments.batch_size, "num_batches": arguments.batches}
+    variants = [
+        Variant(f"shards, {n} workers", "shards", {**common, "shards": arguments.shards, "num_workers": n})
+        for n in arguments.workers
+    ]
+    if arguments.folder is not None:
+        write_folder(arguments.shards, folder, arguments.folder)
+        of_folder = [
+            Variant(f"folder, {n} workers", "folder", {**common, "folder": str(folder), "num_workers": n})
+            for n in arguments.workers
+        ]
+        variants = [
+            replace(variant, compared_with=other.title)
+            for variant, other in zip(variants, of_folder, strict=True)
+        ] + of_folder
+    return variants
+
+
+def measure(arguments: argparse.Namespace) -> list[Measured]:
+    """Time what was asked for."""
+    from turns import Variant, measure_in_turns
+
+    repeats, warm_up = arguments.repeats, arguments.warm_up
+    if arguments.command == "train":
+        return measure_in_turns(train_variants(arguments), repeats, warm_up, alone=arguments.read)
+    if arguments.command == "read":
+        with tempfile.TemporaryDirectory() as folder:
+            # Reader processes work ahead: those of one variant would take the cores of another.
+            return measure_in_turns(read_variants(arguments, Path(folder)), repeats, warm_up, alone=True)
+    if arguments.command == "select":
+        again = Variant("one for each number of clusters", "selection", {"run": arguments.run, "again": True})
+        once = Variant("one encoding pass", "selection", {"run": arguments.run, "again": False})
+        variants = [replace(once, compared_with=again.title), again]
+    elif arguments.command == "sample":
+        common = {"run": arguments.run, "num_images": arguments.images}
+        variants = [
+            Variant(f"{steps} steps", "refining", {**common, "overrides": [f"num_steps={steps}"]})
+            for steps in arguments.steps
+        ]
+    else:
+        groups = arguments.metrics or get_args(MetricGroup)
+        variants = [Variant(group, "evaluation", {"run": arguments.run, "group": group}) for group in groups]
+    return measure_in_turns(variants, repeats, warm_up)
+
+
+def format_table(measured: Sequence[Measured]) -> str:
+    """A Markdown table: medians, ranges, shares of the ceiling, and rates in multiples of one another."""
+    ceilings = {m.facts["precision"]: m.median_flops for m in measured if m.variant.job == "ceiling"}
+    idle = [m for m in measured if m.facts.get("metrics") == 0]
+    rows = [m for m in measured if m.variant.job != "ceiling" and m not in idle]
+    head = [
+        "",
+        "items/s",
+        "range",
+        "seconds a run",
+        "GFLOP/s",
+        "of the ceiling",
+        "data wait",
+        "GiB",
+        "times as fast as",
+    ]
+    lines = [head]
+    for m in rows:
+        flops, share = m.median_flops, m.data_wait_share
+        ceiling, ratio = ceilings.get(m.facts.get("precision")), rate_ratio(m, rows)
+        lines.append(
+            [
+                m.variant.title,
+                f"{m.median_rate:.3g}",
+                f"{min(m.rates):.3g}–{max(m.rates):.3g}",
+                f"{m.median_seconds:.3g}",
+                "" if flops is None else f"{flops / 1e9:.0f}",
+                "" if flops is None or ceiling is None else f"{flops / ceiling:.0%}",
+                "" if share is None else f"{share:.1%}",
+                f"{m.peak_memory_bytes / 2**30:.2f}",
+                "" if ratio is None else f"{ratio:.2f} × {m.variant.compared_with}",
+            ]
+        )
+    filled = [place for place in range(len(head)) if not rows or any(line[place] for line in lines[1:])]
+    lines = [[line[place] for place in filled] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    table = "\n".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
+        for line in lines
+    )
+    notes = [
+        f"{m.variant.title}, forward and backward: {m.median_flops / 1e9:.0f} GFLOP/s"
+        for m in measured
+        if m.variant.job == "ceiling" and m.median_flops is not None
+    ]
+    if all(m.variant.job == "evaluation" for m in measured):
+        notes.append(f"all of them: {sum(m.median_seconds for m in rows):.3g} seconds")
+    if idle:
+        notes.append(f"no metric for this run: {', '.join(m.variant.title for m in idle)}")
+    return "\n\n".join([table, *notes])
+
+
+def rate_ratio(measured: Measured, among: Sequence[Measured]) -> float | None:
+    """How many times as fast it is as that which it is compared with; None if with nothing."""
+    others = (m for m in among if m.variant.title == measured.variant.compared_with)
+    return next((measured.median_rate / other.median_rate for other in others), None)
+
+
+def record(arguments: argparse.Namespace, measured: Sequence[Measured]) -> dict[str, Any]:
+    """All of it, for a file."""
+    import torch
+
+    device = torch.accelerator.current_accelerator()
+    return {
+        "command": sys.argv[1:],
+        "machine": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else str(device or "cpu"),
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+        "measured": [
+            {
+                "title": m.variant.title,
+                "job": m.variant.job,
+                "arguments": m.variant.arguments,
+                "checkout": str(m.variant.checkout),
+                "items": m.num_items,
+                "seconds": m.seconds,
+                "median_items_per_second": m.median_rate,
+                "compared_with": m.variant.compared_with,
+                "times_as_fast": rate_ratio(m, measured),
+                "flops_per_second": m.median_flops,
+                "peak_memory_bytes": m.peak_memory_bytes,
+                "data_wait_share": m.data_wait_share,
+                "facts": m.facts,
+            }
+            for m in measured
+        ],
+    }
+
+
+def main() -> int:
+    """Measure, print the table, write the record."""
+    arguments = parse_arguments()
+    check_files(arguments)
+    measured = measure(arguments)
+    print(format_table(measured))
+    if arguments.out is not None:
+        try:
+            write_whole(arguments.out, (json.dumps(record(arguments, measured), indent=2) + "\n").encode())
+        except OSError as error:
+            raise UserError(f"--out {arguments.out}: cannot be written: {error}") from error
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,109 @@
+"""Jobs on a trained run: the selection of clusters, refined images, and the groups of an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from job import Job
+
+from cmvae.config import CMVAEExperiment, RefinerExperiment, load_run_config
+from cmvae.data.index import ShardIndex
+from cmvae.data.reader import EvaluationLoader
+from cmvae.distributed import start_evaluation_accelerator
+from cmvae.evaluation.result import GroupResult
+from cmvae.evaluation.run import evaluate_groups, load_context
+from cmvae.models.cmvae import CMVAE
+from cmvae.models.dcmvae import DCMVAE
+from cmvae.models.encoding import all_log_weights, encode_split, select_model_clusters
+from cmvae.utils.errors import UserError
+
+
+def selection_job(run: str, again: bool) -> Job:
+    """Select the clusters of a run on its validation split.
+
+    Args:
+        run: folder of a CMVAE's run.
+        again: encode the split again for every number of clusters, as the released code does; else once.
+
+    Raises:
+        UserError: the folder is no run of a CMVAE.
+    """
+    config = load_run_config(Path(run))
+    if not isinstance(config, CMVAEExperiment):
+        raise UserError(f"{run}: the run of a refiner, which has no clusters. Give that of its CMVAE")
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = CMVAE.from_pretrained(Path(run) / "export", device)
+    # Batches in memory: encoding is compared, not reading.
+    batches = list(
+        EvaluationLoader(
+            config.data.shards,
+            split="validation",
+            modalities=model.modality_names,
+            batch_size=config.evaluation.batch_size,
+        )
+    )
+    passes = len(all_log_weights(model)) - 1 if again else 1
+
+    def run_once() -> None:
+        for _ in range(passes):
+            encoded = encode_split(model, batches)
+        select_model_clusters(model, encoded, config.objective.beta)
+
+    return Job(run_once, sum(int(batch["valid"].sum()) for batch in batches), {"encoding_passes": passes})
+
+
+def refining_job(run: str, overrides: list[str], num_images: int) -> Job:
+    """Refine unconditional generations, which are made beforehand.
+
+    Args:
+        run: folder of a refiner's run.
+        overrides: settings of the sampler to change, `num_steps=20`.
+        num_images: in one run, over all modalities; rounded up to equally many of each.
+
+    Raises:
+        UserError: the folder is no run of a refiner.
+    """
+    config = load_run_config(Path(run), [f"refiner.sampler.{setting}" for setting in overrides])
+    if not isinstance(config, RefinerExperiment):
+        raise UserError(f"{run}: the run of a CMVAE, which refines nothing. Give that of its refiner")
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    both = DCMVAE.from_run(config, Path(run), device)
+    images = list(both.refiner.schemas)
+    each = -(-num_images // len(images))
+    latents = both.cmvae.sample_latents(each, generator=torch.Generator(device).manual_seed(config.seed))
+    blurred = both.cmvae.decode(latents.shared, {name: latents.private[name] for name in images})
+    size = config.evaluation.batch_size
+
+    def run_once() -> None:
+        for first in range(0, each, size):
+            rows = slice(first, first + size)
+            seeds = range(each)[rows]
+            part = {name: x[rows] for name, x in blurred.items()}
+            both.refine(part, latents.shared[rows], seeds=seeds)
+
+    return Job(run_once, each * len(images))
+
+
+def evaluation_job(run: str, group: str) -> Job:
+    """One group of metrics of a run, nothing written.
+
+    Args:
+        run: folder of a run.
+        group: of `evaluation.metrics`. After a run the facts `metrics` and `left_out` say how many
+            it has for this model, and why not more.
+    """
+    config = load_run_config(Path(run), [f"evaluation.metrics=[{group}]"])
+    index = ShardIndex.load(config.data.shards)
+    context = load_context(config, index, Path(run), start_evaluation_accelerator())
+
+    def run_once() -> None:
+        total = GroupResult()
+        for result in evaluate_groups(context, config, Path(run)):
+            total.add(result)
+        facts.update(metrics=len(total.metrics), left_out=total.left_out)
+
+    facts: dict[str, Any] = {}
+    num_samples = index.split(config.evaluation.split, config.data.shards).num_samples
+    return Job(run_once, num_samples, facts)

@@ -1,0 +1,113 @@
+"""The way of working of the released code, with the same objective: what a benchmark of training is against.
+
+One decoder call for every pair of source and target, upsampling before convolving and pooling after it, the
+default memory layout, fp32 everywhere, torch's default Adam.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import MethodType
+from typing import cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from cmvae.config import ObjectiveConfig, OptimizerConfig
+from cmvae.models.cmvae import CMVAE
+from cmvae.models.networks.encoder import TwoTrunkEncoder
+from cmvae.models.networks.image import (
+    ImageDecoder,
+    ImageEncoder,
+    PooledResidualBlock,
+    ResidualBlock,
+    UpsampledResidualBlock,
+)
+from cmvae.training.cmvae_task import CMVAETask, LatentNoise
+
+
+class PlainImageDecoder(nn.Module):
+    """An `ImageDecoder` that upsamples first and convolves then, with the same weights.
+
+    Args:
+        decoder: whose weights are taken; it stays as it is.
+    """
+
+    def __init__(self, decoder: ImageDecoder) -> None:
+        super().__init__()
+        decoder = copy.deepcopy(decoder)
+        self.height, self.width_px, self.stem = decoder.height, decoder.width_px, decoder.stem
+        self.layers = plain_layers(decoder.layers)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """As of `ImageDecoder`."""
+        maps = rearrange(self.stem(latents), "b (h w c) -> b c h w", h=self.height, w=self.width_px)
+        return self.layers(maps.contiguous())
+
+
+def plain_layers(layers: nn.Sequential) -> nn.Sequential:
+    """The same layers and weights, where a block upsamples before its convolutions and pools after them."""
+    plain: list[nn.Module] = []
+    for layer in layers:
+        if isinstance(layer, UpsampledResidualBlock):
+            plain += [nn.Upsample(scale_factor=2, mode="nearest"), _plain_block(layer)]
+        elif isinstance(layer, PooledResidualBlock):
+            plain += [_plain_block(layer), nn.AvgPool2d(3, stride=2, padding=1)]
+        else:
+            plain.append(layer)
+    return nn.Sequential(*plain)
+
+
+def _plain_block(block: UpsampledResidualBlock | PooledResidualBlock) -> ResidualBlock:
+    first, second = (cast(nn.Conv2d, block.branch[place]) for place in (1, 3))
+    plain = ResidualBlock(first.in_channels, second.out_channels)
+    plain.load_state_dict(block.state_dict())
+    return plain
+
+
+class ReferenceTask(CMVAETask):
+    """A `CMVAETask` that decodes pair by pair.
+
+    Args:
+        model: whose weights are taken; it stays as it is.
+        objective: of which every cross source is decoded.
+    """
+
+    def __init__(self, model: CMVAE, objective: ObjectiveConfig) -> None:
+        plain = CMVAE(model.config, model.schemas)
+        plain.load_state_dict(model.state_dict())
+        for name, decoder in plain.decoders.items():
+            if isinstance(decoder, ImageDecoder):
+                plain.decoders[name] = PlainImageDecoder(decoder)
+        for encoder in plain.encoders.values():
+            if isinstance(encoder, ImageEncoder):
+                for trunk in (encoder.shared_trunk, encoder.private_trunk):
+                    trunk.layers = plain_layers(cast(nn.Sequential, trunk.layers))
+                # It would change the layout, which every convolution passes on.
+                encoder.prepare = MethodType(TwoTrunkEncoder.prepare, encoder)  # type: ignore[method-assign]
+        super().__init__(plain, objective.model_copy(update={"cross_sources": "all"}))
+
+    def _log_likelihood(
+        self, target: int, x: Tensor, shared: Tensor, private: Tensor, noise: LatentNoise
+    ) -> Tensor:
+        name = self.model.modality_names[target]
+        auxiliary = self.model.auxiliary_prior(name) if len(private) > 1 else None
+        decoded = []
+        for source in range(len(private)):
+            latents = private[source]
+            if source != target and auxiliary is not None:
+                latents = auxiliary.sample(noise.private[target, source])
+            decoded.append(self._decode(name, x, shared[source], latents))
+        return torch.stack(decoded)
+
+
+def build_reference_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Adam:
+    """Adam as torch makes it by default: not fused."""
+    return torch.optim.Adam(
+        module.parameters(),
+        lr=config.learning_rate,
+        betas=config.betas,
+        amsgrad=config.amsgrad,
+        weight_decay=config.weight_decay,
+    )

@@ -1,0 +1,138 @@
+r"""How well restarts were chosen, by labels that the choice did not see: a row for each set of restarts.
+
+    python tools/benchmarks/score_restarts.py runs/wine-restarts runs/mfeat-restarts
+
+Accuracy (best one-to-one matching of clusters and classes) on all labelled samples of all splits: of the
+chosen run, of the best, of the consensus, of every run, and of the run that another rule would have taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cmvae.commands.restart_runs import CONSENSUS_NAME, RESTARTS_NAME
+from cmvae.config import CMVAEExperiment, load_cmvae_run
+from cmvae.data.index import ShardIndex
+from cmvae.utils.errors import UserError
+from cmvae.utils.process_exit import run_main
+
+Clusters = Mapping[tuple[str, str], int]
+"""By key and split."""
+
+# The larger the better. The entropy and the contrast are losses.
+RULES = {
+    "bound": lambda run: run["bound"],
+    "silhouette": lambda run: run["criteria"].get("silhouette"),
+    "stability": lambda run: run["criteria"].get("stability"),
+    "entropy": lambda run: -run["criteria"]["entropy"],
+    "contrast": lambda run: None if run["contrast"] is None else -run["contrast"],
+}
+COLUMNS = (
+    "restarts",
+    "mean ARI",
+    "each run",
+    "chosen",
+    "best",
+    "consensus",
+    *(f"by {rule}" for rule in RULES),
+)
+
+
+def read_labels(config: CMVAEExperiment) -> Clusters:
+    """The labels of all samples that have one.
+
+    Raises:
+        UserError: there is none.
+    """
+    from cmvae.data.reader import EvaluationLoader
+
+    modalities, batch_size = list(config.model.modalities), config.evaluation.batch_size
+    labels: dict[tuple[str, str], int] = {}
+    for split in ShardIndex.load(config.data.shards).splits:
+        loader = EvaluationLoader(
+            config.data.shards, split=split, modalities=modalities, batch_size=batch_size
+        )
+        for batch in loader:
+            for place in (batch["valid"] & (batch["label"] >= 0)).nonzero().flatten().tolist():
+                labels[batch["key"][place], split] = int(batch["label"][place])
+    if not labels:
+        raise UserError(f"{config.data.shards}: has no labels to measure by. Pack the data with --label")
+    return labels
+
+
+def read_clusters(config: CMVAEExperiment) -> Clusters:
+    """The clusters of all samples by a run."""
+    from cmvae.commands.cluster_table import assign_samples
+
+    splits, modalities = list(ShardIndex.load(config.data.shards).splits), list(config.model.modalities)
+    rows = assign_samples(
+        config.run_dir / "export", config.data.shards, splits, modalities, config.evaluation.batch_size
+    )
+    return {(row["key"], row["split"]): row["cluster"] for row in rows if "cluster" in row}
+
+
+def read_consensus(path: Path) -> Clusters:
+    """The clusters of `consensus.csv`."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {(row["key"], row["split"]): int(row["cluster"]) for row in rows if row["cluster"]}
+
+
+def accuracy(clusters: Clusters, labels: Clusters) -> float:
+    """Of the samples that have both."""
+    import numpy as np
+
+    from cmvae.clustering import clustering_metrics
+
+    both = sorted(clusters.keys() & labels.keys())
+    found, true = (np.array([values[sample] for sample in both]) for values in (clusters, labels))
+    return clustering_metrics(found, true)["acc"]
+
+
+def score(folder: Path) -> list[str]:
+    """The cells of a row.
+
+    Raises:
+        UserError: the folder has no restarts, a run is damaged, or the data has no labels.
+    """
+    try:
+        answer: dict[str, Any] = json.loads((folder / RESTARTS_NAME).read_text(encoding="utf-8"))
+        consensus = read_consensus(folder / CONSENSUS_NAME)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: {error}. Make it with launch/restarts.py") from error
+    runs = answer["runs"]
+    configs = [load_cmvae_run(Path(run["folder"])) for run in runs]
+    labels = read_labels(configs[0])
+    accuracies = [accuracy(read_clusters(config), labels) for config in configs]
+    by_folder = {run["folder"]: value for run, value in zip(runs, accuracies, strict=True)}
+    cells: list[float | None] = [
+        by_folder[answer["chosen"]],
+        max(accuracies),
+        accuracy(consensus, labels),
+    ]
+    for value in RULES.values():
+        known = [run for run in runs if value(run) is not None]
+        cells.append(by_folder[max(known, key=value)["folder"]] if known else None)
+    each = " ".join(f"{value:.3f}" for value in accuracies)
+    numbers = ["-" if value is None else f"{value:.3f}" for value in cells]
+    return [str(folder), f"{answer['mean_pairwise_ari']:.3f}", each, *numbers]
+
+
+def main() -> int:
+    """Print a table in Markdown."""
+    parser = argparse.ArgumentParser(description="How well restarts were chosen, by labels.")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="runs/NAME-restarts")
+    arguments = parser.parse_args()
+    rows = [score(folder) for folder in arguments.folders]
+    for row in (COLUMNS, ["---"] * len(COLUMNS), *rows):
+        print(f"| {' | '.join(row)} |")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,225 @@
+"""Jobs of training: an update, and the arithmetic that no update can be faster than."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from job import Job
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from cmvae.config import CMVAEExperiment, load_config
+from cmvae.data.batch import to_device
+from cmvae.data.index import ModalitySchema, ShardIndex
+from cmvae.data.reader import TrainingLoader
+from cmvae.models.cmvae import CMVAE, channels_last
+from cmvae.models.networks import IMAGE_NETWORKS
+from cmvae.models.precision import AUTOCAST_DTYPES, Precision, network_precision
+from cmvae.training.optimization import build_optimizer
+from cmvae.training.tasks import CMVAETask
+from cmvae.utils.errors import UserError
+from cmvae.utils.memory import keep_freed_memory
+
+# Channels and side of the 3×3 convolutions in the published PolyMNIST networks; all take as many operations.
+CEILING_SHAPES = ((64, 28), (128, 14), (256, 7))
+CEILING_BATCH = 64
+# So many as a decoder of a published batch is given from five sources: less leaves a GPU idle.
+CEILING_BATCH_ON_GPU = 640
+# Shorter runs of a GPU would be as long as it takes to start them.
+CEILING_SECONDS = 0.2
+
+
+def update_job(
+    config_path: str,
+    overrides: Sequence[str] = (),
+    synthetic: int | None = None,
+    image_size: int = 28,
+    reference: bool = False,
+    read: bool = False,
+    updates: int = 1,
+    profile: str | None = None,
+) -> Job:
+    """Updates of a CMVAE: forward, backward, clipping, optimizer.
+
+    Args:
+        config_path: an experiment's YAML file.
+        overrides: settings to change, `key=value`.
+        synthetic: so many copies of the config's first modality instead of its own.
+        image_size: pixels a side of random images, whose shape no shards tell.
+        reference: the plain way, see `reference`.
+        read: read the config's shards; else one random batch is taken again and again.
+        updates: in one run.
+        profile: file for a trace of one run, for chrome://tracing; None profiles nothing.
+
+    Raises:
+        UserError: the config is of no CMVAE, or has other modalities than images and nothing is read.
+    """
+    config = load_config(config_path, list(overrides))
+    if not isinstance(config, CMVAEExperiment):
+        raise UserError(f"{config_path}: trains a refiner; a benchmark of training takes a CMVAE's config")
+    config = _with_modalities(config, synthetic)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    torch.manual_seed(config.seed)
+    names = list(config.model.modalities)
+    if read:
+        schemas: Mapping[str, ModalitySchema] = ShardIndex.load(config.data.shards).modalities
+        batches = read_forever(config, names)
+    else:
+        schemas = _made_up_schemas(config, image_size)
+        batches = _repeat_random(config, schemas)
+    precision = "fp32" if reference else network_precision(config.train.mixed_precision, device)
+    model = CMVAE(config.model, schemas, AUTOCAST_DTYPES[precision])
+    build = build_optimizer
+    if reference:
+        # Only here: another checkout, whose code is timed, may lack what it builds on.
+        from reference import ReferenceTask, build_reference_optimizer
+
+        task: CMVAETask = ReferenceTask(model, config.objective)
+        build = build_reference_optimizer
+    else:
+        task = CMVAETask(model, config.objective)
+        channels_last(task)
+        if device.type == "cpu":
+            keep_freed_memory()
+    if config.train.compile and not reference:
+        task.compile_networks()
+    task.to(device)
+    optimizer = build(task, config.optimizer)
+    waited = [0.0]
+
+    def run() -> None:
+        waited[0] = 0.0
+        for _ in range(updates):
+            started = time.perf_counter()
+            raw = next(batches)
+            waited[0] += time.perf_counter() - started
+            loss, _ = task(to_device(raw, task.schemas, device))
+            loss.backward()
+            if config.optimizer.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(task.parameters(), config.optimizer.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def count_and_trace() -> dict[str, Any]:
+        with FlopCounterMode(display=False) as counter:  # keeps what a checkpointed decoder would give back
+            run()
+        if profile is not None:
+            with torch.profiler.profile() as trace:
+                run()
+            trace.export_chrome_trace(profile)
+        return {"flops": counter.get_total_flops()}
+
+    facts = {
+        "batch_size": config.train.batch_size,
+        "parameters": sum(parameter.numel() for parameter in task.parameters()),
+        "precision": precision,
+        "device": str(device),
+    }
+    waiting = (lambda: waited[0]) if read else None
+    return Job(run, updates * config.train.batch_size, facts, waiting, count_and_trace)
+
+
+def ceiling_job(precision: Precision) -> Job:
+    """3×3 convolutions, forward and backward, channels-last: the rate that networks of them can reach.
+
+    Of several shapes it takes the fastest.
+
+    Args:
+        precision: `fp32`, `bf16` or `fp16`.
+    """
+    dtype = AUTOCAST_DTYPES[precision] or torch.float32
+    timed = [_convolutions(channels, side, dtype) for channels, side in CEILING_SHAPES]
+    fastest, _ = max(timed, key=lambda job_and_rate: job_and_rate[1])
+    return replace(fastest, facts=fastest.facts | {"precision": precision})
+
+
+def _convolutions(channels: int, side: int, dtype: torch.dtype) -> tuple[Job, float]:
+    """So many convolutions of one shape as take `CEILING_SECONDS`, and their operations a second."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    batch_size = CEILING_BATCH if device.type == "cpu" else CEILING_BATCH_ON_GPU
+
+    def draw(*shape: int) -> Tensor:
+        tensor = torch.randn(shape, device=device, dtype=dtype)
+        return tensor.to(memory_format=torch.channels_last).requires_grad_()
+
+    x = draw(batch_size, channels, side, side)
+    weight = draw(channels, channels, 3, 3)
+    towards = torch.ones_like(x)
+
+    def convolve() -> None:
+        torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), towards)
+
+    # Counting warms up, too: a first convolution may take longer than all that are timed.
+    with FlopCounterMode(display=False) as counter:
+        convolve()
+    flops = counter.get_total_flops()
+
+    def repeat(times: int) -> Job:
+        def run() -> None:
+            for _ in range(times):
+                convolve()
+
+        return Job(run, times * batch_size, {"flops": times * flops, "channels": channels, "side": side})
+
+    job = repeat(times := 1)
+    while (seconds := job.measure()["seconds"]) < CEILING_SECONDS:
+        job = repeat(times := 2 * times)
+    return job, job.facts["flops"] / seconds
+
+
+def _with_modalities(config: CMVAEExperiment, synthetic: int | None) -> CMVAEExperiment:
+    if synthetic is None:
+        return config
+    first = next(iter(config.model.modalities.values()))
+    modalities = {f"m{place}": first for place in range(synthetic)}
+    model = config.model.model_copy(update={"modalities": modalities})
+    return config.model_copy(update={"model": model})
+
+
+def _made_up_schemas(config: CMVAEExperiment, image_size: int) -> dict[str, ModalitySchema]:
+    others = [
+        name for name, it in config.model.modalities.items() if it.network not in (None, *IMAGE_NETWORKS)
+    ]
+    if others:
+        raise UserError(
+            f"{', '.join(others)}: no images, so that nothing can be made up; read shards instead"
+        )
+    schema = ModalitySchema(kind="image", shape=(3, image_size, image_size), dtype="uint8")
+    return dict.fromkeys(config.model.modalities, schema)
+
+
+def _repeat_random(
+    config: CMVAEExperiment, schemas: Mapping[str, ModalitySchema]
+) -> Iterator[dict[str, Any]]:
+    size = config.train.batch_size
+    batch: dict[str, Any] = {
+        name: torch.randint(256, (size, *schema.shape), dtype=torch.uint8) for name, schema in schemas.items()
+    }
+    batch |= {
+        "valid": torch.ones(size, dtype=torch.bool),
+        "mask": torch.ones(size, len(schemas), dtype=torch.bool),
+    }
+    while True:
+        yield batch
+
+
+def read_forever(config: CMVAEExperiment, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Train batches of the modalities `names`, epoch after epoch, as one rank reads them."""
+    loader = TrainingLoader(
+        config.data.shards,
+        modalities=names,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        num_workers=config.data.num_workers,
+        shuffle_window=config.data.shuffle_window,
+        cache_bytes=config.data.cache_megabytes * 2**20,
+    )
+    epoch = 0
+    while True:
+        yield from loader.epoch_batches(epoch)
+        epoch += 1
