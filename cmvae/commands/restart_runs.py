@@ -20,7 +20,7 @@ from cmvae.clustering.consensus import (
 )
 from cmvae.config import CMVAEExperiment, flatten, load_run_config
 from cmvae.data.index import ShardIndex
-from cmvae.training.run_state import CHANGEABLE, check_newest
+from cmvae.training.state import CHANGEABLE, check_newest
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import remove_folder, write_whole
 

@@ -18,7 +18,7 @@ import signal
 
 from cmvae.config import ExperimentConfig, check_against_shards, load_config
 from cmvae.data.index import ShardIndex
-from cmvae.training.run_state import check_newest
+from cmvae.training.state import check_newest
 from cmvae.utils.arguments import positive_integer
 from cmvae.utils.errors import UserError
 
@@ -76,7 +76,7 @@ def main() -> int:
     if resume:
         check_newest(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
 
-    from cmvae.training.trainer import run_training
+    from cmvae.training.run import run_training
 
     stopped_by = run_training(config, index, resume, overwrite)
     if stopped_by is None:

@@ -41,7 +41,7 @@ class RankPlan:
 
 
 @dataclass(frozen=True)
-class Handover:
+class WorldSizeChange:
     """Where ranks of one number left an epoch to ranks of another, with the same global batch."""
 
     epoch: int
@@ -81,7 +81,7 @@ class TrainingPlan:
         seed: seed of the order.
         shuffle_window: samples that are shuffled together, at least; the memory of a reader process is a
             few times as many undecoded samples.
-        handovers: where the number of ranks changed, in the order of time; W·B did not.
+        world_size_changes: where the number of ranks changed, in the order of time; W·B did not.
 
     Raises:
         UserError: the split is smaller than one global batch.
@@ -94,12 +94,12 @@ class TrainingPlan:
         world_size: int = 1,
         seed: int = 0,
         shuffle_window: int = 4096,
-        handovers: Sequence[Handover] = (),
+        world_size_changes: Sequence[WorldSizeChange] = (),
     ) -> None:
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.batch_size = batch_size
         self.world_size = world_size
-        self.handovers = tuple(handovers)
+        self.world_size_changes = tuple(world_size_changes)
         self.seed = seed
         self.shuffle_window = shuffle_window
         self.num_samples = int(self.shard_sizes.sum())
@@ -150,7 +150,7 @@ class TrainingPlan:
         """What all ranks read together, batch by batch: (batches_per_epoch, W·B) int64."""
         global_batch = self.world_size * self.batch_size
         consumed = np.empty((0, global_batch), dtype=np.int64)
-        for handover in self.handovers:
+        for handover in self.world_size_changes:
             if handover.epoch == epoch:
                 dealt = _deal_to_ranks(order, handover.world_size, global_batch)
                 consumed = np.concatenate([consumed, dealt[: handover.batch - len(consumed)]])

@@ -13,12 +13,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cmvae.config import ExperimentConfig, flatten
-from cmvae.data.plan import Handover
-from cmvae.distributed import decide_on_main, raise_together, zero_stage
+from cmvae.data.plan import WorldSizeChange
+from cmvae.distributed import raise_on_all_ranks, run_on_main, zero_stage
 from cmvae.training.checkpoint_folder import checkpoint_path, list_checkpoints, thin_out, write_manifest
-from cmvae.training.ema import WeightAverage
-from cmvae.training.run_state import CheckpointRecord
-from cmvae.training.state import TrainState
+from cmvae.training.optimization import WeightAverage
+from cmvae.training.state import CheckpointRecord, TrainState
 from cmvae.training.tasks import Task
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import publish_folder
@@ -55,7 +54,7 @@ def save_checkpoint(
         state=state,
         world_size=accelerator.num_processes,
         zero_stage=zero_stage(accelerator),
-        belongs_to=task.belongs_to,
+        frozen_hashes=task.frozen_hashes,
         settings=flatten(config),
     )
 
@@ -73,9 +72,11 @@ def save_checkpoint(
         thin_out(folder, config.train.keep_checkpoints, state.best_step)
 
     try:
-        decide_on_main(accelerator, lambda: _explaining(prepare))
-        raise_together(accelerator, _failure(lambda: accelerator.save_state(str(partial))), CheckpointError)
-        decide_on_main(accelerator, lambda: _explaining(complete))
+        run_on_main(accelerator, lambda: _explaining(prepare))
+        raise_on_all_ranks(
+            accelerator, _failure(lambda: accelerator.save_state(str(partial))), CheckpointError
+        )
+        run_on_main(accelerator, lambda: _explaining(complete))
     except CheckpointError:
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
@@ -134,9 +135,9 @@ def load_checkpoint(
     record = CheckpointRecord.read(path)
     record.check_resume(path, flatten(config), accelerator.num_processes)
     _check_zero_stage(path, record.zero_stage, zero_stage(accelerator))
-    if record.belongs_to != task.belongs_to:
+    if record.frozen_hashes != task.frozen_hashes:
         raise UserError(
-            f"{path}: belongs to {record.belongs_to}, but this run has {task.belongs_to}: the CMVAE is "
+            f"{path}: belongs to {record.frozen_hashes}, but this run has {task.frozen_hashes}: the CMVAE is "
             "another than the one that this training began with. Bring that back, or start a new run with "
             "output_dir=…"
         )
@@ -164,7 +165,7 @@ def _take_over(
     accelerator.load_state(str(path))
     hook.remove()
     state = record.state
-    state.handovers.append(Handover(state.epoch, state.batch, record.world_size))
+    state.world_size_changes.append(WorldSizeChange(state.epoch, state.batch, record.world_size))
     # numpy's seed has 32 bits.
     set_seed(derive_seed(config.seed, "handover", state.step, accelerator.process_index) % 2**32)
 

@@ -30,7 +30,7 @@ from cmvae.models.objectives import (
     mean_over_sources,
     mixture_log_prob,
 )
-from cmvae.training.task import Shown, Task
+from cmvae.training.task import Preview, Task
 from cmvae.visualize.previews import generate_cross_modal
 
 REFIT_SAMPLES = 2000
@@ -59,9 +59,9 @@ def fill_missing(values: Tensor, mask: Tensor) -> Tensor:
         values: (B, ...).
         mask: (B,) bool, who has it; if nobody does, `values` come back as they are.
     """
-    having_first = mask.long().argsort(descending=True, stable=True)
+    samples_with_it = mask.long().argsort(descending=True, stable=True)
     turn = (~mask).long().cumsum(0) - 1
-    donors = having_first[turn.clamp(min=0) % mask.sum().clamp(min=1)]
+    donors = samples_with_it[turn.clamp(min=0) % mask.sum().clamp(min=1)]
     own = torch.arange(len(mask), device=mask.device)
     return values[torch.where(mask | ~mask.any(), own, donors)]
 
@@ -90,7 +90,7 @@ class CMVAETask(Task):
         self.pretraining = False
 
     @property
-    def headline(self) -> str:  # type: ignore[override]
+    def progress_metric(self) -> str:  # type: ignore[override]
         """The bound; while the encoders of z are trained alone, their contrast."""
         return "alignment" if self.pretraining else "bound"
 
@@ -310,7 +310,7 @@ class CMVAETask(Task):
             "shared_loc": shared_loc,
         }
 
-    def restart(
+    def reinitialize(
         self, step: int, train_batches: Callable[[int], Iterable[Mapping[str, Any]]]
     ) -> Mapping[nn.Parameter, Tensor]:
         """Cluster means found anew and uniform weights, where the objective says so and after pretraining.
@@ -390,13 +390,13 @@ class CMVAETask(Task):
         model.cluster_prior.take(hierarchy, record.num_clusters)
         model.save_pretrained(folder, (hierarchy, record))
 
-    def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Shown:
+    def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Preview:
         """Inputs, reconstructions and cross-modal generations of the first samples of a batch."""
         inputs = {name: batch[name][:num_samples] for name in self.model.modality_names}
         mask = batch["mask"][:num_samples]
         made = generate_cross_modal(self.model, inputs, mask, generator)
         text = made.write()
-        return Shown({"cross_modal": made.draw()}, {} if text is None else {"cross_modal": text})
+        return Preview({"cross_modal": made.draw()}, {} if text is None else {"cross_modal": text})
 
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from cmvae.models.cmvae import CMVAE
 from cmvae.models.dcmvae import DCMVAE
 from cmvae.models.export import weights_sha256
 from cmvae.models.refiner import Refiner, to_signed
-from cmvae.training.task import Shown, Task
+from cmvae.training.task import Preview, Task
 from cmvae.visualize.previews import draw_refinements
 
 
@@ -54,7 +54,7 @@ class RefinerTask(Task):
     """
 
     name = "refiner"
-    headline = "denoising_loss"
+    progress_metric = "denoising_loss"
     channels_last = False
 
     def __init__(self, refiner: Refiner, cmvae: CMVAE) -> None:
@@ -89,7 +89,7 @@ class RefinerTask(Task):
         self.refiner.autocast_dtype = self.cmvae.autocast_dtype = dtype
 
     @property
-    def belongs_to(self) -> dict[str, str]:
+    def frozen_hashes(self) -> dict[str, str]:
         """The CMVAE's weights."""
         return {"cmvae_sha256": self.refiner.cmvae_sha256}
 
@@ -150,7 +150,9 @@ class RefinerTask(Task):
             }
             total = torch.stack(list(losses.values())).sum(0) / targets.sum(0).clamp(min=1)
             loss = (total * valid).sum() / valid.sum().clamp(min=1)
-        report = {self.headline: total} | {f"{self.headline}/{name}": x for name, x in losses.items()}
+        report = {self.progress_metric: total} | {
+            f"{self.progress_metric}/{name}": x for name, x in losses.items()
+        }
         return loss, {name: values.detach() for name, values in report.items()}
 
     @torch.no_grad()
@@ -208,14 +210,14 @@ class RefinerTask(Task):
 
     def validation_metrics(self, records: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Means of the report."""
-        return {name: float(x.mean()) for name, x in records.items() if name.startswith(self.headline)}
+        return {name: float(x.mean()) for name, x in records.items() if name.startswith(self.progress_metric)}
 
-    def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Shown:
+    def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Preview:
         """The first samples of a batch: input, CMVAE and D-CMVAE for every pair of modalities."""
         inputs = {name: batch[name][:num_samples] for name in self.modality_names}
         mask = batch["mask"][:num_samples]
         figure = draw_refinements(DCMVAE(self.cmvae, self.refiner), inputs, mask, generator)
-        return Shown({"refinements": figure})
+        return Preview({"refinements": figure})
 
     def export(
         self,

@@ -17,7 +17,7 @@ from cmvae.data.index import ModalitySchema, SplitName
 
 
 @dataclass(frozen=True)
-class Shown:
+class Preview:
     """What people look at while a model trains."""
 
     figures: dict[str, Figure]
@@ -31,7 +31,7 @@ class Task(nn.Module, ABC):
 
     name: ClassVar[str]
     """What is trained, for people."""
-    headline: str
+    progress_metric: str
     """The one number of the report that a progress bar has room for."""
 
     channels_last: ClassVar[bool]
@@ -71,7 +71,7 @@ class Task(nn.Module, ABC):
             network.compile(backend=backend)
 
     @property
-    def belongs_to(self) -> dict[str, str]:
+    def frozen_hashes(self) -> dict[str, str]:
         """Hashes of what is not trained but must be the same when a training goes on, by name."""
         return {}
 
@@ -87,7 +87,7 @@ class Task(nn.Module, ABC):
     def begin(self, total_steps: int) -> None:
         """Called once before the first update, when it is known how many there are."""
 
-    def restart(
+    def reinitialize(
         self, step: int, train_batches: Callable[[int], Iterable[Mapping[str, Any]]]
     ) -> Mapping[nn.Parameter, Tensor]:
         """Parameters that start anew before the update that follows `step` updates, and their new values.
@@ -105,7 +105,7 @@ class Task(nn.Module, ABC):
         """What the report over a split, (N, ...) each and `label` (N,), comes to."""
 
     @abstractmethod
-    def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Shown:
+    def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Preview:
         """What the model makes of the first samples of a batch; to be called on every rank."""
 
     @abstractmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import signal
 import time
 from collections import deque
@@ -15,48 +14,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import set_seed
+from accelerate import Accelerator
 from torch import nn, optim
 from tqdm import tqdm
 
-from cmvae.config import ExperimentConfig, save_config
+from cmvae.config import ExperimentConfig
 from cmvae.data.batch import to_device
-from cmvae.data.index import ShardIndex, SplitName
+from cmvae.data.index import SplitName
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
-from cmvae.distributed import (
-    Finding,
-    StopRequest,
-    agree,
-    decide_on_main,
-    let_deepspeed_autocast,
-    raise_together,
-    start_accelerator,
-    zero_stage,
-)
-from cmvae.models.cmvae import channels_last
-from cmvae.models.precision import autocast_dtype
-from cmvae.tracking import RUN_RECORD_NAME, Status, Tracker, open_tracker
-from cmvae.training.advice import out_of_memory_advice
-from cmvae.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from cmvae.training.checkpoint_folder import find_newest
-from cmvae.training.ema import WeightAverage
-from cmvae.training.meters import Meter
+from cmvae.tracking import Tracker
+from cmvae.training.checkpoint import CheckpointError, save_checkpoint
+from cmvae.training.meters import Meter, SkippedSamples
 from cmvae.training.optimization import (
-    build_optimizer,
+    WeightAverage,
     learning_rate,
-    restart_parameters,
+    reinitialize_parameters,
     set_learning_rate,
 )
-from cmvae.training.precision_check import keep_sound_precision
-from cmvae.training.rank_log import rank_log
-from cmvae.training.skipped import SkippedSamples
 from cmvae.training.state import TrainState
-from cmvae.training.tasks import Task, build_task
+from cmvae.training.step_checks import StepCheck, StopRequest, all_reduce_step_check
+from cmvae.training.tasks import Task
 from cmvae.training.validation import collect_records, evaluation_mode, save_validation
 from cmvae.training.watchdog import Heartbeat
-from cmvae.utils.errors import UserError
-from cmvae.utils.files import remove_folder
 from cmvae.utils.progress import progress_bar
 
 # Validated before training starts, so that a broken validation fails in the first minute.
@@ -67,137 +46,6 @@ SHOWN_SAMPLES = 8
 LOGS_NAME = "logs"
 
 _LOGGER = logging.getLogger(__name__)
-
-
-def run_training(
-    config: ExperimentConfig, index: ShardIndex, resume: bool = False, overwrite: bool = False
-) -> signal.Signals | None:
-    """Train what `config` describes and export it; to be called on every rank.
-
-    Args:
-        config: the experiment.
-        index: the index of `config.data.shards`.
-        resume: go on from the newest checkpoint of the run, if there is one.
-        overwrite: delete what an earlier run left in the folder.
-
-    Returns:
-        None when the training is complete, or the signal that stopped it after a checkpoint.
-
-    Raises:
-        UserError: settings, data or checkpoint do not fit each other; or a term of the loss is not finite.
-    """
-    accelerator = start_accelerator(config)
-    # Every rank starts from the same weights, then draws noise of its own.
-    set_seed(config.seed)
-    task = build_task(
-        config, index, accelerator.device, autocast_dtype(config.train.mixed_precision, accelerator.device)
-    )
-    if task.channels_last and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        # DeepSpeed broadcasts and flattens weights as bytes and so needs them in the default layout.
-        channels_last(task)
-    if config.train.mixed_precision == "auto":
-        keep_sound_precision(accelerator, task, config)
-    let_deepspeed_autocast(accelerator, task.autocast_dtype)
-    if config.train.compile:
-        _compile_networks(accelerator, task)
-    module, optimizer = accelerator.prepare(task, build_optimizer(task, config.optimizer))
-    average = average_weights(accelerator, module, config.train.ema_decay)
-    set_seed(config.seed + 1 + accelerator.process_index)
-
-    state = TrainState()
-    checkpoints = config.run_dir / "checkpoints"
-    newest = decide_on_main(accelerator, lambda: find_newest(checkpoints)) if resume else None
-    if newest is not None:
-        state = load_checkpoint(accelerator, newest, config, task, average)
-        accelerator.print(f"resumed from {newest} at epoch {state.epoch}, step {state.step}")
-    resumed = newest is not None
-    decide_on_main(accelerator, lambda: _prepare_run_folder(config, resumed, overwrite))
-    _check_shared(accelerator, config.run_dir)
-    with rank_log(config.run_dir / LOGS_NAME, accelerator.process_index) as log_file:
-        tracker = open_tracker(config, config.run_dir, accelerator.is_main_process, task.name)
-        status: Status = "FAILED"
-        try:
-            trainer = Trainer(config, accelerator, task, module, optimizer, average, state, tracker)
-            with StopRequest.listening() as stop, trainer.heartbeat.watching(log_file):
-                stopped_by = trainer.fit(stop)
-            if stopped_by is None:
-                folder = trainer.export()
-                accelerator.print(f"{folder}: exported. Next: python launch/evaluate.py {config.run_dir}")
-            else:
-                accelerator.print(f"{stopped_by.name}: saved at step {state.step}. Go on with --resume")
-            status = "FINISHED" if stopped_by is None else "KILLED"
-        except torch.OutOfMemoryError as error:
-            raise UserError(out_of_memory_advice(config, zero_stage(accelerator))) from error
-        except RuntimeError as error:
-            if config.train.compile:
-                _explain_compiler(error)
-            raise
-        finally:
-            tracker.end(status)
-            accelerator.end_training()
-    return stopped_by
-
-
-def _compile_networks(accelerator: Accelerator, task: Task) -> None:
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise UserError(
-            "train.compile: under DeepSpeed networks are not compiled, as ZeRO takes their parameters away "
-            "between layers. Set train.compile=false, or launch with configs/accelerate/ddp.yaml"
-        )
-    task.compile_networks()
-
-
-def _explain_compiler(error: RuntimeError) -> None:
-    # Slow to import, and torch itself does so only when it compiles.
-    from torch._dynamo.exc import TorchDynamoException
-
-    if isinstance(error, TorchDynamoException):
-        reason = " ".join(str(error).splitlines()[:2])
-        raise UserError(
-            f"train.compile: torch cannot compile the networks here: {reason}. Set train.compile=false"
-        ) from error
-
-
-def _prepare_run_folder(config: ExperimentConfig, resumed: bool, overwrite: bool) -> None:
-    if overwrite:
-        _delete_run(config.run_dir)
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        if not resumed:
-            # A run that died before its first checkpoint starts again, not on top of its old curves.
-            (config.run_dir / RUN_RECORD_NAME).unlink(missing_ok=True)
-        save_config(config, config.run_dir / "config.yaml")
-    except OSError as error:
-        raise UserError(f"{config.run_dir}: cannot be written: {error}. Set output_dir=…") from error
-
-
-def _check_shared(accelerator: Accelerator, run_dir: Path) -> None:
-    sees_it = (run_dir / "config.yaml").is_file()
-    problem = None if sees_it else f"does not see {run_dir}, which rank 0 has made. Set output_dir=… to a "
-    raise_together(accelerator, problem and f"{problem}folder that all machines share", UserError)
-
-
-def _delete_run(run_dir: Path) -> None:
-    # The checkpoints first and at once: what is left of them must not look like something to resume from.
-    if (run_dir / "checkpoints").exists():
-        remove_folder(run_dir / "checkpoints")
-    shutil.rmtree(run_dir, ignore_errors=True)
-
-
-def average_weights(accelerator: Accelerator, module: nn.Module, decay: float | None) -> WeightAverage | None:
-    """The average of a prepared module's weights, if one is wanted.
-
-    Raises:
-        UserError: under ZeRO-3, where no rank has whole weights.
-    """
-    if decay is None:
-        return None
-    if zero_stage(accelerator) == 3:
-        raise UserError(
-            "train.ema_decay: under ZeRO-3 no rank has whole weights to average. Launch with "
-            "configs/accelerate/zero2.yaml, or set train.ema_decay=null"
-        )
-    return WeightAverage(accelerator.unwrap_model(module), decay)
 
 
 class Trainer:
@@ -229,7 +77,7 @@ class Trainer:
             shuffle_window=config.data.shuffle_window,
             cache_bytes=config.data.cache_megabytes * 2**20,
             on_error=config.data.on_error,
-            handovers=state.handovers,
+            world_size_changes=state.world_size_changes,
         )
         self.validation_loader = EvaluationLoader(
             config.data.shards,
@@ -249,7 +97,7 @@ class Trainer:
         self.skipped_in_validation = SkippedSamples(config.data.max_skipped)
         self.heartbeat = Heartbeat(config.run_dir / LOGS_NAME, rank, world_size, config.train.hang_timeout)
         self.saved_step = state.step
-        self.findings: deque[Finding] = deque()
+        self.findings: deque[StepCheck] = deque()
         self.runs_ahead = _runs_ahead(accelerator)
 
     def fit(self, stop: StopRequest) -> signal.Signals | None:
@@ -284,8 +132,8 @@ class Trainer:
 
     def _restart_if_due(self) -> None:
         """Let parameters start anew where the task says so."""
-        values = self.task.restart(self.state.step, self._first_train_batches)
-        restart_parameters(self.accelerator, self.optimizer, values)
+        values = self.task.reinitialize(self.state.step, self._first_train_batches)
+        reinitialize_parameters(self.accelerator, self.optimizer, values)
 
     def _first_train_batches(self, num_samples: int) -> Iterator[dict[str, Any]]:
         self._read_findings()  # what restarts takes the weights as they are
@@ -321,7 +169,7 @@ class Trainer:
                 self.heartbeat.beat("in the forward pass")
                 loss, report = self.module(batch)
                 self.heartbeat.beat("waiting for the losses of the other ranks")
-                self.findings.append(agree(self.accelerator, loss, report, stop))
+                self.findings.append(all_reduce_step_check(self.accelerator, loss, report, stop))
                 caught = self._read_findings(keep=1 if self.runs_ahead else 0) or caught
                 self.heartbeat.beat("in the backward pass and the update")
                 self.accelerator.backward(loss)
@@ -341,7 +189,7 @@ class Trainer:
             return
         finite = torch.as_tensor(norm, device=self.accelerator.device).isfinite()
         flags = torch.stack([~finite, torch.zeros_like(finite)]).int()
-        self.findings.append(Finding(["the gradient, though the loss is"], flags))
+        self.findings.append(StepCheck(["the gradient, though the loss is"], flags))
         if not self.runs_ahead:
             self._read_findings()
 
@@ -463,7 +311,10 @@ class Trainer:
         if self.config.data.on_error == "skip":
             curves["train/skipped_samples"] = self.skipped.count
         self.tracker.log_metrics(curves, self.state.step)
-        return {"epoch": f"{self.state.epoch}", self.task.headline: f"{readings[self.task.headline]:.5g}"}
+        return {
+            "epoch": f"{self.state.epoch}",
+            self.task.progress_metric: f"{readings[self.task.progress_metric]:.5g}",
+        }
 
     def _save_checkpoint(self) -> None:
         self.heartbeat.beat("writing a checkpoint")

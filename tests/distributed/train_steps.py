@@ -19,11 +19,12 @@ from cmvae.config import load_config
 from cmvae.data.batch import to_device
 from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
-from cmvae.distributed import StopRequest, agree, let_deepspeed_autocast, start_accelerator
+from cmvae.distributed import let_deepspeed_autocast, start_accelerator
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.precision import autocast_dtype
 from cmvae.training.cmvae_task import CMVAETask, LatentNoise
-from cmvae.training.optimization import build_optimizer, restart_parameters
+from cmvae.training.optimization import build_optimizer, reinitialize_parameters
+from cmvae.training.step_checks import StopRequest, all_reduce_step_check
 from cmvae.utils.process_exit import leave
 
 
@@ -72,8 +73,8 @@ def main() -> None:
     losses = []
     with StopRequest.listening() as stop:
         for raw, step in zip(loader.epoch_batches(0), range(steps), strict=False):
-            values = task.restart(step, lambda num_samples: read_split("train", num_samples))
-            restart_parameters(accelerator, optimizer, values)
+            values = task.reinitialize(step, lambda num_samples: read_split("train", num_samples))
+            reinitialize_parameters(accelerator, optimizer, values)
             if missing in model.modality_names:
                 raw["mask"][len(raw["mask"]) // 2 :, model.modality_names.index(missing)] = False
             batch = to_device(
@@ -81,7 +82,7 @@ def main() -> None:
             )
             with accelerator.accumulate(module):
                 loss, report = module(batch)
-                agree(accelerator, loss, report, stop).read()
+                all_reduce_step_check(accelerator, loss, report, stop).read()
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -84,7 +84,7 @@ def test_a_rank_that_stands_still_is_named(tmp_path, experiment_file, fault, sta
     done = run_command(launch(FAULTS, fault, TRAIN, experiment_file, *settings), ROOT, timeout=150)
     assert done.returncode == 1
     log = (tmp_path / "run/logs/rank-0.log").read_text()
-    assert "nothing has moved for 8 s (train.hang_timeout)" in log
+    assert "no progress for 8 s (train.hang_timeout)" in log
     assert "Rank 1 (" in log
     assert f", {state}" in log
     assert ") is behind: it is " in log

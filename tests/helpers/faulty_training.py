@@ -25,7 +25,7 @@ from cmvae.training.checkpoint_folder import list_checkpoints
 # What is imported before a fork is there in every process at once.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
-    ["cmvae.training.trainer", "sklearn.metrics", "sklearn.cluster", "faulty_training"]
+    ["cmvae.training.run", "sklearn.metrics", "sklearn.cluster", "faulty_training"]
 )
 
 Fault = Callable[[], None]
@@ -167,7 +167,7 @@ def _train(training: Training, fault: Fault | None, resume: bool) -> None:
     _record_keys(training.folder.with_suffix(".keys"))
     if fault is not None:
         fault()
-    from cmvae.training.trainer import run_training
+    from cmvae.training.run import run_training
     from cmvae.utils.errors import UserError
     from cmvae.utils.process_exit import leave
 

@@ -209,9 +209,9 @@ def test_a_refit_finds_means_in_what_is_there_and_only_when_it_is_due(batch):
     read = as_read(batch)
     read["mask"] = torch.rand(9, 3, generator=torch.Generator().manual_seed(0)) < 0.8
     read["mask"][:, 0] = True
-    assert task.restart(3, lambda size: [read]) == {}
-    assert len(task.restart(2, lambda size: [read])) == 2
-    values = task.restart(4, lambda size: [read])
+    assert task.reinitialize(3, lambda size: [read]) == {}
+    assert len(task.reinitialize(2, lambda size: [read])) == 2
+    values = task.reinitialize(4, lambda size: [read])
     assert task.training
     prior = task.model.cluster_prior
     assert set(values) == {prior.means, prior.logits}
@@ -234,7 +234,7 @@ def test_without_a_weight_the_objective_is_the_published_one_to_the_last_bit(bat
     plain, off = make_task(), make_task(alignment={"weight": 0, "augment": {"a": ["flip"]}})
     for task in (plain, off):
         task.begin(100)
-        task.restart(0, lambda size: [])
+        task.reinitialize(0, lambda size: [])
     (loss, _, gradients), (other, report, others) = (loss_and_gradients(t, batch) for t in (plain, off))
     assert loss == other
     assert "alignment" not in report
@@ -254,12 +254,12 @@ def test_the_first_phase_trains_the_encoders_of_z_alone(batch):
     task = make_task(alignment={"weight": 5, "pretrain": 0.25})
     task.begin(8)
     for step in range(4):
-        values = task.restart(step, lambda size: [as_read(batch)])
+        values = task.reinitialize(step, lambda size: [as_read(batch)])
         assert (len(values) > 0) == (step == 2)  # means are found when it ends
         _, report, gradients = loss_and_gradients(task, batch)
         task.zero_grad()
         alone = step < 2
-        assert task.headline == ("alignment" if alone else "bound")
+        assert task.progress_metric == ("alignment" if alone else "bound")
         assert set(report) == {"alignment"} if alone else "bound" in report
         trained = [name for name, _ in task.named_parameters() if name in gradients]
         if alone:
@@ -291,7 +291,7 @@ def test_one_modality_has_nothing_to_be_compared_with(batch):
     task = make_task(alignment={"weight": 5, "pretrain": 3}, names=("a",))
     task.begin(10)
     batch["mask"] = batch["mask"][:, :1]
-    assert task.restart(0, lambda size: []) == {}
+    assert task.reinitialize(0, lambda size: []) == {}
     _, report = task(batch)
     assert "bound" in report
     assert "alignment" not in report

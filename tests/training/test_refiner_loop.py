@@ -13,9 +13,9 @@ from cmvae.models.export import WEIGHTS_NAME, weights_sha256
 from cmvae.models.refiner import Refiner
 from cmvae.training import trainer
 from cmvae.training.checkpoint_folder import list_checkpoints
-from cmvae.training.ema import EMA_NAME
+from cmvae.training.optimization import EMA_NAME
 from cmvae.training.refiner_task import RefinerTask
-from cmvae.training.trainer import average_weights, run_training
+from cmvae.training.run import average_weights, run_training
 from cmvae.utils.errors import UserError
 from cmvae.visualize import figures
 

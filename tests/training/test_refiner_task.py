@@ -348,7 +348,7 @@ def test_an_export_holds_the_state_that_was_given(tmp_path):
     assert {f"refiner.{name}" for name in written} == state.keys()
     assert all(torch.equal(tensor, state[f"refiner.{name}"]) for name, tensor in written.items())
     again = Refiner.from_pretrained(tmp_path / "export")
-    assert again.cmvae_sha256 == task.belongs_to["cmvae_sha256"]
+    assert again.cmvae_sha256 == task.frozen_hashes["cmvae_sha256"]
 
 
 def test_modalities_of_unlike_shapes_are_refined_each_by_its_own_network():

@@ -12,14 +12,14 @@ from cmvae import CMVAE
 from cmvae.clustering import find_cluster_means
 from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
-from cmvae.distributed import NonFiniteError, StopRequest
 from cmvae.models.encoding import encode_split
 from cmvae.tracking import NullTracker
 from cmvae.training import cmvae_task as cmvae_task
 from cmvae.training import trainer
 from cmvae.training.checkpoint_folder import list_checkpoints
+from cmvae.training.run import run_training
+from cmvae.training.step_checks import NonFiniteError, StopRequest
 from cmvae.training.tasks import CMVAETask
-from cmvae.training.trainer import run_training
 from cmvae.training.validation import load_validation
 from cmvae.utils.errors import UserError
 
@@ -58,7 +58,7 @@ def test_a_run_leaves_checkpoints_config_and_an_export(experiment):
         "validated_step": 0,
         "best_step": None,
         "best_loss": None,
-        "handovers": [],
+        "world_size_changes": [],
     }
     assert (config.run_dir / "config.yaml").is_file()
     exported = CMVAE.from_pretrained(config.run_dir / "export")

@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from cmvae.config import ObjectiveConfig, OptimizerConfig
 from cmvae.data.batch import to_device
-from cmvae.distributed import StopRequest, agree
 from cmvae.training.meters import Meter
 from cmvae.training.optimization import build_optimizer
 from cmvae.training.refiner_task import RefinerTask
+from cmvae.training.step_checks import StopRequest, all_reduce_step_check
 from cmvae.training.tasks import CMVAETask
 
 B = 6
@@ -103,7 +103,7 @@ def test_no_update_waits(make_task, monkeypatch):
 
     def update():
         loss, report = task(to_device(raw, task.schemas, torch.device("cpu")))
-        finding = agree(accelerator, loss, report, StopRequest())
+        finding = all_reduce_step_check(accelerator, loss, report, StopRequest())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(task.parameters(), 1.0)
         optimizer.step()

@@ -1,6 +1,6 @@
-"""Run by test_handover.py under a launcher: training that notes which samples each rank read.
+"""Run by test_world_size_change.py under a launcher: training that notes which samples each rank read.
 
-handover_log.py LOG SCRIPT [arguments of SCRIPT …]
+world_size_change_log.py LOG SCRIPT [arguments of SCRIPT …]
 
 Appends (epoch, batch, keys) as lines of JSON to LOG-RANK. The noise is zero, so that it does not depend on
 the ranks.

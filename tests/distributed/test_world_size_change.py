@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from cmvae.config import load_config
 from cmvae.data.reader import TrainingLoader
 
-LOGGED = Path(__file__).with_name("handover_log.py")
+LOGGED = Path(__file__).with_name("world_size_change_log.py")
 TRAIN = ROOT / "launch/train.py"
 GLOBAL_BATCH = 16
 """Ten of these make an epoch."""
@@ -72,7 +72,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, experiment_file, b
     assert set(first) <= set(batches[1, 1])
     state = json.loads((tmp_path / "run/checkpoints/step-00000012/state.json").read_text())
     assert (state["world_size"], state["state"]["samples"]) == (after, 12 * GLOBAL_BATCH)
-    assert state["state"]["handovers"] == [{"epoch": 0, "batch": 4, "world_size": before}]
+    assert state["state"]["world_size_changes"] == [{"epoch": 0, "batch": 4, "world_size": before}]
 
 
 @pytest.mark.faults

@@ -1,0 +1,199 @@
+"""One training run: set up the ranks, the task and the run folder, train, export, take down."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import set_seed
+from torch import nn
+
+from cmvae.config import CMVAEExperiment, ExperimentConfig, save_config
+from cmvae.data.index import ShardIndex
+from cmvae.distributed import (
+    let_deepspeed_autocast,
+    raise_on_all_ranks,
+    run_on_main,
+    start_accelerator,
+    zero_stage,
+)
+from cmvae.models.cmvae import channels_last
+from cmvae.models.precision import autocast_dtype
+from cmvae.tracking import RUN_RECORD_NAME, Status, open_tracker
+from cmvae.training.checkpoint import load_checkpoint
+from cmvae.training.checkpoint_folder import find_newest
+from cmvae.training.optimization import WeightAverage, build_optimizer
+from cmvae.training.precision_check import keep_sound_precision
+from cmvae.training.rank_log import rank_log
+from cmvae.training.state import TrainState
+from cmvae.training.step_checks import StopRequest
+from cmvae.training.tasks import Task, build_task
+from cmvae.training.trainer import LOGS_NAME, Trainer
+from cmvae.utils.errors import UserError
+from cmvae.utils.files import remove_folder
+
+
+def run_training(
+    config: ExperimentConfig, index: ShardIndex, resume: bool = False, overwrite: bool = False
+) -> signal.Signals | None:
+    """Train what `config` describes and export it; to be called on every rank.
+
+    Args:
+        config: the experiment.
+        index: the index of `config.data.shards`.
+        resume: go on from the newest checkpoint of the run, if there is one.
+        overwrite: delete what an earlier run left in the folder.
+
+    Returns:
+        None when the training is complete, or the signal that stopped it after a checkpoint.
+
+    Raises:
+        UserError: settings, data or checkpoint do not fit each other; or a term of the loss is not finite.
+    """
+    accelerator = start_accelerator(config)
+    # Every rank starts from the same weights, then draws noise of its own.
+    set_seed(config.seed)
+    task = build_task(
+        config, index, accelerator.device, autocast_dtype(config.train.mixed_precision, accelerator.device)
+    )
+    if task.channels_last and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        # DeepSpeed broadcasts and flattens weights as bytes and so needs them in the default layout.
+        channels_last(task)
+    if config.train.mixed_precision == "auto":
+        keep_sound_precision(accelerator, task, config)
+    let_deepspeed_autocast(accelerator, task.autocast_dtype)
+    if config.train.compile:
+        compile_networks(accelerator, task)
+    module, optimizer = accelerator.prepare(task, build_optimizer(task, config.optimizer))
+    average = average_weights(accelerator, module, config.train.ema_decay)
+    set_seed(config.seed + 1 + accelerator.process_index)
+
+    state = TrainState()
+    checkpoints = config.run_dir / "checkpoints"
+    newest = run_on_main(accelerator, lambda: find_newest(checkpoints)) if resume else None
+    if newest is not None:
+        state = load_checkpoint(accelerator, newest, config, task, average)
+        accelerator.print(f"resumed from {newest} at epoch {state.epoch}, step {state.step}")
+    resumed = newest is not None
+    run_on_main(accelerator, lambda: _prepare_run_folder(config, resumed, overwrite))
+    _check_shared(accelerator, config.run_dir)
+    with rank_log(config.run_dir / LOGS_NAME, accelerator.process_index) as log_file:
+        tracker = open_tracker(config, config.run_dir, accelerator.is_main_process, task.name)
+        status: Status = "FAILED"
+        try:
+            trainer = Trainer(config, accelerator, task, module, optimizer, average, state, tracker)
+            with StopRequest.listening() as stop, trainer.heartbeat.watching(log_file):
+                stopped_by = trainer.fit(stop)
+            if stopped_by is None:
+                folder = trainer.export()
+                accelerator.print(f"{folder}: exported. Next: python launch/evaluate.py {config.run_dir}")
+            else:
+                accelerator.print(f"{stopped_by.name}: saved at step {state.step}. Go on with --resume")
+            status = "FINISHED" if stopped_by is None else "KILLED"
+        except torch.OutOfMemoryError as error:
+            raise UserError(out_of_memory_advice(config, zero_stage(accelerator))) from error
+        except RuntimeError as error:
+            if config.train.compile:
+                _explain_compiler(error)
+            raise
+        finally:
+            tracker.end(status)
+            accelerator.end_training()
+    return stopped_by
+
+
+def compile_networks(accelerator: Accelerator, task: Task) -> None:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UserError(
+            "train.compile: under DeepSpeed networks are not compiled, as ZeRO takes their parameters away "
+            "between layers. Set train.compile=false, or launch with configs/accelerate/ddp.yaml"
+        )
+    task.compile_networks()
+
+
+def _explain_compiler(error: RuntimeError) -> None:
+    # Slow to import, and torch itself does so only when it compiles.
+    from torch._dynamo.exc import TorchDynamoException
+
+    if isinstance(error, TorchDynamoException):
+        reason = " ".join(str(error).splitlines()[:2])
+        raise UserError(
+            f"train.compile: torch cannot compile the networks here: {reason}. Set train.compile=false"
+        ) from error
+
+
+def _prepare_run_folder(config: ExperimentConfig, resumed: bool, overwrite: bool) -> None:
+    if overwrite:
+        _delete_run(config.run_dir)
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        if not resumed:
+            # A run that died before its first checkpoint starts again, not on top of its old curves.
+            (config.run_dir / RUN_RECORD_NAME).unlink(missing_ok=True)
+        save_config(config, config.run_dir / "config.yaml")
+    except OSError as error:
+        raise UserError(f"{config.run_dir}: cannot be written: {error}. Set output_dir=…") from error
+
+
+def _check_shared(accelerator: Accelerator, run_dir: Path) -> None:
+    sees_it = (run_dir / "config.yaml").is_file()
+    problem = None if sees_it else f"does not see {run_dir}, which rank 0 has made. Set output_dir=… to a "
+    raise_on_all_ranks(accelerator, problem and f"{problem}folder that all machines share", UserError)
+
+
+def _delete_run(run_dir: Path) -> None:
+    # The checkpoints first and at once: what is left of them must not look like something to resume from.
+    if (run_dir / "checkpoints").exists():
+        remove_folder(run_dir / "checkpoints")
+    shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def average_weights(accelerator: Accelerator, module: nn.Module, decay: float | None) -> WeightAverage | None:
+    """The average of a prepared module's weights, if one is wanted.
+
+    Raises:
+        UserError: under ZeRO-3, where no rank has whole weights.
+    """
+    if decay is None:
+        return None
+    if zero_stage(accelerator) == 3:
+        raise UserError(
+            "train.ema_decay: under ZeRO-3 no rank has whole weights to average. Launch with "
+            "configs/accelerate/zero2.yaml, or set train.ema_decay=null"
+        )
+    return WeightAverage(accelerator.unwrap_model(module), decay)
+
+
+def out_of_memory_advice(config: ExperimentConfig, zero_stage: int) -> str:
+    """What to set so that a training takes less memory, the cheapest first.
+
+    Args:
+        config: the experiment that did not fit.
+        zero_stage: how it was distributed; 0 for plain data parallelism.
+    """
+    train, remedies = config.train, []
+    if train.batch_size > 1:
+        half, twice = train.batch_size // 2, train.gradient_accumulation_steps * 2
+        remedies.append(
+            f"train.batch_size={half} with train.gradient_accumulation_steps={twice}, which is the same "
+            "global batch"
+        )
+    if train.mixed_precision == "fp32":
+        remedies.append("train.mixed_precision=bf16")
+    if isinstance(config, CMVAEExperiment):
+        if config.objective.num_samples > 1:
+            remedies.append(f"objective.num_samples below {config.objective.num_samples}")
+        if config.objective.cross_sources == "all" and len(config.model.modalities) > 2:
+            remedies.append("objective.cross_sources=1, which decodes fewer modalities at a time")
+        if config.objective.max_decoded is None:
+            remedies.append(
+                f"objective.max_decoded={2 * train.batch_size}, which decodes in parts, and longer"
+            )
+    if zero_stage < 3:
+        remedies.append(
+            f"on several GPUs, --config_file configs/accelerate/zero{max(2, zero_stage + 1)}.yaml"
+        )
+    return "out of memory. Any of these takes less: " + "; ".join(remedies)
