@@ -44,7 +44,6 @@ from cmvae.utils.processes import Job, divide_machine, run_jobs
 
 # Of sysexits.h, as launch/train.py: a failure for now, after which to try again.
 EX_TEMPFAIL = 75
-_TRAIN = Path(__file__).resolve().parent / "train.py"
 _TAIL_BYTES = 4096
 
 
@@ -140,7 +139,8 @@ def train_all(
         if is_complete(run):
             print(f"seed {run.seed}: complete since an earlier call", file=sys.stderr)
             continue
-        command = [sys.executable, str(_TRAIN), arguments.config, *arguments.overrides, *overrides_of(run)]
+        command = [sys.executable, "-m", "cmvae.commands", "train", arguments.config, *arguments.overrides]
+        command += overrides_of(run)
         jobs.append(Job(f"seed {run.seed}", [*command, "--resume"], folder / f"{run.seed}.log"))
     slots = divide_machine(len(jobs), arguments.parallel, torch.accelerator.device_count())
     with StopRequest.listening() as stop:

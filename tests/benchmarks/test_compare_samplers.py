@@ -1,4 +1,4 @@
-"""`tools/benchmarks/compare_samplers.py` on an untrained pair; in this process but for what goes wrong at once."""
+"""`tools/benchmarks/compare_samplers.py` on an untrained pair."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import botocore.session
 import pytest
+from commands import ROOT
 from faulty_server import changed, cut, forbidden, serve, silent, trickling, truncated, unavailable
 
 from cmvae.data import remote as store
@@ -295,7 +296,7 @@ def start_s3(monkeypatch, folder):
     with ExitStack() as servers:
 
         def start(*faults: str) -> str:
-            command = [sys.executable, Path(__file__).with_name("faulty_s3.py"), *faults]
+            command = [sys.executable, ROOT / "tests/helpers/faulty_s3.py", *faults]
             server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             servers.enter_context(server)
             servers.callback(server.kill)

@@ -204,7 +204,7 @@ def test_a_refiner_of_another_cmvae_is_not_evaluated(refiner_run, run):
     config, cmvae = refiner_run("coherence")
     index = ShardIndex.load(config.data.shards)
     torch.manual_seed(1)
-    CMVAE(cmvae.models.cmvae, index.modalities).save_pretrained(cmvae.run_dir / "export")
+    CMVAE(cmvae.model, index.modalities).save_pretrained(cmvae.run_dir / "export")
     with pytest.raises(
         UserError, match=r"refiner/export: refines the CMVAE with the weights .*, but .*run/export"
     ):

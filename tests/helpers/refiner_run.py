@@ -55,7 +55,7 @@ def write_refiner_run(folder: Path, shards: Path, **evaluation: object) -> Refin
         name="refiner", output_dir=folder / "refiner", cmvae=cmvae.run_dir, refiner=refiner, **shared
     )
     torch.manual_seed(0)
-    CMVAE(cmvae.models.cmvae, index.modalities).save_pretrained(cmvae.run_dir / "export")
+    CMVAE(cmvae.model, index.modalities).save_pretrained(cmvae.run_dir / "export")
     sha256 = weights_sha256(cmvae.run_dir / "export")
     Refiner(refiner, index.modalities, 3, sha256).save_pretrained(config.run_dir / "export")
     for experiment in (cmvae, config):
