@@ -23,7 +23,7 @@ CLASSIFIERS_FOLDER = "classifiers"
 FORMAT_VERSION: Final = 1
 # Members of a tar sample that are not modalities, and keys of a batch that are not modalities.
 RESERVED_NAMES = frozenset(
-    {"cls", "group", "group_name", "key", "label", "mask", "position", "skipped", "valid"}
+    {"cls", "group", "group_name", "key", "label", "mask", "place", "position", "seed", "skipped", "valid"}
 )
 
 _MODALITY_NAME = re.compile(r"[a-z][a-z0-9_]*")

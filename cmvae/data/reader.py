@@ -78,7 +78,7 @@ class TrainingLoader:
         cache_bytes: decoded samples stay in the memory of each reader process, and are read and decoded
             once, if the whole split takes at most so much.
         on_error: whether a damaged sample is an error, or is told in `skipped` and not valid.
-        world_size_changes: where the number of ranks changed; W·B did not.
+        world_size_changes: where the number of ranks changed within the run; W·B did not.
 
     Raises:
         UserError: the folder lacks the split, a modality or a shard, or the split is smaller than one global
@@ -499,8 +499,6 @@ def _make_loader(dataset: _PlannedDataset, num_workers: int) -> DataLoader:
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         prefetch_factor=PREFETCHED_BATCHES if num_workers > 0 else None,
-        # DataLoader draws a seed for each iteration: not from the generator that the model draws from.
-        generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_parent,
     )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -29,13 +30,19 @@ class Meter:
         self._waited = 0.0
         self._started = time.perf_counter()
 
-    def add(self, report: Mapping[str, Tensor], num_samples: int, waited: float) -> None:
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time that the block takes as time spent waiting for data."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+
+    def add(self, report: Mapping[str, Tensor], num_samples: int) -> None:
         """Count one batch.
 
         Args:
             report: the terms of the task, (B,) each.
             num_samples: number of samples in the batch, over all ranks.
-            waited: seconds that this rank waited for the batch.
         """
         if self._names != list(report):
             # A phase with other terms began: the means start again.
@@ -43,7 +50,6 @@ class Meter:
         self._sums = self._sums + torch.stack([values.mean() for values in report.values()])
         self._batches += 1
         self._samples += num_samples
-        self._waited += waited
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the means over all ranks since the last call and reset; must be called on all ranks."""

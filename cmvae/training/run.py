@@ -23,12 +23,10 @@ from cmvae.distributed import (
 from cmvae.models.cmvae import channels_last
 from cmvae.models.precision import autocast_dtype
 from cmvae.tracking import RUN_RECORD_NAME, Status, open_tracker
-from cmvae.training.checkpoint import load_checkpoint
-from cmvae.training.checkpoint_folder import find_newest
+from cmvae.training.checkpoint import Checkpointer
 from cmvae.training.optimization import WeightAverage, build_optimizer
 from cmvae.training.precision_check import keep_sound_precision
 from cmvae.training.rank_log import rank_log
-from cmvae.training.state import TrainState
 from cmvae.training.step_checks import StopRequest
 from cmvae.training.tasks import Task, build_task
 from cmvae.training.trainer import LOGS_NAME, Trainer
@@ -39,22 +37,22 @@ from cmvae.utils.files import remove_folder
 def run_training(
     config: ExperimentConfig, index: ShardIndex, resume: bool = False, overwrite: bool = False
 ) -> signal.Signals | None:
-    """Train what `config` describes and export it; to be called on every rank.
+    """Train an experiment and export the result; must be called on all ranks.
 
     Args:
         config: the experiment.
-        index: the index of `config.data.shards`.
-        resume: go on from the newest checkpoint of the run, if there is one.
-        overwrite: delete what an earlier run left in the folder.
+        index: index of `config.data.shards`.
+        resume: continue from the newest checkpoint of the run, if there is one.
+        overwrite: delete an earlier run in the folder.
 
     Returns:
         None when the training is complete, or the signal that stopped it after a checkpoint.
 
     Raises:
-        UserError: settings, data or checkpoint do not fit each other; or a term of the loss is not finite.
+        UserError: settings, data and checkpoint do not fit each other, or a term of the loss is not finite.
     """
     accelerator = start_accelerator(config)
-    # Every rank starts from the same weights, then draws noise of its own.
+    # Every rank starts from the same weights.
     set_seed(config.seed)
     task = build_task(
         config, index, accelerator.device, autocast_dtype(config.train.mixed_precision, accelerator.device)
@@ -69,29 +67,27 @@ def run_training(
         compile_networks(accelerator, task)
     module, optimizer = accelerator.prepare(task, build_optimizer(task, config.optimizer))
     average = average_weights(accelerator, module, config.train.ema_decay)
-    set_seed(config.seed + 1 + accelerator.process_index)
-
-    state = TrainState()
-    checkpoints = config.run_dir / "checkpoints"
-    newest = run_on_main(accelerator, lambda: find_newest(checkpoints)) if resume else None
-    if newest is not None:
-        state = load_checkpoint(accelerator, newest, config, task, average)
-        accelerator.print(f"resumed from {newest} at epoch {state.epoch}, step {state.step}")
-    resumed = newest is not None
+    checkpointer = Checkpointer(accelerator, config, task, average)
+    resumed = resume and checkpointer.load_newest()
     run_on_main(accelerator, lambda: _prepare_run_folder(config, resumed, overwrite))
     _check_shared(accelerator, config.run_dir)
     with rank_log(config.run_dir / LOGS_NAME, accelerator.process_index) as log_file:
         tracker = open_tracker(config, config.run_dir, accelerator.is_main_process, task.name)
         status: Status = "FAILED"
         try:
-            trainer = Trainer(config, accelerator, task, module, optimizer, average, state, tracker)
-            with StopRequest.listening() as stop, trainer.heartbeat.watching(log_file):
-                stopped_by = trainer.fit(stop)
+            with StopRequest.listening() as stop:
+                trainer = Trainer(
+                    config, accelerator, task, module, optimizer, average, checkpointer, tracker, stop
+                )
+                with trainer.heartbeat.watching(log_file):
+                    stopped_by = trainer.fit()
             if stopped_by is None:
                 folder = trainer.export()
                 accelerator.print(f"{folder}: exported. Next: python launch/evaluate.py {config.run_dir}")
             else:
-                accelerator.print(f"{stopped_by.name}: saved at step {state.step}. Go on with --resume")
+                accelerator.print(
+                    f"{stopped_by.name}: saved at step {trainer.state.step}. Continue with --resume"
+                )
             status = "FINISHED" if stopped_by is None else "KILLED"
         except torch.OutOfMemoryError as error:
             raise UserError(out_of_memory_advice(config, zero_stage(accelerator))) from error
@@ -106,16 +102,21 @@ def run_training(
 
 
 def compile_networks(accelerator: Accelerator, task: Task) -> None:
+    """Compile the networks of a task.
+
+    Raises:
+        UserError: under DeepSpeed.
+    """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UserError(
-            "train.compile: under DeepSpeed networks are not compiled, as ZeRO takes their parameters away "
+            "train.compile: under DeepSpeed networks cannot be compiled, as ZeRO frees their parameters "
             "between layers. Set train.compile=false, or launch with configs/accelerate/ddp.yaml"
         )
     task.compile_networks()
 
 
 def _explain_compiler(error: RuntimeError) -> None:
-    # Slow to import, and torch itself does so only when it compiles.
+    # Slow to import; torch itself imports it only when it compiles.
     from torch._dynamo.exc import TorchDynamoException
 
     if isinstance(error, TorchDynamoException):
@@ -131,7 +132,7 @@ def _prepare_run_folder(config: ExperimentConfig, resumed: bool, overwrite: bool
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         if not resumed:
-            # A run that died before its first checkpoint starts again, not on top of its old curves.
+            # A run that was killed before its first checkpoint starts a new run of the tracker.
             (config.run_dir / RUN_RECORD_NAME).unlink(missing_ok=True)
         save_config(config, config.run_dir / "config.yaml")
     except OSError as error:
@@ -139,20 +140,24 @@ def _prepare_run_folder(config: ExperimentConfig, resumed: bool, overwrite: bool
 
 
 def _check_shared(accelerator: Accelerator, run_dir: Path) -> None:
-    sees_it = (run_dir / "config.yaml").is_file()
-    problem = None if sees_it else f"does not see {run_dir}, which rank 0 has made. Set output_dir=… to a "
-    raise_on_all_ranks(accelerator, problem and f"{problem}folder that all machines share", UserError)
+    problem = None
+    if not (run_dir / "config.yaml").is_file():
+        problem = (
+            f"does not see {run_dir}, which rank 0 created. Set output_dir=… to a folder that all machines "
+            "share"
+        )
+    raise_on_all_ranks(accelerator, problem, UserError)
 
 
 def _delete_run(run_dir: Path) -> None:
-    # The checkpoints first and at once: what is left of them must not look like something to resume from.
+    # The checkpoints first and at once, so that an interrupted deletion leaves nothing to resume from.
     if (run_dir / "checkpoints").exists():
         remove_folder(run_dir / "checkpoints")
     shutil.rmtree(run_dir, ignore_errors=True)
 
 
 def average_weights(accelerator: Accelerator, module: nn.Module, decay: float | None) -> WeightAverage | None:
-    """The average of a prepared module's weights, if one is wanted.
+    """The moving average of a prepared module's weights, or None without a `decay`.
 
     Raises:
         UserError: under ZeRO-3, where no rank has whole weights.
@@ -168,11 +173,11 @@ def average_weights(accelerator: Accelerator, module: nn.Module, decay: float | 
 
 
 def out_of_memory_advice(config: ExperimentConfig, zero_stage: int) -> str:
-    """What to set so that a training takes less memory, the cheapest first.
+    """Settings with which a training takes less memory, the cheapest first.
 
     Args:
-        config: the experiment that did not fit.
-        zero_stage: how it was distributed; 0 for plain data parallelism.
+        config: the experiment that ran out of memory.
+        zero_stage: stage of ZeRO; 0 for plain data parallelism.
     """
     train, remedies = config.train, []
     if train.batch_size > 1:

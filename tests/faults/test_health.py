@@ -34,7 +34,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_training(tmp_path, digits_sh
     assert training.steps == [2, 6]
     (told,) = [line for line in training.log.splitlines() if "no checkpoint of step 4" in line]
     assert "are free, but a checkpoint takes" in told
-    assert "the last checkpoint is that of step 2" in told
+    assert "The training continues; the last one is of step 2" in told
     assert told.partition("no checkpoint")[2] in (training.folder / "logs/rank-0.log").read_text()
 
 
@@ -50,7 +50,7 @@ def test_a_full_disk_at_the_end_is_an_error_and_the_last_checkpoint_is_intact(tm
 
 def limit_file_size():
     """No file can be larger than the weights: the optimizer's state is cut off while it is written."""
-    from cmvae.training import trainer
+    from cmvae.training.checkpoint import Checkpointer
 
     def limited(original, *arguments):
         checkpoint = original(*arguments)
@@ -58,7 +58,7 @@ def limit_file_size():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, resource.RLIM_INFINITY))
         return checkpoint
 
-    replace(trainer, "save_checkpoint", limited, 1)
+    replace(Checkpointer, "save", limited, 1)
 
 
 @pytest.mark.faults
@@ -88,7 +88,7 @@ def test_a_real_full_disk(tmp_path, digits_shards):
 
 def grow_checkpoints(disk):
     """Something else fills the disk after the second checkpoint."""
-    from cmvae.training import trainer
+    from cmvae.training.checkpoint import Checkpointer
 
     def and_fill(original, *arguments):
         checkpoint = original(*arguments)
@@ -96,7 +96,7 @@ def grow_checkpoints(disk):
             file.write(bytes(max(0, shutil.disk_usage(disk).free - 20_000)))
         return checkpoint
 
-    replace(trainer, "save_checkpoint", and_fill, 2)
+    replace(Checkpointer, "save", and_fill, 2)
 
 
 def test_a_folder_that_takes_no_files_is_named(tmp_path, digits_shards):

@@ -13,6 +13,7 @@ from cmvae.modalities.text import SPECIAL_TOKENS
 from cmvae.models.cmvae import CMVAE
 from cmvae.training.cmvae_task import fill_missing
 from cmvae.training.tasks import CMVAETask
+from cmvae.utils.seeds import sample_generators
 
 SCHEMA = ModalitySchema(kind="image", shape=(3, 8, 8), dtype="uint8")
 NAMES = ("a", "b", "c")
@@ -48,6 +49,8 @@ def batch():
         "mask": torch.ones(9, 3, dtype=torch.bool),
         "label": torch.arange(9) % 3,
         "key": [str(i) for i in range(9)],
+        "seed": 2,
+        "place": range(9),
     }
 
 
@@ -71,7 +74,6 @@ def run_step(objective, batch):
     sizes, kept = [], []
     for network in task.model.decoders.values():
         network.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
-    torch.manual_seed(2)
     keep = lambda tensor: kept.append(tensor.nbytes) or tensor  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss, _ = task(batch)
@@ -114,7 +116,7 @@ def test_decoders_with_batch_norm_are_never_decoded_in_parts():
     sizes = []
     task.model.decoders["caption"].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     ones = {"valid": torch.ones(2, dtype=torch.bool), "mask": torch.ones(2, 1, dtype=torch.bool)}
-    task({"caption": torch.randint(5, (2, 8)), **ones})
+    task({"caption": torch.randint(5, (2, 8)), **ones, "seed": 0, "place": range(2)})
     assert sizes == [4 * 2]
 
 
@@ -125,18 +127,33 @@ def test_of_drawn_cross_sources_each_is_used_once_a_step_and_none_is_preferred(b
         network.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     task(batch)
     assert sizes == [2 * 9] * 3, "from itself and from one other, nine members of the batch"
-    torch.manual_seed(3)
-    shifts = [task.draw_noise(1, torch.device("cpu")).cross_shifts for _ in range(200)]
+    one = [torch.Generator()]
+    shifts = [task.draw_noise(one, seed).cross_shifts for seed in range(200)]
     assert set(shifts) == {(1,), (2,)}
     assert 70 <= shifts.count((1,)) <= 130
-    assert task.eval().draw_noise(1, torch.device("cpu")).cross_shifts == (1, 2), "validation sees all"
+    assert task.eval().draw_noise(one, 0).cross_shifts == (1, 2), "validation sees all"
+
+
+def test_the_parts_of_a_batch_draw_the_noise_of_the_whole():
+    task, cpu = make_task(), torch.device("cpu")
+
+    def draw(places, seed=5):
+        return task.draw_noise(sample_generators(seed, places, cpu), seed)
+
+    whole, parts = draw(range(9)), [draw(range(4)), draw(range(4, 9))]
+    assert whole.shared.shape == (3, 2, 9, 5)
+    assert whole.private.shape == (3, 3, 2, 9, 4)
+    assert torch.equal(torch.cat([part.shared for part in parts], -2), whole.shared)
+    assert torch.equal(torch.cat([part.private for part in parts], -2), whole.private)
+    # Samples, modalities and steps have noise of their own.
+    assert len(whole.shared.unique()) == whole.shared.numel()
+    assert not (draw(range(9), seed=6).shared == whole.shared).any()
 
 
 def test_densities_are_fp32_whatever_the_precision_around(batch):
     results = []
     for inner, outer in ((None, None), (torch.bfloat16, None), (torch.bfloat16, torch.bfloat16)):
         task = make_task(inner)
-        torch.manual_seed(2)
         with torch.autocast("cpu", dtype=outer, enabled=outer is not None):
             loss, report = task(batch)
         assert loss.dtype == torch.float32
@@ -224,7 +241,6 @@ def test_a_refit_finds_means_in_what_is_there_and_only_when_it_is_due(batch):
 
 
 def loss_and_gradients(task, batch):
-    torch.manual_seed(2)
     loss, report = task(batch)
     loss.backward()
     return loss, report, {name: p.grad for name, p in task.named_parameters() if p.grad is not None}
@@ -346,6 +362,8 @@ def test_batch_norm_sees_texts_that_are_there_only():
         "text": texts * torch.tensor([1, 0, 1, 0])[:, None],
         "valid": torch.ones(4, dtype=torch.bool),
         "mask": torch.tensor([[True, True], [True, False]] * 2),
+        "seed": 0,
+        "place": range(4),
     }
     CMVAETask(model, ObjectiveConfig())(batch)
     alone(texts[::2])

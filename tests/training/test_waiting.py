@@ -79,7 +79,7 @@ def stored_batch(schemas):
     }
     mask = torch.ones(B, len(schemas), dtype=torch.bool)
     mask[1, 0] = mask[2:4, 1] = False
-    return batch | {"mask": mask, "valid": torch.ones(B, dtype=torch.bool)}
+    return batch | {"mask": mask, "valid": torch.ones(B, dtype=torch.bool), "seed": 0, "place": range(B)}
 
 
 @pytest.mark.parametrize(
@@ -103,16 +103,16 @@ def test_no_update_waits(make_task, monkeypatch):
 
     def update():
         loss, report = task(to_device(raw, task.schemas, torch.device("cpu")))
-        finding = all_reduce_step_check(accelerator, loss, report, StopRequest())
+        check = all_reduce_step_check(accelerator, loss, report, StopRequest())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(task.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        meter.add(report, B, 0.0)
-        return finding
+        meter.add(report, B)
+        return check
 
     update()  # copies tables to the device, once
     with Waits() as waits:
-        finding = update()
+        check = update()
     assert waits.found == []
-    assert finding.read() is None
+    assert check.read() is None
