@@ -21,14 +21,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from cmvae.config import ExperimentConfig, RefinerExperiment, dump_yaml, flatten
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from mlflow import MlflowClient
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -162,7 +161,7 @@ class MlflowTracker:
 
     def log_image(self, image: Figure | npt.NDArray[np.generic], key: str, step: int) -> None:
         """See `Tracker`."""
-        pixels = _render(image) if isinstance(image, Figure) else image
+        pixels = image if isinstance(image, np.ndarray) else _render(image)
 
         def log() -> None:
             if not self._repeats or step > self._last_step_of_images(key):
@@ -441,6 +440,9 @@ def _database_is_missing(uri: str) -> bool:
 
 def _render(figure: Figure) -> npt.NDArray[np.uint8]:
     """Pixels (H, W, 3) of a figure."""
+    # Imported when something is drawn: a training starts without it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
