@@ -1,4 +1,4 @@
-"""How a process of a launch ends."""
+"""Run the main function of a command and exit with its code."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cmvae.utils.errors import UserError
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:
-    """Run the `main` of a command and end the process with its exit code.
+    """Run the `main` of a command and exit with its code.
 
-    A `UserError` is printed without a traceback, exit code 2; Ctrl-C is 130.
+    A `UserError` is printed without a traceback and gives exit code 2. Ctrl-C gives 130.
     """
     try:
         code = main()
@@ -23,20 +23,20 @@ def run_main(main: Callable[[], int]) -> NoReturn:
         code = 2
     except KeyboardInterrupt:
         code = 130
-    leave(code)
+    exit_process(code)
 
 
-def leave(code: int) -> NoReturn:
-    """End this process; as one of several ranks, without taking Python down around the threads of gloo.
+def exit_process(code: int) -> NoReturn:
+    """Exit the process. One of several ranks runs its exit handlers but skips the shutdown of Python.
 
-    A thread of gloo lets go of a tensor some time after the operation on it is over, and outlives
-    `destroy_process_group` wherever something holds the group, as DDP and DeepSpeed do. Where it does so
+    A thread of gloo releases a tensor some time after the operation on it has ended. It outlives
+    `destroy_process_group` if something holds the group, as DDP and DeepSpeed do. If it releases the tensor
     while Python shuts down, the process aborts ("terminate called without an active exception"), and the
-    launcher calls a complete training failed (https://github.com/pytorch/pytorch/issues/190489; two of eight
-    short runs with torch 2.13). So what is registered for the exit is done, and then there is no shutdown.
+    launcher reports a complete training as failed (https://github.com/pytorch/pytorch/issues/190489; two of
+    eight short runs with torch 2.13).
 
     Args:
-        code: the exit code.
+        code: exit code.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         atexit._run_exitfuncs()

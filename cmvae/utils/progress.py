@@ -1,4 +1,4 @@
-"""Progress bars: samples a second and time left, on one rank only."""
+"""Progress bars."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tqdm import tqdm
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, **settings: Any) -> tqdm:
-    """A tqdm bar; in a log file, which has no use for ten lines a second, it draws four times a minute.
+    """A tqdm bar that is drawn twice per second in a terminal and four times per minute in a log file.
 
     Args:
-        iterable: what it goes along, or None to be told by `update`.
-        settings: of tqdm; `disable` on all ranks but the first.
+        iterable: iterable to wrap; None to call `update` instead.
+        settings: arguments of tqdm. Set `disable` on all ranks but rank 0.
     """
     return tqdm(iterable, mininterval=0.5 if sys.stderr.isatty() else 15, **settings)

@@ -1,4 +1,4 @@
-"""Random numbers that belong to a sample, whatever the batch, the rank or the order they are drawn in."""
+"""Seeds that do not depend on the batch, the rank or the order of draws."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 
 
 def derive_seed(seed: int, stream: str, *position: int) -> int:
-    """A number of 63 bits for `torch.Generator.manual_seed`: a function of its arguments.
+    """Derive a 63-bit seed for `torch.Generator.manual_seed` from the arguments.
 
     Args:
         seed: not negative.
-        stream: what the numbers are for, so that two uses are independent.
-        position: of the sample, where a stream has several.
+        stream: name of the purpose; different streams are independent.
+        position: further non-negative integers, such as the position of a sample.
     """
     state = np.random.SeedSequence((seed, zlib.crc32(stream.encode()), *position)).generate_state(
         1, np.uint64

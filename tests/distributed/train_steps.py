@@ -24,7 +24,7 @@ from cmvae.models.cmvae import CMVAE
 from cmvae.models.precision import autocast_dtype
 from cmvae.training.cmvae_task import CMVAETask, LatentNoise
 from cmvae.training.optimization import build_optimizer, restart_parameters
-from cmvae.utils.process_exit import leave
+from cmvae.utils.process_exit import exit_process
 
 
 def main() -> None:
@@ -111,4 +111,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    exit_process(0)
