@@ -316,7 +316,7 @@ class Trainer:
             if self.config.data.on_error == "skip":
                 self.heartbeat.beat("waiting for the other ranks to tell what they skipped")
                 self.skipped.add(self.accelerator, raw["skipped"])
-            batch = to_device(raw, self.task.schemas, self.accelerator.device)
+            batch = to_device(raw, self.task.modalities, self.accelerator.device)
             with self.accelerator.accumulate(self.module):
                 self.heartbeat.beat("in the forward pass")
                 loss, report = self.module(batch)
@@ -381,7 +381,7 @@ class Trainer:
         self.tracker.log_metrics(
             {f"validation/{name}": value for name, value in metrics.items()}, self.state.step
         )
-        batch = to_device(next(iter(self.validation_loader)), self.task.schemas, self.accelerator.device)
+        batch = to_device(next(iter(self.validation_loader)), self.task.modalities, self.accelerator.device)
         # A stream of its own: validating more often must not change the training.
         generator = torch.Generator(self.accelerator.device).manual_seed(self.config.seed)
         with evaluation_mode(self.module):
@@ -397,7 +397,7 @@ class Trainer:
         return collect_records(
             self.accelerator,
             self.module,
-            self.task.schemas,
+            self.task.modalities,
             self._validation_batches(),
             self.config.seed,
             max_batches,

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from cmvae.data.batch import to_device
-from cmvae.data.index import ModalitySchema
+from cmvae.modalities import Modality
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
 
@@ -37,7 +37,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 def collect_records(
     accelerator: Accelerator,
     module: nn.Module,
-    schemas: Mapping[str, ModalitySchema],
+    modalities: Mapping[str, Modality],
     batches: Iterable[Mapping[str, Any]],
     seed: int,
     max_batches: int | None = None,
@@ -47,7 +47,7 @@ def collect_records(
     Args:
         accelerator: the ranks.
         module: the prepared task.
-        schemas: of the modalities that it reads.
+        modalities: those that it reads, by name.
         batches: equally many equally large batches on every rank, padding marked in `valid`.
         seed: of the noise, so that two validations differ by the model alone and training's own random
             stream goes on undisturbed.
@@ -61,7 +61,7 @@ def collect_records(
     with evaluation_mode(module), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed + accelerator.process_index)
         for raw in itertools.islice(batches, max_batches):
-            batch = to_device(raw, schemas, accelerator.device)
+            batch = to_device(raw, modalities, accelerator.device)
             loss, report = module(batch)
             valid = batch["valid"]
             # The loss is a mean over the batch's valid samples: given to each, the split's mean is right.

@@ -77,7 +77,7 @@ def main() -> None:
             if missing in model.modality_names:
                 raw["mask"][len(raw["mask"]) // 2 :, model.modality_names.index(missing)] = False
             batch = to_device(
-                {name: value[mine] for name, value in raw.items()}, task.schemas, accelerator.device
+                {name: value[mine] for name, value in raw.items()}, task.modalities, accelerator.device
             )
             with accelerator.accumulate(module):
                 loss, report = module(batch)

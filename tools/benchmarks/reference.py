@@ -75,7 +75,7 @@ class ReferenceTask(CMVAETask):
     """
 
     def __init__(self, model: CMVAE, objective: ObjectiveConfig) -> None:
-        plain = CMVAE(model.config, model.schemas)
+        plain = CMVAE(model.config, model.modalities)
         plain.load_state_dict(model.state_dict())
         for name, decoder in plain.decoders.items():
             if isinstance(decoder, ImageDecoder):

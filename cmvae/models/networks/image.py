@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cmvae.data.index import ModalitySchema
+from cmvae.modalities import Modality
 from cmvae.models.networks.convolutions import LeakyReLU, add_to_borders, box_mean, conv_transpose2d
 from cmvae.models.networks.encoder import TwoTrunkEncoder
 from cmvae.models.networks.one_pixel import Conv2d, conv2d
@@ -221,8 +221,8 @@ class ImageTrunk(nn.Module):
 class ImageEncoder(TwoTrunkEncoder):
     """Images (B, C, H, W) in [0, 1]."""
 
-    def __init__(self, schema: ModalitySchema, width: int, shared_dim: int, private_dim: int) -> None:
-        channels, height, width_px = schema.shape
+    def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
+        channels, height, width_px = modality.shape
         halvings = num_halvings(height, width_px)
         filters = _filters(width, halvings)
         num_features = filters[-1] * (height >> halvings) * (width_px >> halvings)
@@ -242,9 +242,9 @@ class ImageEncoder(TwoTrunkEncoder):
 class ImageDecoder(nn.Module):
     """Latents (B, D_z + D_w) to the likelihood's parameters for an image (B, C, H, W)."""
 
-    def __init__(self, schema: ModalitySchema, width: int, shared_dim: int, private_dim: int) -> None:
+    def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
         super().__init__()
-        channels, height, width_px = schema.shape
+        channels, height, width_px = modality.shape
         halvings = num_halvings(height, width_px)
         filters = _filters(width, halvings)
         self.height, self.width_px = height >> halvings, width_px >> halvings
@@ -263,29 +263,29 @@ class ImageDecoder(nn.Module):
         return self.layers(maps)
 
 
-def check_image_size(schema: ModalitySchema, modality: str) -> None:
+def check_image_size(modality: Modality, name: str) -> None:
     """Refuse images that these networks cannot halve often enough.
 
     Raises:
         UserError: the modality is no image, its height or width is not divisible by 4, or what is left where
             a side is odd is too large.
     """
-    if len(schema.shape) != 3 or schema.categories is not None:
+    if len(modality.shape) != 3 or modality.num_categories:
         raise UserError(
-            f"model.modalities.{modality}.network: 'resnet' takes maps of (channels, height, width), not a "
-            f"modality of kind {schema.kind}; leave network out for what fits it"
+            f"model.modalities.{name}.network: 'resnet' takes maps of (channels, height, width), not a "
+            f"modality of kind {modality.kind}; leave network out for what fits it"
         )
-    _, height, width_px = schema.shape
+    _, height, width_px = modality.shape
     if height % 4 or width_px % 4:
         raise UserError(
-            f"modality {modality!r}: network 'resnet' halves an image twice or more, so height and width "
+            f"modality {name!r}: network 'resnet' halves an image twice or more, so height and width "
             f"must be divisible by 4, not {height}×{width_px}. Resize the images when packing"
         )
     halvings = num_halvings(height, width_px)
     rows, columns = height >> halvings, width_px >> halvings
     if max(rows, columns) > _MAX_LOWEST:
         raise UserError(
-            f"modality {modality!r}: network 'resnet' halves an image while both sides are even and above "
+            f"modality {name!r}: network 'resnet' halves an image while both sides are even and above "
             f"{_LOWEST}, which leaves {rows}×{columns} of {height}×{width_px}; more than {_MAX_LOWEST} a "
             "side are too many. Resize the images when packing, for example to 64×64 or 128×128"
         )
