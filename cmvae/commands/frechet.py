@@ -56,7 +56,7 @@ def make_extractor(
         raise UserError("--classifier needs --modality NAME: a classifier is of one modality")
     index = ShardIndex.load(arguments.classifier)
     classifiers = load_classifiers(arguments.classifier, index, [arguments.modality], device)
-    shape: tuple[int, ...] = index.modalities[arguments.modality].shape
+    shape = index.modalities[arguments.modality].shape
 
     def extract(images: torch.Tensor) -> torch.Tensor:
         if images.shape[2:] != shape[1:]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from pydantic import PositiveInt, field_validator
+from pydantic import field_validator
 from typing_extensions import override
 
 from cmvae.modalities.base import Modality, as_array
@@ -43,13 +43,12 @@ class ImageModality(Modality):
     metrics = frozenset({"generative"})
 
     kind: Literal["image"] = "image"
-    shape: tuple[int, PositiveInt, PositiveInt]
     dtype: Literal["uint8"] = "uint8"
 
     @field_validator("shape")
     @classmethod
-    def _check_channels(cls, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        if shape[0] not in _MODES:
+    def _check_shape(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if len(shape) != 3 or shape[0] not in _MODES or min(shape) < 1:
             raise ValueError(f"{shape} is not (1 or 3 channels, height, width)")
         return shape
 
@@ -119,7 +118,7 @@ def _encode_uncompressed(stored: np.ndarray) -> bytes:
     return _beginning(channels, height, width) + data + _END
 
 
-def _decode_uncompressed(content: bytes, shape: tuple[int, int, int]) -> np.ndarray | None:
+def _decode_uncompressed(content: bytes, shape: tuple[int, ...]) -> np.ndarray | None:
     """What `_encode_uncompressed` was given; None for any other PNG.
 
     Raises:

@@ -17,8 +17,8 @@ GREY = ImageModality(shape=(1, 16, 16))
 
 def make_model(num_clusters=5, autocast_dtype=None, modalities=None, width=4):
     modalities = modalities or {"a": IMAGE, "b": GREY}
-    modalities = {name: ModalityConfig(width=width, likelihood=LikelihoodConfig()) for name in modalities}
-    config = ModelConfig(shared_dim=6, private_dim=3, num_clusters=num_clusters, modalities=modalities)
+    configs = {name: ModalityConfig(width=width, likelihood=LikelihoodConfig()) for name in modalities}
+    config = ModelConfig(shared_dim=6, private_dim=3, num_clusters=num_clusters, modalities=configs)
     torch.manual_seed(0)
     return CMVAE(config, modalities, autocast_dtype).eval()
 
