@@ -14,9 +14,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmvae.modalities import Modality
-from cmvae.models.networks.convolutions import LeakyReLU
+from cmvae.models.networks.convolutions import Conv3x3, LeakyReLU
 from cmvae.models.networks.encoder import TwoTrunkEncoder
-from cmvae.models.networks.image import LEAKY_SLOPE, Conv3x3, ResidualBlock
+from cmvae.models.networks.image import LEAKY_SLOPE, ResidualBlock
 from cmvae.utils.errors import UserError
 
 _STEM_STRIDE = 4

@@ -12,7 +12,8 @@ from cmvae.modalities import BinaryModality, CategoricalModality, ImageModality,
 from cmvae.modalities.text import SPECIAL_TOKENS
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.networks import NETWORKS, network_family
-from cmvae.models.networks.image import PooledConv, PooledResidualBlock, ResidualBlock, UpsampledResidualBlock
+from cmvae.models.networks.convolutions import PooledConv
+from cmvae.models.networks.image import PooledResidualBlock, ResidualBlock, UpsampledResidualBlock
 from cmvae.training.tasks import CMVAETask
 from cmvae.utils.errors import UserError
 
