@@ -208,7 +208,7 @@ def test_the_names_of_the_weights_by_which_exports_are_read(size):
         expected |= under(f"{part}_heads.loc", both) | under(f"{part}_heads.raw_scale", both)
         layers = f"{part}_trunk.layers"
         expected |= under(f"{layers}.0", both) | under(f"{layers}.1", block)
-        expected |= under(f"{layers}.3", wider) | under(f"{layers}.5", wider)
+        expected |= under(f"{layers}.2", wider) | under(f"{layers}.3", wider)
     assert encoder.state_dict().keys() == expected
     expected = under("stem", both) | under("layers.0", wider) | under("layers.1", wider)
     assert decoder.state_dict().keys() == expected | under("layers.2", block) | under("layers.4", both)
