@@ -27,3 +27,16 @@ def share_below_one(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
     return value
+
+
+def names(text: str) -> list[str]:
+    """Names with commas between them, each taken once."""
+    parts = [name.strip() for name in text.split(",")]
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME, or several with commas, such as m0,m1")
+    return list(dict.fromkeys(parts))
+
+
+def command_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose `--help` begins with the documentation of a command's module as it stands there."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

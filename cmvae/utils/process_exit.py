@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from cmvae.utils.errors import UserError
@@ -20,10 +24,31 @@ def run_main(main: Callable[[], int]) -> NoReturn:
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        _report_to_torchrun(str(error))
         code = 2
     except KeyboardInterrupt:
         code = 130
     leave(code)
+
+
+def stopped_code(stopped_by: signal.Signals) -> int:
+    """The exit code after a signal and a checkpoint.
+
+    Returns:
+        EX_TEMPFAIL of sysexits.h, 75, for SIGTERM, so that a scheduler queues the run again; else 128 + N.
+    """
+    return os.EX_TEMPFAIL if stopped_by == signal.SIGTERM else 128 + stopped_by
+
+
+def _report_to_torchrun(message: str) -> None:
+    """Write the file from which torchrun and accelerate take what their report calls the root cause.
+
+    See https://docs.pytorch.org/docs/stable/elastic/errors.html. It is not written by torch's own handler,
+    because most errors are raised before torch is imported.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is not None:
+        Path(path).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
 
 
 def leave(code: int) -> NoReturn:
