@@ -15,9 +15,17 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cmvae.data.index import ModalitySchema, SplitName
+from cmvae.data.index import SplitName
 from cmvae.datasets.base import Sample
 from cmvae.datasets.splits import Splits
+from cmvae.modalities import (
+    BinaryModality,
+    CategoricalModality,
+    ImageModality,
+    Modality,
+    TextModality,
+    VectorModality,
+)
 from cmvae.modalities.tokenizer import Tokenizer, build_vocabulary, split_words
 from cmvae.utils.errors import UserError
 
@@ -33,7 +41,7 @@ class Column(Protocol):
     """One modality of every row."""
 
     @property
-    def schema(self) -> ModalitySchema:
+    def modality(self) -> Modality:
         """What is stored."""
 
     def has(self, row: int) -> bool:
@@ -67,9 +75,7 @@ class ImageColumn:
             if path is not None and not path.is_file():
                 raise UserError(f"{place}: {path} is no file. Mend the path, or leave it empty: no image")
         self.paths, self.places = paths, places
-        self.schema = ModalitySchema(
-            kind="image", shape=(channels, size, size), dtype="uint8", optional=None in paths
-        )
+        self.modality = ImageModality(shape=(channels, size, size), optional=None in paths)
 
     def has(self, row: int) -> bool:
         """As `Column.has`."""
@@ -80,7 +86,7 @@ class ImageColumn:
         path = self.paths[row]
         assert path is not None  # noqa: S101 (`has` was asked)
         try:
-            return read_image(path, self.schema)
+            return read_image(path, self.modality)
         except ValueError as error:
             raise UserError(f"{self.places[row]}: {path}: {error}") from error
 
@@ -104,10 +110,8 @@ class TextColumn:
         longest = max((len(words) for words in of_train), default=0)
         length = min(LENGTH_STEP * math.ceil((longest + 1) / LENGTH_STEP), max_length)
         self._tokenizer = Tokenizer(build_vocabulary(of_train, min_count), length)
-        self.schema = ModalitySchema(
-            kind="text",
+        self.modality = TextModality(
             shape=(self._tokenizer.length,),
-            dtype="int64",
             categories=self._tokenizer.vocabulary,
             optional=None in self._words,
         )
@@ -148,10 +152,8 @@ class VectorColumn:
             names[place] if names is not None else str(place) for place in np.flatnonzero(constant).tolist()
         )
         """Dimensions that do not vary over the train split."""
-        self.schema = ModalitySchema(
-            kind="vector",
+        self.modality = VectorModality(
             shape=values.shape[1:],
-            dtype="float32",
             optional=not bool(self._has.all()),
             columns=None if names is None else tuple(names),
             mean=tuple(mean.tolist()),
@@ -178,10 +180,8 @@ class BinaryColumn:
     def __init__(self, values: np.ndarray, names: Sequence[str]) -> None:
         self._values = values
         self._has = ~np.isnan(values).any(axis=1)
-        self.schema = ModalitySchema(
-            kind="binary",
+        self.modality = BinaryModality(
             shape=values.shape[1:],
-            dtype="uint8",
             columns=tuple(names),
             optional=not bool(self._has.all()),
         )
@@ -206,10 +206,7 @@ class CategoricalColumn:
     def __init__(self, names: Sequence[str | None], categories: Sequence[str]) -> None:
         places = {name: place for place, name in enumerate(categories)}
         self._places = [None if name is None else places[name] for name in names]
-        self.schema = ModalitySchema(
-            kind="categorical",
-            shape=(),
-            dtype="int64",
+        self.modality = CategoricalModality(
             categories=tuple(categories),
             optional=None in self._places,
         )
@@ -241,9 +238,9 @@ class ColumnSource:
     """(N,) name of the group of each row; None where rows have no groups."""
 
     @property
-    def modalities(self) -> dict[str, ModalitySchema]:
+    def modalities(self) -> dict[str, Modality]:
         """As `Source.modalities`."""
-        return {name: column.schema for name, column in self.columns.items()}
+        return {name: column.modality for name, column in self.columns.items()}
 
     @property
     def split_sizes(self) -> dict[SplitName, int]:
@@ -261,13 +258,13 @@ class ColumnSource:
         )
 
 
-def read_image(path: Path, schema: ModalitySchema) -> np.ndarray:
+def read_image(path: Path, modality: Modality) -> np.ndarray:
     """A picture file as (channels, height, width) uint8: turned as its EXIF says, its middle, resized.
 
     Raises:
         ValueError: it is no picture, or one of more than eight bits; with what to do.
     """
-    channels, height, width = schema.shape
+    channels, height, width = modality.shape
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as opened:
             image = ImageOps.exif_transpose(opened)

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from cmvae.data.index import ModalitySchema, SplitName
+from cmvae.data.index import SplitName
 from cmvae.datasets.base import random_stream
 from cmvae.datasets.columns import ColumnSource, ImageColumn, TextColumn
 from cmvae.datasets.download import add_download_arguments, fetch_and_unpack
 from cmvae.datasets.splits import Splits, draw_splits, fractions, fractions_text
+from cmvae.modalities import ImageModality, TextModality
 from cmvae.modalities.text import EOS, PAD, SPECIAL_TOKENS, UNKNOWN
 from cmvae.utils.errors import UserError
 
@@ -124,7 +125,7 @@ class ArrayImages:
 
     def __init__(self, images: np.ndarray, image_of_row: np.ndarray) -> None:
         self._images, self._image_of_row = images, image_of_row
-        self.schema = ModalitySchema(kind="image", shape=images.shape[1:], dtype="uint8")
+        self.modality = ImageModality(shape=images.shape[1:])
 
     def has(self, row: int) -> bool:
         """As `Column.has`."""
@@ -140,9 +141,7 @@ class TokenRows:
 
     def __init__(self, tokens: np.ndarray, vocabulary: tuple[str, ...]) -> None:
         self._tokens = tokens
-        self.schema = ModalitySchema(
-            kind="text", shape=tokens.shape[1:], dtype="int64", categories=vocabulary
-        )
+        self.modality = TextModality(shape=tokens.shape[1:], categories=vocabulary)
 
     def has(self, row: int) -> bool:
         """As `Column.has`."""

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cmvae.data.index import ModalitySchema, SplitName
+from cmvae.data.index import SplitName
 from cmvae.datasets.base import SPLIT_NUMBERS, Sample, random_stream
 from cmvae.datasets.pairing import invert_under, pair_within_classes
+from cmvae.modalities import ImageModality
 from cmvae.utils.arguments import fraction_below_one
 from cmvae.utils.errors import UserError
 
@@ -148,9 +149,7 @@ class DigitsSource:
         """(1797, 16, 16) bool: where the ink is."""
         self.palettes = make_palettes(num_modalities)
         self.modalities = {
-            f"m{modality}": ModalitySchema(
-                kind="image", shape=(3, *self.masks.shape[1:]), dtype="uint8", optional=missing > 0
-            )
+            f"m{modality}": ImageModality(shape=(3, *self.masks.shape[1:]), optional=missing > 0)
             for modality in range(num_modalities)
         }
         self.settings: dict[str, str | int | float | bool | None] = {

@@ -94,8 +94,8 @@ class DigitsMixedSource:
         self._captions = TextColumn(sentences, train, min_count=1, max_length=MAX_LENGTH)
         self.modalities = {
             "image": self._pictures.modalities["m0"],
-            "statistics": self._statistics.schema,
-            "caption": self._captions.schema,
+            "statistics": self._statistics.modality,
+            "caption": self._captions.modality,
         }
 
     def sample(self, split: SplitName, index: int) -> Sample:

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cmvae.data.index import RESERVED_NAMES
 from cmvae.datasets.columns import LENGTH_STEP, Column, VectorColumn
 from cmvae.datasets.splits import DEFAULT_FRACTIONS, fractions
+from cmvae.modalities import RESERVED_NAMES
 from cmvae.utils.arguments import positive_integer
 from cmvae.utils.errors import UserError
 

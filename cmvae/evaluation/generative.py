@@ -445,12 +445,14 @@ def _load_networks(context: EvaluationContext, wanted: Collection[str]) -> tuple
             )
         if reason is not None:
             left_out["fid"] = reason
-    for name, schema in context.model.schemas.items():
+    for name, modality in context.model.modalities.items():
         if images and name not in images:
-            reason = f"of kind {schema.kind}: distances are between images"
+            reason = f"of kind {modality.kind}: distances are between images"
             left_out |= {f"{group}/{name}": reason for group in sorted(set(wanted) - {"coherence"})}
         if "coherence" in wanted and name not in (*images, *context.measured_by("text")):
-            left_out[f"coherence/{name}"] = f"of kind {schema.kind}, whose class nothing reads: a source only"
+            left_out[f"coherence/{name}"] = (
+                f"of kind {modality.kind}, whose class nothing reads: a source only"
+            )
     return Networks(images, classifiers or {}, inception, texts), left_out
 
 

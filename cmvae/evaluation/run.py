@@ -74,7 +74,7 @@ def load_context(
         model = dcmvae.cmvae
     else:
         dcmvae, model = None, CMVAE.from_pretrained(run_dir / "export", accelerator.device)
-    index.check_modalities(model.schemas, config.data.shards)
+    index.check_modalities(model.modalities, config.data.shards)
     return EvaluationContext(model, config.data.shards, index, config.evaluation, accelerator, dcmvae)
 
 

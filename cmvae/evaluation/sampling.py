@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cmvae.clustering import IntArray
-from cmvae.data.batch import as_stored
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.result import REFINED
 from cmvae.models.cmvae import CMVAE, Latents
@@ -188,7 +187,7 @@ def generate_pairs(context: EvaluationContext, targets: Sequence[str]) -> Iterat
                 if not both.any():
                     continue
                 generated, real = (
-                    as_stored(torch.from_numpy(values[both]), model.schemas[target])
+                    model.modalities[target].to_stored(values[both])
                     for values in (made[f"value/{target}"], encoded[f"value/{target}"][of_source])
                 )
                 yield Pair(source, target, generated, real)

@@ -27,3 +27,18 @@ def fraction_below_one(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
     return value
+
+
+def names(text: str) -> list[str]:
+    """Parse names separated by commas, without repetitions."""
+    parts = [name.strip() for name in text.split(",")]
+    if not all(parts):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give one name, or several separated by commas, such as m0,m1"
+        )
+    return list(dict.fromkeys(parts))
+
+
+def command_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose `--help` begins with `doc`, the docstring of a command's module, as it is formatted."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

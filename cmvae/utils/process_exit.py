@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from cmvae.utils.errors import UserError
@@ -20,10 +24,31 @@ def run_main(main: Callable[[], int]) -> NoReturn:
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        _report_to_torchrun(str(error))
         code = 2
     except KeyboardInterrupt:
         code = 130
     exit_process(code)
+
+
+def stopped_code(stopped_by: signal.Signals) -> int:
+    """Exit code of a training that a signal stopped after a checkpoint.
+
+    Returns:
+        75 (EX_TEMPFAIL of sysexits.h) for SIGTERM, so that a scheduler queues the run again; else 128 + N.
+    """
+    return os.EX_TEMPFAIL if stopped_by == signal.SIGTERM else 128 + stopped_by
+
+
+def _report_to_torchrun(message: str) -> None:
+    """Write the file from which torchrun and accelerate take the root cause of a failure.
+
+    See https://docs.pytorch.org/docs/stable/elastic/errors.html. torch has its own handler, but most
+    errors here are raised before torch is imported.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is not None:
+        Path(path).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
 
 
 def exit_process(code: int) -> NoReturn:

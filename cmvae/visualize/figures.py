@@ -18,9 +18,7 @@ from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from cmvae.clustering import BoolArray, ClusterHierarchy, FloatArray, IntArray
-from cmvae.data.index import ModalitySchema
-from cmvae.modalities import KINDS
-from cmvae.modalities.image import Image
+from cmvae.modalities import ImageModality, Modality
 from cmvae.models.export import ClusterRecord
 
 _DPI = 120
@@ -55,7 +53,7 @@ def cross_modal_grid(
     generated: Mapping[tuple[str, str], NDArray],
     refined: Mapping[tuple[str, str], NDArray] | None = None,
     *,
-    schemas: Mapping[str, ModalitySchema],
+    modalities: Mapping[str, Modality],
     present: Mapping[str, BoolArray] | None = None,
 ) -> Figure:
     """Every modality generated from every modality: a block of columns a target, a row a source.
@@ -68,7 +66,7 @@ def cross_modal_grid(
         inputs: modality → (N, *shape), as stored.
         generated: (source, target) → (N, *shape), for every ordered pair.
         refined: the same made sharp, in a row below each; of the targets that can be.
-        schemas: of the modalities.
+        modalities: by name.
         present: modality → (N,) bool, the samples that have it; None if all do.
     """
     names = list(inputs)
@@ -81,7 +79,7 @@ def cross_modal_grid(
         if refined is not None:
             of_source = {name: refined[source, name] for name in names if (source, name) in refined}
             rows.append(("refined", source, of_source))
-    widths, height = _cell_sizes([schemas[name] for name in names])
+    widths, height = _cell_sizes([modalities[name] for name in names])
     figure = Figure(
         figsize=(
             0.9 + sum(num_samples * width + 0.15 for width in widths),
@@ -98,7 +96,7 @@ def cross_modal_grid(
             _clear(ax)
             if target in made:
                 shown = there[made_from or target]
-                _show_values(ax, made[target][None], schemas[target], shown[None], (width, height))
+                _show_values(ax, made[target][None], modalities[target], shown[None], (width, height))
                 if made_from == target:
                     _frame(ax)
     for row, (title, _, _) in enumerate(rows):
@@ -110,7 +108,7 @@ def sample_rows(
     values: Mapping[str, NDArray],
     titles: Sequence[str],
     *,
-    schemas: Mapping[str, ModalitySchema],
+    modalities: Mapping[str, Modality],
     present: Mapping[str, BoolArray] | None = None,
 ) -> Figure:
     """Samples that belong together in rows, such as those of one cluster; a block of columns a modality.
@@ -118,12 +116,12 @@ def sample_rows(
     Args:
         values: name of the block → (R, S, *shape), as stored; [r, s] is the same sample in every block.
         titles: R names of the rows.
-        schemas: of the modality that each block shows.
+        modalities: the modality that each block shows.
         present: name of the block → (R, S) bool, false where a place is left white; None if none is.
     """
     num_rows, num_samples = next(iter(values.values())).shape[:2]
     everything = np.ones((num_rows, num_samples), dtype=bool)
-    widths, height = _cell_sizes([schemas[name] for name in values])
+    widths, height = _cell_sizes([modalities[name] for name in values])
     figure = Figure(
         figsize=(
             1.2 + sum(num_samples * width + 0.15 for width in widths),
@@ -137,7 +135,7 @@ def sample_rows(
         ax.set_title(name, fontsize=10, color=_INK, fontweight="bold")
         _clear(ax)
         shown = everything if present is None else present[name]
-        _show_values(ax, samples, schemas[name], shown, (width, height))
+        _show_values(ax, samples, modalities[name], shown, (width, height))
     # Half a row down, in whatever units the first block counts.
     bottom, top = axes[0].get_ylim()
     middles = [top + (row + 0.5) / num_rows * (bottom - top) for row in range(num_rows)]
@@ -590,27 +588,27 @@ def _area(box: Bbox | None) -> float:
     return 0.0 if box is None else float(box.width * box.height)
 
 
-def _cell_sizes(schemas: Sequence[ModalitySchema]) -> tuple[list[float], float]:
+def _cell_sizes(modalities: Sequence[Modality]) -> tuple[list[float], float]:
     """Inches of a value of each modality beside each other: their widths, and the height of all."""
-    sizes = [KINDS[schema.kind].drawn_size(schema) for schema in schemas]
+    sizes = [modality.drawn_size for modality in modalities]
     height = max(height for _, height in sizes)
     # A picture grows with its row; text and bars would only be pulled apart.
     widths = [
-        width * height / own if isinstance(KINDS[schema.kind], Image) else width
-        for schema, (width, own) in zip(schemas, sizes, strict=True)
+        width * height / own if isinstance(modality, ImageModality) else width
+        for modality, (width, own) in zip(modalities, sizes, strict=True)
     ]
     return widths, height
 
 
 def _show_values(
-    ax: Axes, values: NDArray, schema: ModalitySchema, shown: BoolArray, cell: tuple[float, float]
+    ax: Axes, values: NDArray, modality: Modality, shown: BoolArray, cell: tuple[float, float]
 ) -> None:
     """Stored values (R, S, *shape) in rows and columns, where `shown` (R, S) says so.
 
     Images are one picture, which is quick; of other kinds each value has an axis of its own, `cell` wide and
     high.
     """
-    if isinstance(KINDS[schema.kind], Image):
+    if isinstance(modality, ImageModality):
         ax.imshow(_tile(values, shown), interpolation="nearest")
         return
     (num_rows, num_columns), (width, height) = shown.shape, cell
@@ -629,7 +627,7 @@ def _show_values(
         inner.set_in_layout(False)
         inner.set(xticks=[], yticks=[])
         inner.spines[:].set(color="#e9ecef", linewidth=0.7)
-        KINDS[schema.kind].draw(inner, values[row, column], schema)
+        modality.draw(inner, values[row, column])
 
 
 def _tile(images: NDArray, shown: BoolArray) -> NDArray:

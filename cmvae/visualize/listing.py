@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from numpy.typing import NDArray
 
 from cmvae.clustering import BoolArray
-from cmvae.data.index import ModalitySchema
-from cmvae.modalities import KINDS
+from cmvae.modalities import Modality
 
 _HEAD = (
     "What samples say, and what is generated from each of their modalities; from itself, it is reconstructed."
@@ -19,7 +18,7 @@ def cross_modal_listing(
     inputs: Mapping[str, NDArray],
     generated: Mapping[tuple[str, str], NDArray],
     *,
-    schemas: Mapping[str, ModalitySchema],
+    modalities: Mapping[str, Modality],
     present: Mapping[str, BoolArray],
 ) -> str | None:
     """Sample by sample every modality that is read in words, real and generated from each modality.
@@ -27,13 +26,13 @@ def cross_modal_listing(
     Args:
         inputs: modality → (N, *shape), as stored.
         generated: (source, target) → (N, *shape), for every ordered pair.
-        schemas: of the modalities.
+        modalities: by name.
         present: modality → (N,) bool. What would be generated from what a sample lacks is left out.
 
     Returns:
         Plain text; None where no modality is read in words.
     """
-    targets = [name for name in inputs if KINDS[schemas[name].kind].in_words]
+    targets = [name for name in inputs if modalities[name].in_words]
     if not targets:
         return None
     width = max(map(len, inputs)) + len("from ")
@@ -41,11 +40,11 @@ def cross_modal_listing(
     for sample in range(len(inputs[targets[0]])):
         lines += ["", f"sample {sample + 1}"]
         for target in targets:
-            kind, schema = KINDS[schemas[target].kind], schemas[target]
+            modality = modalities[target]
             is_there = present[target][sample]
-            said = {"real": kind.to_text(inputs[target][sample], schema) if is_there else "(missing)"}
+            said = {"real": modality.describe(inputs[target][sample]) if is_there else "(missing)"}
             said |= {
-                f"from {source}": kind.to_text(generated[source, target][sample], schema)
+                f"from {source}": modality.describe(generated[source, target][sample])
                 for source in inputs
                 if present[source][sample]
             }

@@ -11,8 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cmvae.data.batch import as_stored
-from cmvae.data.index import ModalitySchema
+from cmvae.modalities import Modality
 from cmvae.models.cmvae import CMVAE
 from cmvae.visualize import figures
 from cmvae.visualize.listing import cross_modal_listing
@@ -32,17 +31,19 @@ class CrossModal:
     """(source, target) → (N, *shape), as stored."""
     present: Mapping[str, np.ndarray]
     """Modality → (N,) bool."""
-    schemas: Mapping[str, ModalitySchema]
+    modalities: Mapping[str, Modality]
 
     def draw(self) -> Figure:
         """As a figure."""
         return figures.cross_modal_grid(
-            self.inputs, self.generated, schemas=self.schemas, present=self.present
+            self.inputs, self.generated, modalities=self.modalities, present=self.present
         )
 
     def write(self) -> str | None:
         """As text, of the modalities that are read in words; None if there are none."""
-        return cross_modal_listing(self.inputs, self.generated, schemas=self.schemas, present=self.present)
+        return cross_modal_listing(
+            self.inputs, self.generated, modalities=self.modalities, present=self.present
+        )
 
 
 def generate_cross_modal(
@@ -61,14 +62,14 @@ def generate_cross_modal(
     generated = {}
     for source, x in inputs.items():
         for target, made in model.generate(given={source: x}, generator=generator).items():
-            generated[source, target] = as_stored(made, model.schemas[target])
+            generated[source, target] = model.modalities[target].to_stored(made)
     for name, x in model.reconstruct(inputs).items():
-        generated[name, name] = as_stored(x, model.schemas[name])
+        generated[name, name] = model.modalities[name].to_stored(x)
     return CrossModal(
-        {name: as_stored(x, model.schemas[name]) for name, x in inputs.items()},
+        {name: model.modalities[name].to_stored(x) for name, x in inputs.items()},
         generated,
         _by_modality(model, mask),
-        model.schemas,
+        model.modalities,
     )
 
 
@@ -90,14 +91,14 @@ def draw_refinements(
         blurred = model.decode(latents.shared, latents.private)
         sharp = dcmvae.refine(blurred, latents.shared, seeds=range(len(x)))
         for target in inputs:
-            generated[source, target] = as_stored(blurred[target], model.schemas[target])
+            generated[source, target] = model.modalities[target].to_stored(blurred[target])
         for target in dcmvae.refiner.modality_names:
-            refined[source, target] = as_stored(sharp[target], model.schemas[target])
+            refined[source, target] = model.modalities[target].to_stored(sharp[target])
     return figures.cross_modal_grid(
-        {name: as_stored(x, model.schemas[name]) for name, x in inputs.items()},
+        {name: model.modalities[name].to_stored(x) for name, x in inputs.items()},
         generated,
         refined,
-        schemas=model.schemas,
+        modalities=model.modalities,
         present=_by_modality(model, mask),
     )
 
@@ -107,10 +108,10 @@ def draw_cluster_samples(model: CMVAE, num_samples: int, generator: torch.Genera
     clusters = model.cluster_prior.active.nonzero().flatten().tolist()
     samples = [model.generate(num_samples, cluster=c, generator=generator) for c in clusters]
     values = {
-        name: np.stack([as_stored(sample[name], schema) for sample in samples])
-        for name, schema in model.schemas.items()
+        name: np.stack([modality.to_stored(sample[name]) for sample in samples])
+        for name, modality in model.modalities.items()
     }
-    return figures.sample_rows(values, [f"cluster {c}" for c in clusters], schemas=model.schemas)
+    return figures.sample_rows(values, [f"cluster {c}" for c in clusters], modalities=model.modalities)
 
 
 def draw_latent_map(split: EncodedSplit, assignments: np.ndarray, num_samples: int, seed: int) -> Figure:

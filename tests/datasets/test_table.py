@@ -82,7 +82,7 @@ def test_what_was_in_the_table_is_in_the_shards(rows, packed):
             assert batch["hops"][place].tolist() == [number % 2]
             assert batch["wing_length"][place].tolist() == [number / 2]
     assert sorted(seen) == list(range(60))
-    optional = {name: schema.optional for name, schema in index.modalities.items()}
+    optional = {name: modality.optional for name, modality in index.modalities.items()}
     assert optional == {
         "photo": True, "caption": True, "size": True, "colour": False, "hops": False, "wing_length": False
     }  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from mixed import SCHEMAS, Mixed, MixedOracle
+from mixed import MODALITIES, Mixed, MixedOracle
 from quadrants import NUM_CLASSES, SHAPES, Quadrants, class_images
 from refining import make_refiner, record_calls, tell
 from torch import Tensor
@@ -106,7 +106,7 @@ def untrained(oracle):
     torch.manual_seed(1)
     modalities = {name: ModalityConfig(width=2) for name in NAMES}
     config = ModelConfig(shared_dim=4, private_dim=3, num_clusters=5, modalities=modalities)
-    return CMVAE(config, oracle.schemas).eval()
+    return CMVAE(config, oracle.modalities).eval()
 
 
 def test_a_model_that_is_always_right_is_fully_coherent(oracle, evaluation_context):
@@ -278,7 +278,7 @@ def test_one_modality_has_distances_but_no_coherence(evaluation_context, oracle)
     config = ModelConfig(
         shared_dim=4, private_dim=3, num_clusters=5, modalities={"m0": ModalityConfig(width=2)}
     )
-    result = evaluate_generative(evaluation_context(CMVAE(config, oracle.schemas).eval()), ALL)
+    result = evaluate_generative(evaluation_context(CMVAE(config, oracle.modalities).eval()), ALL)
     assert result.left_out["coherence"] == "takes at least two modalities"
     assert "frechet/classifier/conditional" in result.metrics
     assert "frechet/classifier/conditional_cross" not in result.metrics
@@ -441,7 +441,7 @@ def test_images_and_text_are_read_from_every_kind_of_source(mixed_shards):
     assert result.metrics["coherence/conditional"] == pytest.approx(np.mean(others))
     assert result.metrics["coherence/unconditional"] == 1
     assert set(result.left_out) == {"coherence/sizes", "coherence/marks", "coherence/habitat"}
-    for name in SCHEMAS:
+    for name in MODALITIES:
         count = sum(name in sample.values for sample in samples)
         assert result.protocol[f"generative.num_samples.{name}"] == count < 60
     assert result.protocol["classifier.accuracy.caption"] == 1
@@ -456,14 +456,14 @@ def test_distances_are_of_images_that_are_there(mixed_shards):
     context = mixed_context(model, mixed_shards)
     result = evaluate_generative(context, {"frechet", "fidelity"})
     assert {name for name in result.left_out if name.startswith("frechet/")} == {
-        f"frechet/{name}" for name in SCHEMAS if name != "photo"
+        f"frechet/{name}" for name in MODALITIES if name != "photo"
     }
     networks, _ = generative._load_networks(context, {"frechet"})
     there = [n for n in range(60) if "photo" in Mixed(0.2).sample("test", n).values]
     photos = torch.from_numpy(np.stack([Mixed(0.2).sample("test", n).values["photo"] for n in there])) / 255
     reference = generative.FrechetDistance(networks.read({"photo": photos})["classifier/photo"].numpy())
     distances = []
-    for source in SCHEMAS:
+    for source in MODALITIES:
         classes = torch.tensor(
             [s.label for s in (Mixed(0.2).sample("test", n) for n in range(60)) if source in s.values]
         )

@@ -12,7 +12,7 @@ from scipy.stats import multivariate_normal
 from torch import Tensor, nn
 
 from cmvae.config import LikelihoodConfig, ModalityConfig, ModelConfig
-from cmvae.data.index import ModalitySchema
+from cmvae.modalities import ImageModality
 from cmvae.models.cmvae import CMVAE
 
 NUM_PIXELS = 3
@@ -61,8 +61,8 @@ def linear_model(names: Sequence[str], num_clusters: int, raw_scale: float = 0.0
         num_clusters=num_clusters + 1,
         modalities={name: ModalityConfig(width=2, likelihood=likelihood) for name in names},
     )
-    schema = ModalitySchema(kind="image", shape=(1, 8, 8), dtype="uint8")
-    model = CMVAE(config, dict.fromkeys(names, schema))
+    modality = ImageModality(shape=(1, 8, 8))
+    model = CMVAE(config, dict.fromkeys(names, modality))
     for name in names:
         model.encoders[name] = LinearEncoder(2, 2, raw_scale)
         model.decoders[name] = LinearDecoder(4)

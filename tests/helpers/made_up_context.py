@@ -47,7 +47,7 @@ def make_context(
         shard = ShardSchema(name=f"{split}.tar", num_samples=size, num_bytes=1, sha256="0" * 64)
         splits[split] = SplitSchema(num_samples=size, shards=(shard,))
     index = ShardIndex(
-        name="made up", source={}, modalities=model.schemas, class_names=class_names, splits=splits
+        name="made up", source={}, modalities=model.modalities, class_names=class_names, splits=splits
     )
     return MadeUpContext(
         model=model,

@@ -9,35 +9,33 @@ import torch
 from torch import Tensor
 
 from cmvae.config import ModalityConfig, ModelConfig
-from cmvae.data.index import ModalitySchema
 from cmvae.datasets.base import Sample
-from cmvae.modalities import KINDS
+from cmvae.modalities import (
+    BinaryModality,
+    CategoricalModality,
+    ImageModality,
+    Modality,
+    TextModality,
+    VectorModality,
+)
 from cmvae.modalities.text import EOS, SPECIAL_TOKENS
 from cmvae.models.cmvae import CMVAE, Posterior
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220)}
 VOCABULARY = (*SPECIAL_TOKENS, "a", "the", "bird", "fish", "with", "wings", *COLOURS)
 LENGTH = 8
-SCHEMAS: Mapping[str, ModalitySchema] = {
-    "photo": ModalitySchema(kind="image", shape=(3, 8, 8), dtype="uint8", optional=True),
-    "caption": ModalitySchema(
-        kind="text", shape=(LENGTH,), dtype="int64", categories=VOCABULARY, optional=True
-    ),
-    "sizes": ModalitySchema(
-        kind="vector",
+MODALITIES: Mapping[str, Modality] = {
+    "photo": ImageModality(shape=(3, 8, 8), optional=True),
+    "caption": TextModality(shape=(LENGTH,), categories=VOCABULARY, optional=True),
+    "sizes": VectorModality(
         shape=(2,),
-        dtype="float32",
         columns=("wing", "beak"),
         mean=(50.0, 3.0),
         std=(20.0, 1.5),
         optional=True,
     ),
-    "marks": ModalitySchema(
-        kind="binary", shape=(3,), dtype="uint8", columns=("crest", "stripe", "spot"), optional=True
-    ),
-    "habitat": ModalitySchema(
-        kind="categorical", shape=(), dtype="int64", categories=("shore", "forest", "field"), optional=True
-    ),
+    "marks": BinaryModality(shape=(3,), columns=("crest", "stripe", "spot"), optional=True),
+    "habitat": CategoricalModality(categories=("shore", "forest", "field"), optional=True),
 }
 
 
@@ -57,7 +55,7 @@ class Mixed:
     name = "mixed"
     class_names = tuple(COLOURS)
     settings: Mapping[str, str] = {}
-    modalities = SCHEMAS
+    modalities = MODALITIES
     split_sizes: Mapping[str, int] = {"train": 120, "validation": 24, "test": 60}
 
     def __init__(self, missing: float = 0.0) -> None:
@@ -81,17 +79,17 @@ class Mixed:
         there = rng.random(len(values)) >= self.missing
         there[rng.integers(len(values))] = True
         kept = [name for name, yes in zip(values, there, strict=True) if yes]
-        return Sample({name: values[name].astype(SCHEMAS[name].dtype) for name in kept}, label)
+        return Sample({name: values[name].astype(MODALITIES[name].dtype) for name in kept}, label)
 
 
 def mixed_model(num_clusters: int = 5, **modalities: ModalityConfig) -> CMVAE:
     """An untrained model with all kinds of modalities."""
     torch.manual_seed(0)
-    tiny = {name: ModalityConfig(width=2) for name in SCHEMAS}
+    tiny = {name: ModalityConfig(width=2) for name in MODALITIES}
     config = ModelConfig(
         shared_dim=4, private_dim=3, num_clusters=num_clusters, modalities={**tiny, **modalities}
     )
-    return CMVAE(config, SCHEMAS).eval()
+    return CMVAE(config, MODALITIES).eval()
 
 
 class MixedOracle(CMVAE):
@@ -102,7 +100,7 @@ class MixedOracle(CMVAE):
 
     def __init__(self) -> None:
         model = mixed_model(num_clusters=len(COLOURS))
-        super().__init__(model.config, SCHEMAS)
+        super().__init__(model.config, MODALITIES)
         self.eval()
         self.say: dict[str, Callable[[Tensor], Tensor]] = {}
         with torch.no_grad():
@@ -145,10 +143,10 @@ def mixed_batch(source: Mixed, split: str) -> dict[str, Tensor]:
     """A whole split as one batch of model inputs, with `label` and `mask`."""
     samples = [source.sample(split, index) for index in range(source.split_sizes[split])]
     batch = {}
-    for name, schema in SCHEMAS.items():
-        missing = np.zeros(schema.shape, schema.dtype)
+    for name, modality in MODALITIES.items():
+        missing = np.zeros(modality.shape, modality.dtype)
         stored = torch.from_numpy(np.stack([sample.values.get(name, missing) for sample in samples]))
-        batch[name] = KINDS[schema.kind].to_data(stored, schema)
+        batch[name] = modality.to_data(stored)
     batch["label"] = torch.tensor([sample.label for sample in samples])
-    batch["mask"] = torch.tensor([[name in sample.values for name in SCHEMAS] for sample in samples])
+    batch["mask"] = torch.tensor([[name in sample.values for name in MODALITIES] for sample in samples])
     return batch

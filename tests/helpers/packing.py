@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cmvae.data.index import ModalitySchema
 from cmvae.datasets import table
 from cmvae.datasets.base import Sample
+from cmvae.modalities import ImageModality
 
 
 def read(path: Path, flags: str, *more: str):
@@ -35,7 +35,7 @@ class NumberSource:
     """Samples whose pixels and label equal the index of the sample."""
 
     name = "numbers"
-    modalities = {"m0": ModalitySchema(kind="image", shape=(1, 2, 2), dtype="uint8")}  # noqa: RUF012
+    modalities = {"m0": ImageModality(shape=(1, 2, 2))}  # noqa: RUF012
     class_names = tuple(str(number) for number in range(60))
     settings = {"source": "test"}  # noqa: RUF012
     split_sizes = {"train": 60, "test": 10}  # noqa: RUF012

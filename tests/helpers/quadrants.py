@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cmvae.data.index import ModalitySchema
 from cmvae.datasets.base import Sample
+from cmvae.modalities import ImageModality, Modality
 
 NUM_CLASSES = 4
 SHAPES = {"m0": (3, 8, 8), "m1": (1, 8, 8), "m2": (3, 8, 8)}
@@ -28,9 +28,7 @@ class Quadrants:
     name = "quadrants"
     class_names = ("nw", "ne", "sw", "se")
     settings: Mapping[str, str] = {}
-    modalities: Mapping[str, ModalitySchema] = {
-        name: ModalitySchema(kind="image", shape=shape, dtype="uint8") for name, shape in SHAPES.items()
-    }
+    modalities: Mapping[str, Modality] = {name: ImageModality(shape=shape) for name, shape in SHAPES.items()}
     split_sizes: Mapping[str, int] = {"train": 192, "validation": 8, "test": 90}
 
     def sample(self, split: str, index: int) -> Sample:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cmvae.config import ModalityConfig, ModelConfig, RefinerConfig
-from cmvae.data.index import ModalitySchema
+from cmvae.modalities import ImageModality, Modality
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.refiner import Refiner
 
@@ -19,21 +19,21 @@ SHARED_DIM = 4
 NETWORK = {"channels": 8, "multipliers": [1, 2], "blocks": 1, "dropout": 0.0}
 
 
-def image_schema(*shape: int) -> ModalitySchema:
-    return ModalitySchema(kind="image", shape=shape, dtype="uint8")
+def image_modality(*shape: int) -> Modality:
+    return ImageModality(shape=shape)
 
 
-def make_cmvae(schemas: Mapping[str, ModalitySchema] | None = None, seed: int = 0) -> CMVAE:
+def make_cmvae(modalities: Mapping[str, Modality] | None = None, seed: int = 0) -> CMVAE:
     """An untrained CMVAE whose reconstructions still depend on the input."""
-    schemas = schemas or dict.fromkeys(NAMES, image_schema(3, 8, 8))
+    modalities = modalities or dict.fromkeys(NAMES, image_modality(3, 8, 8))
     torch.manual_seed(seed)
     config = ModelConfig(
         shared_dim=SHARED_DIM,
         private_dim=3,
         num_clusters=5,
-        modalities={name: ModalityConfig(width=2) for name in schemas},
+        modalities={name: ModalityConfig(width=2) for name in modalities},
     )
-    return CMVAE(config, schemas).eval()
+    return CMVAE(config, modalities).eval()
 
 
 def make_config(**sections: Any) -> RefinerConfig:
@@ -50,18 +50,18 @@ def make_config(**sections: Any) -> RefinerConfig:
 
 
 def make_refiner(
-    schemas: Mapping[str, ModalitySchema] | Sequence[str] = NAMES,
+    modalities: Mapping[str, Modality] | Sequence[str] = NAMES,
     cmvae_sha256: str = "0" * 64,
     seed: int = 0,
     autocast_dtype: torch.dtype | None = None,
     shared_dim: int = SHARED_DIM,
     **sections: Any,
 ) -> Refiner:
-    """An untrained refiner with the settings of `make_config`; `schemas` given as names are 8×8 images."""
-    if not isinstance(schemas, Mapping):
-        schemas = dict.fromkeys(schemas, image_schema(3, 8, 8))
+    """An untrained refiner with the settings of `make_config`; `modalities` given as names are 8×8 images."""
+    if not isinstance(modalities, Mapping):
+        modalities = dict.fromkeys(modalities, image_modality(3, 8, 8))
     torch.manual_seed(seed)
-    return Refiner(make_config(**sections), schemas, shared_dim, cmvae_sha256, autocast_dtype).eval()
+    return Refiner(make_config(**sections), modalities, shared_dim, cmvae_sha256, autocast_dtype).eval()
 
 
 class Told(nn.Module):

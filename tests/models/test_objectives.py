@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from cmvae.config import LikelihoodConfig, ModalityConfig, ModelConfig, ObjectiveConfig
-from cmvae.data.index import ModalitySchema
+from cmvae.modalities import ImageModality
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.likelihoods import LIKELIHOODS
 from cmvae.models.objectives import cluster_log_prob, data_log_prob, dreg, iwae
 from cmvae.training.tasks import CMVAETask
+from cmvae.utils.seeds import sample_generators
 
 DISTRIBUTIONS = {"normal": torch.distributions.Normal, "laplace": torch.distributions.Laplace}
 BETA, FLOOR, B, C = 2.5, 1e-6, 2, 4
@@ -31,8 +32,8 @@ def make_task(num_modalities, family, objective, num_samples):
         for m in range(num_modalities)
     }
     config = ModelConfig(family=family, shared_dim=3, private_dim=2, num_clusters=C, modalities=modalities)
-    schema = ModalitySchema(kind="image", shape=(1, 4, 4), dtype="uint8")
-    model = CMVAE(config, dict.fromkeys(modalities, schema)).double()
+    modality = ImageModality(shape=(1, 4, 4))
+    model = CMVAE(config, dict.fromkeys(modalities, modality)).double()
     # The fixed scales were computed in fp32, whose rounding would be all that the comparison sees.
     model.cluster_prior.scale = model.family.scale_from_raw(torch.zeros(3, dtype=torch.float64))
     model.private_scale = model.family.scale_from_raw(torch.zeros(2, dtype=torch.float64))
@@ -43,7 +44,8 @@ def make_task(num_modalities, family, objective, num_samples):
     batch = {name: torch.rand(B, 1, 4, 4, dtype=torch.float64) for name in modalities}
     batch["valid"] = torch.ones(B, dtype=torch.bool)
     batch["mask"] = torch.ones(B, num_modalities, dtype=torch.bool)
-    noise = task.draw_noise(B, torch.device("cpu"))
+    batch |= {"seed": 0, "place": range(B)}
+    noise = task.draw_noise(sample_generators(0, range(B), torch.device("cpu")), 0)
     task.draw_noise = lambda *_: noise
     return task, batch, noise
 

@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from cmvae.config import ObjectiveConfig, OptimizerConfig
 from cmvae.data.batch import to_device
-from cmvae.distributed import StopRequest, agree
 from cmvae.training.meters import Meter
 from cmvae.training.optimization import build_optimizer
 from cmvae.training.refiner_task import RefinerTask
+from cmvae.training.step_checks import StopRequest, all_reduce_step_check
 from cmvae.training.tasks import CMVAETask
 
 B = 6
@@ -70,16 +70,16 @@ def refiner_task(source):
     return RefinerTask(make_refiner(conditioning={"source": source}), make_cmvae())
 
 
-def stored_batch(schemas):
+def stored_batch(modalities):
     """Whole numbers are in the range of every kind."""
     torch.manual_seed(0)
     batch = {
-        name: torch.zeros(B, *schema.shape).to(getattr(torch, schema.dtype))
-        for name, schema in schemas.items()
+        name: torch.zeros(B, *modality.shape).to(getattr(torch, modality.dtype))
+        for name, modality in modalities.items()
     }
-    mask = torch.ones(B, len(schemas), dtype=torch.bool)
+    mask = torch.ones(B, len(modalities), dtype=torch.bool)
     mask[1, 0] = mask[2:4, 1] = False
-    return batch | {"mask": mask, "valid": torch.ones(B, dtype=torch.bool)}
+    return batch | {"mask": mask, "valid": torch.ones(B, dtype=torch.bool), "seed": 0, "place": range(B)}
 
 
 @pytest.mark.parametrize(
@@ -99,20 +99,20 @@ def test_no_update_waits(make_task, monkeypatch):
     )
     task = make_task().train()
     optimizer = build_optimizer(task, OptimizerConfig())
-    raw, accelerator, meter = stored_batch(task.schemas), Accelerator(cpu=True), Meter()
+    raw, accelerator, meter = stored_batch(task.modalities), Accelerator(cpu=True), Meter()
 
     def update():
-        loss, report = task(to_device(raw, task.schemas, torch.device("cpu")))
-        finding = agree(accelerator, loss, report, StopRequest())
+        loss, report = task(to_device(raw, task.modalities, torch.device("cpu")))
+        check = all_reduce_step_check(accelerator, loss, report, StopRequest())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(task.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        meter.add(report, B, 0.0)
-        return finding
+        meter.add(report, B)
+        return check
 
     update()  # copies tables to the device, once
     with Waits() as waits:
-        finding = update()
+        check = update()
     assert waits.found == []
-    assert finding.read() is None
+    assert check.read() is None

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from mixed import SCHEMAS, Mixed
+from mixed import MODALITIES, Mixed
 from sklearn.datasets import make_blobs
 
 from cmvae.clustering import clustering_metrics, merge_clusters
-from cmvae.data.index import ModalitySchema
-from cmvae.modalities import KINDS
+from cmvae.modalities import ImageModality, Modality, TextModality
 from cmvae.modalities.text import SPECIAL_TOKENS
 from cmvae.models.export import ClusterRecord, CurveRecord
 from cmvae.visualize.figures import (
@@ -35,8 +34,8 @@ def pictures(figure: Figure) -> list[np.ndarray]:
     return [np.asarray(ax.images[0].get_array()) for ax in figure.axes]
 
 
-def image_schemas(names: Sequence[str], shape: tuple[int, ...]) -> dict[str, ModalitySchema]:
-    return dict.fromkeys(names, ModalitySchema(kind="image", shape=shape, dtype="uint8"))
+def image_modalities(names: Sequence[str], shape: tuple[int, ...]) -> dict[str, Modality]:
+    return dict.fromkeys(names, ImageModality(shape=shape))
 
 
 @pytest.mark.parametrize(("num_modalities", "channels", "size"), [(3, 3, 16), (5, 3, 28), (2, 1, 28)])
@@ -49,7 +48,7 @@ def test_cross_modal_grid_puts_each_pair_in_its_place(num_modalities: int, chann
         for i, source in enumerate(names)
         for j, target in enumerate(names)
     }
-    figure = cross_modal_grid(inputs, generated, schemas=image_schemas(names, shape[1:]))
+    figure = cross_modal_grid(inputs, generated, modalities=image_modalities(names, shape[1:]))
     rows = iter(pictures(figure))
     # Axes run row by row: first the inputs, then one row a source.
     for name in names:
@@ -65,7 +64,9 @@ def test_images_keep_their_orientation_and_lie_a_white_pixel_apart() -> None:
     image = np.zeros((2, 3, 4, 6), dtype=np.uint8)
     image[0, 0, 0, :] = 250
     image[0, 1, 3, 2] = 60
-    figure = cross_modal_grid({"m0": image}, {("m0", "m0"): image}, schemas=image_schemas(["m0"], (3, 4, 6)))
+    figure = cross_modal_grid(
+        {"m0": image}, {("m0", "m0"): image}, modalities=image_modalities(["m0"], (3, 4, 6))
+    )
     picture, _ = pictures(figure)
     assert picture[1, 1:7, 0].tolist() == [250] * 6
     assert picture[4, 3].tolist() == [0, 60, 0]
@@ -81,7 +82,7 @@ def test_what_a_sample_lacks_and_what_would_come_from_it_stays_white() -> None:
     figure = cross_modal_grid(
         dict.fromkeys(names, black),
         {(source, target): black for source in names for target in names},
-        schemas=image_schemas(names, (1, 8, 8)),
+        modalities=image_modalities(names, (1, 8, 8)),
         present={"m0": np.array([True, False]), "m1": np.array([True, True])},
     )
     shown = [
@@ -100,14 +101,14 @@ def cells(ax: Axes) -> list[Axes]:
 def test_every_kind_is_drawn_as_it_draws_itself() -> None:
     source = Mixed()
     samples = [source.sample("test", index).values for index in range(3)]
-    values = {name: np.stack([sample[name] for sample in samples]) for name in SCHEMAS}
-    present = {name: np.ones(3, dtype=bool) for name in SCHEMAS}
+    values = {name: np.stack([sample[name] for sample in samples]) for name in MODALITIES}
+    present = {name: np.ones(3, dtype=bool) for name in MODALITIES}
     present["caption"] = np.array([True, False, True])
     figure = cross_modal_grid(
         values,
-        {(a, b): values[b] for a in SCHEMAS for b in SCHEMAS},
-        {(a, "photo"): values["photo"] for a in SCHEMAS},
-        schemas=SCHEMAS,
+        {(a, b): values[b] for a in MODALITIES for b in MODALITIES},
+        {(a, "photo"): values["photo"] for a in MODALITIES},
+        modalities=MODALITIES,
         present=present,
     )
     figure.canvas.draw()
@@ -118,7 +119,7 @@ def test_every_kind_is_drawn_as_it_draws_itself() -> None:
     assert photo.images
     assert not cells(photo)
     texts = [cell.texts[0].get_text().split() for cell in cells(caption)]
-    assert texts == [KINDS["text"].to_text(values["caption"][n], SCHEMAS["caption"]).split() for n in (0, 2)]
+    assert texts == [MODALITIES["caption"].describe(values["caption"][n]).split() for n in (0, 2)]
     assert [len(cell.patches) for cell in cells(sizes)] == [2, 2, 2]
     assert [cell.images[0].get_array().tolist() for cell in cells(marks)] == values["marks"][:, None].tolist()
     assert [cell.texts[0].get_text() for cell in cells(habitat)] == ["shore", "forest", "field"]
@@ -131,10 +132,10 @@ def test_drawn_text_stays_in_its_cell() -> None:
     """Measured by the renderer: as many usual words as there is room for in the shards."""
     vocabulary = (*SPECIAL_TOKENS, *(f"{letter}" * size for letter in "abcdefgh" for size in (1, 3, 4, 6, 8)))
     for length in (2, 16, 32):
-        schema = ModalitySchema(kind="text", shape=(length,), dtype="int64", categories=vocabulary)
+        modality = TextModality(shape=(length,), categories=vocabulary)
         rng = np.random.default_rng(length)
         values = rng.integers(3, len(vocabulary), size=(2, 3, length))
-        figure = sample_rows({"caption": values}, ["one", "two"], schemas={"caption": schema})
+        figure = sample_rows({"caption": values}, ["one", "two"], modalities={"caption": modality})
         figure.canvas.draw()
         for cell in cells(figure.axes[0]):
             box, drawn = cell.get_window_extent(), cell.texts[0].get_window_extent()
@@ -146,10 +147,10 @@ def test_rows_of_pictures_and_text_are_level() -> None:
     source = Mixed()
     samples = [source.sample("test", index).values for index in range(8)]
     values = {
-        name: np.stack([sample[name] for sample in samples]).reshape(4, 2, *SCHEMAS[name].shape)
+        name: np.stack([sample[name] for sample in samples]).reshape(4, 2, *MODALITIES[name].shape)
         for name in ("photo", "caption")
     }
-    figure = sample_rows(values, list("abcd"), schemas=SCHEMAS)
+    figure = sample_rows(values, list("abcd"), modalities=MODALITIES)
     figure.canvas.draw()
     photo, caption = (ax.get_window_extent() for ax in figure.axes)
     assert photo.y0 == pytest.approx(caption.y0, abs=3)
@@ -163,7 +164,7 @@ def test_sample_rows_keep_samples_and_titles_in_their_rows() -> None:
     figure = sample_rows(
         {"m0": images, "m1": 200 - images},
         ["cluster 4", "cluster 7", "cluster 9"],
-        schemas=image_schemas(["m0", "m1"], (3, 8, 8)),
+        modalities=image_modalities(["m0", "m1"], (3, 8, 8)),
         present={"m0": present, "m1": np.ones_like(present)},
     )
     first, second = pictures(figure)

@@ -1,7 +1,7 @@
 """What is generated, as lines of text."""
 
 import numpy as np
-from mixed import SCHEMAS, encode_words
+from mixed import MODALITIES, encode_words
 
 from cmvae.visualize.listing import cross_modal_listing
 
@@ -29,8 +29,8 @@ def test_all_that_is_read_in_words_stands_below_each_other():
         "caption": np.array([True, True]),
         "habitat": np.array([True, False]),
     }
-    schemas = {name: SCHEMAS[name] for name in NAMES}
-    text = cross_modal_listing(inputs, generated, schemas=schemas, present=present)
+    modalities = {name: MODALITIES[name] for name in NAMES}
+    text = cross_modal_listing(inputs, generated, modalities=modalities, present=present)
     assert text is not None
     assert text.endswith("\n")
     assert text.splitlines()[1:] == [
@@ -58,6 +58,6 @@ def test_all_that_is_read_in_words_stands_below_each_other():
 
 
 def test_pictures_alone_are_not_written_down():
-    schemas, present = {"photo": SCHEMAS["photo"]}, {"photo": np.array([True, True])}
+    modalities, present = {"photo": MODALITIES["photo"]}, {"photo": np.array([True, True])}
     generated = {("photo", "photo"): PHOTOS}
-    assert cross_modal_listing({"photo": PHOTOS}, generated, schemas=schemas, present=present) is None
+    assert cross_modal_listing({"photo": PHOTOS}, generated, modalities=modalities, present=present) is None

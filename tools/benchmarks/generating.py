@@ -70,7 +70,7 @@ def refining_job(run: str, overrides: list[str], num_images: int) -> Job:
         raise UserError(f"{run}: the run of a CMVAE, which refines nothing. Give that of its refiner")
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     both = DCMVAE.from_run(config, Path(run), device)
-    images = list(both.refiner.schemas)
+    images = list(both.refiner.modalities)
     each = -(-num_images // len(images))
     latents = both.cmvae.sample_latents(each, generator=torch.Generator(device).manual_seed(config.seed))
     blurred = both.cmvae.decode(latents.shared, {name: latents.private[name] for name in images})

@@ -93,12 +93,11 @@ def variance_of_run(run_dir: Path, overrides: Sequence[str], num_draws: int) -> 
     model = CMVAE.from_pretrained(run_dir / "export", device)
     task = CMVAETask(model, config.objective)
     channels_last(task).train()
-    torch.manual_seed(config.seed)
 
     def losses() -> Iterator[Tensor]:
         batches = itertools.islice(read_forever(config, model.modality_names), num_draws)
         for batch in progress_bar(batches, total=num_draws, desc="draws", unit="draw", leave=False):
-            loss, _ = task(to_device(batch, task.schemas, device))
+            loss, _ = task(to_device(batch, task.modalities, device))
             yield loss
 
     groups: dict[str, list[nn.Parameter]] = {"encoders": [], "decoders": [], "priors": []}

@@ -211,7 +211,7 @@ class _TimedDCMVAE(DCMVAE):
         """See `DCMVAE.refine`."""
         started = self._now()
         refined = super().refine(images, shared, seeds=seeds)
-        known = [image for name, image in images.items() if name in self.refiner.schemas]
+        known = [image for name, image in images.items() if name in self.refiner.modalities]
         self._calls.append((sum(map(len, known)), self._now() - started))
         return refined
 
