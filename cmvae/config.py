@@ -10,7 +10,7 @@ import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -35,6 +35,13 @@ CriterionName = Literal["entropy", "silhouette", "stability", "agreement"]
 
 # Parts of pydantic's locations that are no keys of the YAML: of a mapping's key, and of branches of a union.
 _NO_KEY = re.compile(r"\[key\]|literal\[.*\]|constrained-\w+")
+
+
+_Value = TypeVar("_Value")
+_RESUMABLE = "may change when a run resumes"
+Resumable = Annotated[_Value, _RESUMABLE]
+"""Mark of a setting, or of a whole section, that may change when a run resumes: it changes what is reported,
+kept or tolerated, but not the training. See `is_resumable`."""
 
 
 class _Settings(BaseModel):
@@ -236,7 +243,7 @@ class RefinerConfig(_Settings):
     network: UNetConfig = UNetConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
-    sampler: SamplerConfig = SamplerConfig()
+    sampler: Resumable[SamplerConfig] = SamplerConfig()
 
     @model_validator(mode="after")
     def _sampler_fits(self) -> RefinerConfig:
@@ -261,18 +268,18 @@ def _path_to_str(value: object) -> object:
 class DataConfig(_Settings):
     """Which shards are read, and how."""
 
-    shards: Annotated[str, BeforeValidator(_path_to_str)]
+    shards: Resumable[Annotated[str, BeforeValidator(_path_to_str)]]
     """Folder that tools/make_shards.py wrote, or the URL of a copy of it: `https://`, `s3://`, …"""
-    num_workers: int = Field(default=1, ge=0)
+    num_workers: Resumable[int] = Field(default=1, ge=0)
     """Reader processes a rank; the order of samples does not depend on it."""
     shuffle_window: PositiveInt = 4096
     """Samples are shuffled among neighbouring shards that hold at least so many samples together."""
-    cache_megabytes: int = Field(default=256, ge=0)
+    cache_megabytes: Resumable[int] = Field(default=256, ge=0)
     """A train split that takes at most so much when decoded stays in the memory of each reader process."""
-    on_error: OnError = "error"
+    on_error: Resumable[OnError] = "error"
     """A damaged sample ends a training, or is left out: its batch goes on with the others, so that all ranks
     have as many batches as ever. An evaluation always ends: its figures are of a whole split."""
-    max_skipped: int = Field(default=100, ge=0)
+    max_skipped: Resumable[int] = Field(default=100, ge=0)
     """At most so many samples are left out of an epoch, or of a validation, on all ranks together."""
 
 
@@ -306,17 +313,17 @@ class TrainConfig(_Settings):
     """Precision of the networks; densities and reductions are always fp32. `auto` is bf16 where the device
     has instructions for it, else fp32: a processor without them takes ten times as long in bf16. A training
     first compares gradients of a few samples in both and takes fp32, with a warning, if bf16's are wrong."""
-    compile: bool = False
+    compile: Resumable[bool] = False
     """Let torch compile the networks, which takes minutes at the start. For GPUs, where it joins the small
     operations between convolutions; a CPU gains nothing, and DeepSpeed does not go with it."""
-    log_every: PositiveInt = 25
+    log_every: Resumable[PositiveInt] = 25
     """Steps between two points of the training curves."""
-    validate_every: PositiveInt | None = None
+    validate_every: Resumable[PositiveInt | None] = None
     """Steps between validations, each with a picture; null validates at the end only."""
-    checkpoint_every: PositiveInt | None = None
+    checkpoint_every: Resumable[PositiveInt | None] = None
     """Steps between checkpoints; null keeps only the one at the end."""
-    keep_checkpoints: PositiveInt = 2
-    hang_timeout: float = Field(default=1800, gt=0)
+    keep_checkpoints: Resumable[PositiveInt] = 2
+    hang_timeout: Resumable[float] = Field(default=1800, gt=0)
     """Seconds without a batch, step or checkpoint after which the run ends and names the rank in question."""
     ema_decay: float | None = Field(default=None, ge=0, lt=1)
     """Validate and export an exponential moving average of the weights with this decay; null the weights."""
@@ -366,16 +373,16 @@ class TrackingConfig(_Settings):
 class ExperimentConfig(_Settings):
     """What the experiments have in common, whatever they train."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: Resumable[str] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name of the run, and of its folder below runs/."""
-    output_dir: Path | None = None
+    output_dir: Resumable[Path | None] = None
     """Folder of the run; null is runs/NAME."""
     seed: int = Field(default=0, ge=0)
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
-    evaluation: EvaluationConfig = EvaluationConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    evaluation: Resumable[EvaluationConfig] = EvaluationConfig()
+    tracking: Resumable[TrackingConfig] = TrackingConfig()
 
     @property
     def run_dir(self) -> Path:
@@ -420,8 +427,9 @@ class CMVAEExperiment(ExperimentConfig):
 class RefinerExperiment(ExperimentConfig):
     """Training the diffusion that refines a CMVAE: a YAML file with the section `refiner`."""
 
-    cmvae: Path
-    """Folder of the CMVAE's run, whose export is refined and stays as it is."""
+    cmvae: Resumable[Path]
+    """Folder of the CMVAE's run, whose export is refined and stays as it is. It may move; a hash of its
+    weights tells whether it is the same."""
     refiner: RefinerConfig = RefinerConfig()
 
 
@@ -494,6 +502,25 @@ def flatten(config: ExperimentConfig) -> dict[str, Any]:
             yield prefix, value
 
     return dict(walk("", config.model_dump(mode="json")))
+
+
+def is_resumable(experiment: type[ExperimentConfig], key: str) -> bool:
+    """Whether a setting may change when a run resumes.
+
+    Args:
+        experiment: the class that has the setting.
+        key: dotted, as from `flatten`.
+    """
+    annotation: Any = experiment
+    for part in key.split("."):
+        is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        field = annotation.model_fields.get(part) if is_section else None
+        if field is None:
+            return False
+        if _RESUMABLE in field.metadata:
+            return True
+        annotation = field.annotation
+    return False
 
 
 def read_modalities(config: ExperimentConfig) -> tuple[str, ...]:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
-from types import FrameType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -28,17 +25,6 @@ from cmvae.utils.errors import UserError
 from cmvae.utils.memory import keep_freed_memory
 
 Decision = TypeVar("Decision")
-
-
-class NonFiniteError(UserError):
-    """A term of the loss, or the gradient, is not finite on some rank; raised on all ranks alike."""
-
-    def __init__(self, names: str) -> None:
-        super().__init__(
-            f"not finite: {names}. All ranks stopped, and no checkpoint was written since. Look at the "
-            "curves of these terms; a lower optimizer.learning_rate, an optimizer.max_grad_norm or "
-            "train.mixed_precision=fp32 may help. Go on from the last checkpoint with --resume"
-        )
 
 
 # How much longer than the heartbeat a collective operation waits.
@@ -211,7 +197,7 @@ def zero_stage(accelerator: Accelerator) -> int:
     return 0 if plugin is None else plugin.zero_stage
 
 
-def decide_on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision:
+def run_on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision:
     """What rank 0 decides, on all ranks alike, so that they cannot disagree; to be called on all ranks.
 
     Raises:
@@ -231,7 +217,7 @@ def decide_on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> 
     return decision  # type: ignore[return-value]
 
 
-def raise_together(accelerator: Accelerator, problem: str | None, error: type[UserError]) -> None:
+def raise_on_all_ranks(accelerator: Accelerator, problem: str | None, error: type[UserError]) -> None:
     """Raise `error` on all ranks if any has a problem, naming them; to be called on all ranks.
 
     Args:
@@ -262,83 +248,3 @@ def gather_problems(accelerator: Accelerator, problem: str | None) -> str:
         problems = [None] * accelerator.num_processes
         torch.distributed.all_gather_object(problems, problem)
     return "; ".join(f"rank {rank}: {what}" for rank, what in enumerate(problems) if what is not None)
-
-
-class StopRequest:
-    """Whether the process was asked to stop; signal handlers set it, the loop reads it between steps."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-
-    @classmethod
-    @contextmanager
-    def listening(cls) -> Iterator[StopRequest]:
-        """Catch SIGTERM and SIGINT once; a second one has its usual effect."""
-        request = cls()
-        usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-        def restore() -> None:
-            for number, handler in usual.items():
-                signal.signal(number, handler)
-
-        def note(number: int, frame: FrameType | None) -> None:
-            request.signal = signal.Signals(number)
-            restore()
-
-        for number in usual:
-            signal.signal(number, note)
-        try:
-            yield request
-        finally:
-            restore()
-
-
-class Finding:
-    """What all ranks found in a step; only reading it waits for a GPU to come that far.
-
-    Args:
-        names: of what must be finite.
-        flags: (number of names + 1,), on all ranks alike: not zero where it is not, then the number of the
-            signal that some rank caught, or zero.
-    """
-
-    def __init__(self, names: Sequence[str], flags: Tensor) -> None:
-        self._names = names
-        self._flags = flags.to("cpu", non_blocking=True)
-        self._copied = None
-        if flags.device.type == "cuda":
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def read(self) -> signal.Signals | None:
-        """The signal that some rank caught, or None.
-
-        Raises:
-            NonFiniteError: something is not finite.
-        """
-        if self._copied is not None:
-            self._copied.synchronize()
-        *not_finite, caught = self._flags.tolist()
-        broken = [name for name, flag in zip(self._names, not_finite, strict=True) if flag]
-        if broken:
-            raise NonFiniteError(", ".join(broken))
-        return signal.Signals(caught) if caught else None
-
-
-def agree(accelerator: Accelerator, loss: Tensor, report: Mapping[str, Tensor], stop: StopRequest) -> Finding:
-    """Let all ranks know whether one of them has a non-finite loss or must stop; to be called on all ranks.
-
-    Args:
-        accelerator: the ranks.
-        loss: this rank's loss.
-        report: this rank's terms, by name, (B,) each.
-        stop: this rank's request.
-    """
-    names = [*report, "loss"]
-    finite = torch.stack([value.isfinite().all() for value in (*report.values(), loss.detach())])
-    flags = torch.zeros(len(names) + 1, dtype=torch.int32, device=loss.device)
-    flags[:-1] = (~finite).int()
-    flags[-1].fill_(stop.signal or 0)
-    if accelerator.num_processes > 1:
-        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-    return Finding(names, flags)

@@ -18,9 +18,9 @@ from cmvae.clustering.consensus import (
     pairwise_agreement,
     vote_of_runs,
 )
-from cmvae.config import CMVAEExperiment, flatten, load_run_config
+from cmvae.config import CMVAEExperiment, flatten, is_resumable, load_run_config
 from cmvae.data.index import ShardIndex
-from cmvae.training.run_state import CHANGEABLE, check_newest
+from cmvae.training.state import check_newest
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import remove_folder, write_whole
 
@@ -114,7 +114,7 @@ def check_earlier(runs: Sequence[CMVAEExperiment]) -> None:
             continue
         before, now = flatten(load_run_config(run.run_dir)), flatten(run)
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key) and not CHANGEABLE.fullmatch(key):
+            if before.get(key) != now.get(key) and not is_resumable(type(run), key):
                 raise UserError(
                     f"{run.run_dir}: trained with {key}={before.get(key)!r}, and now it is "
                     f"{now.get(key)!r}. Set it back, add --overwrite to train all runs again, or give "

@@ -132,7 +132,7 @@ def train_all(
     # Slow to import, like all that they import.
     import torch
 
-    from cmvae.distributed import StopRequest
+    from cmvae.training.step_checks import StopRequest
 
     jobs = []
     for run in runs:

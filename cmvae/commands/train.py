@@ -22,7 +22,7 @@ from cmvae.commands.launcher import add_launch_arguments, read_launch
 from cmvae.commands.shipped import find_experiment
 from cmvae.config import ExperimentConfig, check_against_shards, load_config
 from cmvae.data.index import ShardIndex
-from cmvae.training.run_state import check_newest
+from cmvae.training.state import check_newest
 from cmvae.utils.arguments import command_parser, positive_integer
 from cmvae.utils.errors import UserError
 from cmvae.utils.process_exit import stopped_code
@@ -84,7 +84,7 @@ def main() -> int:
     if launch:
         return launch.run("train")
 
-    from cmvae.training.trainer import run_training
+    from cmvae.training.run import run_training
 
     stopped_by = run_training(config, index, resume, overwrite)
     return 0 if stopped_by is None else stopped_code(stopped_by)

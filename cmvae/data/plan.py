@@ -41,14 +41,14 @@ class RankPlan:
 
 
 @dataclass(frozen=True)
-class Handover:
-    """Where ranks of one number left an epoch to ranks of another, with the same global batch."""
+class WorldSizeChange:
+    """Where in an epoch the number of ranks changed; the global batch stayed the same."""
 
     epoch: int
     batch: int
-    """Batches of the epoch that were consumed when they left."""
+    """Batches of the epoch that were consumed before."""
     world_size: int
-    """Number of the ranks that left."""
+    """Number of ranks before."""
 
 
 class Plan(Protocol):
@@ -81,7 +81,7 @@ class TrainingPlan:
         seed: seed of the order.
         shuffle_window: samples that are shuffled together, at least; the memory of a reader process is a
             few times as many undecoded samples.
-        handovers: where the number of ranks changed, in the order of time; W·B did not.
+        world_size_changes: where the number of ranks changed within the run, in order; W·B did not.
 
     Raises:
         UserError: the split is smaller than one global batch.
@@ -94,12 +94,12 @@ class TrainingPlan:
         world_size: int = 1,
         seed: int = 0,
         shuffle_window: int = 4096,
-        handovers: Sequence[Handover] = (),
+        world_size_changes: Sequence[WorldSizeChange] = (),
     ) -> None:
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.batch_size = batch_size
         self.world_size = world_size
-        self.handovers = tuple(handovers)
+        self.world_size_changes = tuple(world_size_changes)
         self.seed = seed
         self.shuffle_window = shuffle_window
         self.num_samples = int(self.shard_sizes.sum())
@@ -140,7 +140,7 @@ class TrainingPlan:
         return order[np.isin(order, self.left_out(epoch), invert=True)], window_of_shard
 
     def for_rank(self, epoch: int, rank: int) -> RankPlan:
-        """What `rank` reads in `epoch`; of batches before a handover, which are skipped, an equal share."""
+        """What `rank` reads in `epoch`; batches before a change of the world size are shared evenly."""
         order, window_of_shard = self.order(epoch)
         global_batches = self._deal(epoch, order)
         batches = global_batches.reshape(-1, self.world_size, self.batch_size)[:, rank]
@@ -150,10 +150,10 @@ class TrainingPlan:
         """What all ranks read together, batch by batch: (batches_per_epoch, W·B) int64."""
         global_batch = self.world_size * self.batch_size
         consumed = np.empty((0, global_batch), dtype=np.int64)
-        for handover in self.handovers:
-            if handover.epoch == epoch:
-                dealt = _deal_to_ranks(order, handover.world_size, global_batch)
-                consumed = np.concatenate([consumed, dealt[: handover.batch - len(consumed)]])
+        for change in self.world_size_changes:
+            if change.epoch == epoch:
+                dealt = _deal_to_ranks(order, change.world_size, global_batch)
+                consumed = np.concatenate([consumed, dealt[: change.batch - len(consumed)]])
                 order = order[np.isin(order, consumed, invert=True)]
         return np.concatenate([consumed, _deal_to_ranks(order, self.world_size, global_batch)])
 

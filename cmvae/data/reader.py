@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from cmvae.data.groups import group_number
 from cmvae.data.index import OnError, ShardIndex, ShardSchema
-from cmvae.data.plan import EvaluationPlan, Handover, Plan, RankPlan, TrainingPlan
+from cmvae.data.plan import EvaluationPlan, Plan, RankPlan, TrainingPlan, WorldSizeChange
 from cmvae.data.remote import Location, WrongContentError, is_remote, open_file
 from cmvae.data.tar import read_members
 from cmvae.modalities import Modality
@@ -78,7 +78,7 @@ class TrainingLoader:
         cache_bytes: decoded samples stay in the memory of each reader process, and are read and decoded
             once, if the whole split takes at most so much.
         on_error: whether a damaged sample is an error, or is told in `skipped` and not valid.
-        handovers: where the number of ranks changed; W·B did not.
+        world_size_changes: where the number of ranks changed within the run; W·B did not.
 
     Raises:
         UserError: the folder lacks the split, a modality or a shard, or the split is smaller than one global
@@ -99,10 +99,12 @@ class TrainingLoader:
         shuffle_window: int = 4096,
         cache_bytes: int = 0,
         on_error: OnError = "error",
-        handovers: Sequence[Handover] = (),
+        world_size_changes: Sequence[WorldSizeChange] = (),
     ) -> None:
         shards = SplitReader(location, split, modalities, on_error)
-        self._plan = TrainingPlan(shards.sizes, batch_size, world_size, seed, shuffle_window, handovers)
+        self._plan = TrainingPlan(
+            shards.sizes, batch_size, world_size, seed, shuffle_window, world_size_changes
+        )
         self._dataset = _PlannedDataset(
             shards, self._plan, rank, keep_decoded=shards.num_bytes <= cache_bytes
         )
@@ -498,8 +500,6 @@ def _make_loader(dataset: _PlannedDataset, num_workers: int) -> DataLoader:
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         prefetch_factor=PREFETCHED_BATCHES if num_workers > 0 else None,
-        # DataLoader draws a seed for each iteration: not from the generator that the model draws from.
-        generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_parent,
     )
 

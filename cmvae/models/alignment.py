@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cmvae.config import AugmentationName
+from cmvae.utils.seeds import Generators, draw_uniform
 
 MAX_LOGITS = 2**24
 """Logits that are kept for the gradient. Those of more samples are computed in parts, and again in the
@@ -109,25 +110,24 @@ def _finite_logsumexp(logits: Tensor) -> Tensor:
     return logits.masked_fill(nobody, 0).logsumexp(-1).masked_fill(nobody.squeeze(-1), 0)
 
 
-def augment(images: Tensor, names: tuple[AugmentationName, ...]) -> Tensor:
-    """Images that show the same thing otherwise, each changed on its own by torch's default random stream.
+def augment(images: Tensor, names: tuple[AugmentationName, ...], generators: Generators = None) -> Tensor:
+    """Images that show the same thing in another way, each changed on its own.
 
     Args:
         images: (B, C, H, W).
         names: `flip` mirrors half of them; `crop` enlarges a random part, at least 0.6 of each side.
+        generators: one per image.
 
     Returns:
         (B, C, H, W).
     """
-    count, device = len(images), images.device
-    side = torch.ones(count, device=device)
-    centre = torch.zeros(2, count, device=device)
-    mirror = torch.ones(count, device=device)
+    drawn = draw_uniform((len(images), 4), images.device, generators).T
+    side, mirror = torch.ones_like(drawn[0]), torch.ones_like(drawn[0])
     if "crop" in names:
-        side = torch.empty(count, device=device).uniform_(_SMALLEST_CROP, 1)
-        centre = torch.empty(2, count, device=device).uniform_(-1, 1) * (1 - side)
+        side = _SMALLEST_CROP + (1 - _SMALLEST_CROP) * drawn[0]
+    centre = (2 * drawn[1:3] - 1) * (1 - side)
     if "flip" in names:
-        mirror = torch.where(torch.rand(count, device=device) < 0.5, -1.0, 1.0)
+        mirror = torch.where(drawn[3] < 0.5, -1.0, 1.0)
     nothing = torch.zeros_like(side)
     # (B, 2, 3): from places in the result to places in the image, both in [−1, 1].
     maps = torch.stack(

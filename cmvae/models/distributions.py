@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
+from cmvae.utils.seeds import Generators, draw_normal, draw_uniform
+
 # Bounds every scale from below, so that a collapsing posterior cannot give an infinite density.
 SCALE_FLOOR = 1e-6
 
@@ -35,10 +37,8 @@ class LocationScale(ABC):
 
     @staticmethod
     @abstractmethod
-    def draw_noise(
-        shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Standard noise of the family, fp32."""
+    def draw_noise(shape: Sequence[int], device: torch.device, generators: Generators = None) -> Tensor:
+        """Standard noise of the family, fp32; arguments as for `cmvae.utils.seeds.draw_normal`."""
 
     @abstractmethod
     def log_prob(self, value: Tensor, event_dims: int = 1) -> Tensor:
@@ -87,11 +87,9 @@ class Normal(LocationScale):
         return variance.sqrt()
 
     @staticmethod
-    def draw_noise(
-        shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def draw_noise(shape: Sequence[int], device: torch.device, generators: Generators = None) -> Tensor:
         """Standard normal noise, fp32."""
-        return torch.randn(tuple(shape), device=device, generator=generator)
+        return draw_normal(shape, device, generators)
 
     def log_prob(self, value: Tensor, event_dims: int = 1) -> Tensor:
         """Log-density in nats, summed over the last `event_dims` axes."""
@@ -119,12 +117,10 @@ class Laplace(LocationScale):
         return (variance / 2).sqrt()
 
     @staticmethod
-    def draw_noise(
-        shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def draw_noise(shape: Sequence[int], device: torch.device, generators: Generators = None) -> Tensor:
         """Standard Laplace noise, fp32, by the inverse distribution function."""
-        centred = torch.rand(tuple(shape), device=device, generator=generator) - 0.5
-        # `rand` may return exactly 0, whose image would be −infinity.
+        centred = draw_uniform(shape, device, generators) - 0.5
+        # A uniform number may be exactly 0, whose image would be −infinity.
         centred = centred.clamp(min=torch.finfo(centred.dtype).eps / 2 - 0.5)
         return -centred.sign() * torch.log1p(-2 * centred.abs())
 

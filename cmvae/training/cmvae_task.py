@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from cmvae.models.objectives import (
     mean_over_sources,
     mixture_log_prob,
 )
-from cmvae.training.task import Shown, Task
+from cmvae.training.task import Preview, Task
+from cmvae.utils.seeds import sample_generators
 from cmvae.visualize.previews import generate_cross_modal
 
 REFIT_SAMPLES = 2000
@@ -60,9 +61,9 @@ def fill_missing(values: Tensor, mask: Tensor) -> Tensor:
         values: (B, ...).
         mask: (B,) bool, who has it; if nobody does, `values` come back as they are.
     """
-    having_first = mask.long().argsort(descending=True, stable=True)
+    samples_with_it = mask.long().argsort(descending=True, stable=True)
     turn = (~mask).long().cumsum(0) - 1
-    donors = having_first[turn.clamp(min=0) % mask.sum().clamp(min=1)]
+    donors = samples_with_it[turn.clamp(min=0) % mask.sum().clamp(min=1)]
     own = torch.arange(len(mask), device=mask.device)
     return values[torch.where(mask | ~mask.any(), own, donors)]
 
@@ -91,7 +92,7 @@ class CMVAETask(Task):
         self.pretraining = False
 
     @property
-    def headline(self) -> str:  # type: ignore[override]
+    def progress_metric(self) -> str:  # type: ignore[override]
         """The bound; while the encoders of z are trained alone, their contrast."""
         return "alignment" if self.pretraining else "bound"
 
@@ -120,22 +121,26 @@ class CMVAETask(Task):
     def autocast_dtype(self, dtype: torch.dtype | None) -> None:
         self.model.autocast_dtype = dtype
 
-    def draw_noise(self, batch_size: int, device: torch.device) -> LatentNoise:
-        """Noise of one step from torch's default stream."""
-        num_modalities, num_samples = len(self.model.modality_names), self.objective.num_samples
-        shape = (num_modalities, num_samples, batch_size)
-        draw, config = self.model.family.draw_noise, self.model.config
-        return LatentNoise(
-            shared=draw((*shape, config.shared_dim), device),
-            private=draw((num_modalities, *shape, config.private_dim), device),
-            cross_shifts=self._draw_cross_shifts(),
-        )
+    def draw_noise(self, generators: Sequence[torch.Generator], seed: int) -> LatentNoise:
+        """Noise of one step.
 
-    def _draw_cross_shifts(self) -> tuple[int, ...]:
+        Args:
+            generators: one per sample.
+            seed: of what all samples have in common; the same on all ranks.
+        """
+        num_modalities, config = len(self.model.modality_names), self.model.config
+        shape = (len(generators), num_modalities, self.objective.num_samples)
+        draw, device = self.model.family.draw_noise, generators[0].device
+        shared = draw((*shape, config.shared_dim), device, generators)
+        private = draw((shape[0], num_modalities, *shape[1:], config.private_dim), device, generators)
+        return LatentNoise(shared.movedim(0, 2), private.movedim(0, 3), self._draw_cross_shifts(seed))
+
+    def _draw_cross_shifts(self, seed: int) -> tuple[int, ...]:
         num_modalities, cross_sources = len(self.model.modality_names), self.objective.cross_sources
         if cross_sources == "all" or not self.training:
             return tuple(range(1, num_modalities))
-        return tuple((1 + torch.randperm(num_modalities - 1)[:cross_sources]).tolist())
+        shifts = np.random.default_rng(seed).permutation(num_modalities - 1)[:cross_sources]
+        return tuple((1 + shifts).tolist())
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Negative bound of a batch, and what it is made of.
@@ -163,19 +168,24 @@ class CMVAETask(Task):
         counted = mask.any(1)
         valid = batch["valid"] & counted
         present = (mask | ~counted[:, None]).T  # (M, B)
+        generators = sample_generators(batch["seed"], batch["place"], valid.device)
         # Whatever precision a launcher switched on around this call is for networks, never for densities.
         with torch.autocast(valid.device.type, enabled=False):
             if self.training and self.pretraining:
-                alignment = self._contrast(inputs, None, mask & valid[:, None], batch.get("group"))
+                alignment = self._contrast(
+                    inputs, None, mask & valid[:, None], batch.get("group"), generators
+                )
                 return _mean(alignment, valid), {"alignment": alignment.detach()}
             posteriors = self.model.encode(inputs)
-            noise = self.draw_noise(len(valid), valid.device)
+            noise = self.draw_noise(generators, batch["seed"])
             bound, report = self._bound(inputs, posteriors, present, noise)
             if not self.training:
                 report |= {**self._cluster_report(posteriors), "present": mask}
             loss = -bound
             if self.aligns:
-                alignment = self._contrast(inputs, posteriors, mask & valid[:, None], batch.get("group"))
+                alignment = self._contrast(
+                    inputs, posteriors, mask & valid[:, None], batch.get("group"), generators
+                )
                 loss = loss + self.objective.alignment.weight * alignment
                 report["alignment"] = alignment.detach()
         return _mean(loss, valid), report
@@ -186,6 +196,7 @@ class CMVAETask(Task):
         posteriors: Mapping[str, Posterior] | None,
         mask: Tensor,
         groups: Tensor | None,
+        generators: Sequence[torch.Generator],
     ) -> Tensor:
         """`cmvae.models.alignment.contrast` of a batch, (B,), in training among the samples of all ranks.
 
@@ -194,12 +205,13 @@ class CMVAETask(Task):
             posteriors: of `inputs`, if they are known; what is augmented is encoded again.
             mask: (B, M) bool, what counts.
             groups: (B,) int64, −1 for none; None where the data has no groups.
+            generators: one per sample, for the augmentation.
         """
         settings, prior = self.objective.alignment, self.model.cluster_prior
         changed = settings.augment if self.training else {}
         known = {} if posteriors is None else {name: q.shared.loc for name, q in posteriors.items()}
         again = {
-            name: augment(x, changed[name]) if name in changed else x
+            name: augment(x, changed[name], generators) if name in changed else x
             for name, x in inputs.items()
             if name in changed or name not in known
         }
@@ -311,7 +323,7 @@ class CMVAETask(Task):
             "shared_loc": shared_loc,
         }
 
-    def restart(
+    def reinitialize(
         self, step: int, train_batches: Callable[[int], Iterable[Mapping[str, Any]]]
     ) -> Mapping[nn.Parameter, Tensor]:
         """Cluster means found anew and uniform weights, where the objective says so and after pretraining.
@@ -391,13 +403,13 @@ class CMVAETask(Task):
         model.cluster_prior.take(hierarchy, record.num_clusters)
         model.save_pretrained(folder, (hierarchy, record))
 
-    def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Shown:
+    def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Preview:
         """Inputs, reconstructions and cross-modal generations of the first samples of a batch."""
         inputs = {name: batch[name][:num_samples] for name in self.model.modality_names}
         mask = batch["mask"][:num_samples]
         made = generate_cross_modal(self.model, inputs, mask, generator)
         text = made.write()
-        return Shown({"cross_modal": made.draw()}, {} if text is None else {"cross_modal": text})
+        return Preview({"cross_modal": made.draw()}, {} if text is None else {"cross_modal": text})
 
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from cmvae.models.cmvae import CMVAE
 from cmvae.models.dcmvae import DCMVAE
 from cmvae.models.export import weights_sha256
 from cmvae.models.refiner import Refiner, to_signed
-from cmvae.training.task import Shown, Task
+from cmvae.training.task import Preview, Task
+from cmvae.utils.seeds import draw_normal, draw_uniform, sample_generators
 from cmvae.visualize.previews import draw_refinements
 
 
@@ -55,7 +56,7 @@ class RefinerTask(Task):
     """
 
     name = "refiner"
-    headline = "denoising_loss"
+    progress_metric = "denoising_loss"
     channels_last = False
 
     def __init__(self, refiner: Refiner, cmvae: CMVAE) -> None:
@@ -90,35 +91,44 @@ class RefinerTask(Task):
         self.refiner.autocast_dtype = self.cmvae.autocast_dtype = dtype
 
     @property
-    def belongs_to(self) -> dict[str, str]:
+    def frozen_hashes(self) -> dict[str, str]:
         """The CMVAE's weights."""
         return {"cmvae_sha256": self.refiner.cmvae_sha256}
 
-    def draw_noise(self, images: Mapping[str, Tensor], mask: Tensor) -> dict[str, RefinerNoise]:
-        """Noise of one step from torch's default stream, by target modality.
+    def draw_noise(
+        self, images: Mapping[str, Tensor], mask: Tensor, generators: Sequence[torch.Generator]
+    ) -> dict[str, RefinerNoise]:
+        """Noise of one step by target modality.
 
         Args:
             images: the targets, (B, C, H, W).
             mask: (B, M) bool, the modalities that a sample has: its sources; at least one.
+            generators: one per sample.
         """
-        conditioning, drawn = self.refiner.config.conditioning, {}
-        for name, x in images.items():
-            batch_size, device = len(x), x.device
+        conditioning, device = self.refiner.config.conditioning, mask.device
+        num_timesteps, dims = self.refiner.diffusion.num_timesteps, self.cmvae.config
+        leading = (len(mask), len(images))
+        uniform = draw_uniform((*leading, mask.shape[1] + 2), device, generators)
+        latents = self.cmvae.family.draw_noise(
+            (*leading, dims.shared_dim + dims.private_dim), device, generators
+        )
+        drawn = {}
+        for place, (name, x) in enumerate(images.items()):
+            choice, left_out, time = uniform[:, place].split([mask.shape[1], 1, 1], dim=1)
+            source = torch.full((len(x),), self.modality_names.index(name), device=device)
             if conditioning.source == "any":
                 # Not `multinomial`, for which a GPU waits to have its probabilities checked.
-                source = torch.rand(mask.shape, device=device).masked_fill(~mask, -1).argmax(1)
-            else:
-                source = torch.full((batch_size,), self.modality_names.index(name), device=device)
+                source = choice.masked_fill(~mask, -1).argmax(1)
+            present = left_out[:, 0] >= conditioning.dropout
+            condition, image = draw_normal((len(x), 2, *x.shape[1:]), device, generators).unbind(1)
             drawn[name] = RefinerNoise(
                 source=source,
-                shared=self.cmvae.family.draw_noise((batch_size, self.cmvae.config.shared_dim), device),
-                private=self.cmvae.family.draw_noise((batch_size, self.cmvae.config.private_dim), device),
-                condition=torch.randn_like(x),
-                present=torch.rand(batch_size, device=device) >= conditioning.dropout
-                if conditioning.source != "none"
-                else torch.zeros(batch_size, dtype=torch.bool, device=device),
-                timesteps=torch.randint(self.refiner.diffusion.num_timesteps, (batch_size,), device=device),
-                image=torch.randn_like(x),
+                shared=latents[:, place, : dims.shared_dim],
+                private=latents[:, place, dims.shared_dim :],
+                condition=condition,
+                present=present if conditioning.source != "none" else torch.zeros_like(present),
+                timesteps=(time[:, 0] * num_timesteps).long(),
+                image=image,
             )
         return drawn
 
@@ -143,7 +153,8 @@ class RefinerTask(Task):
         # Whatever precision a launcher switched on around this call is for networks alone.
         with torch.autocast(valid.device.type, enabled=False):
             images = {name: inputs[name] for name in self.refiner.modality_names}
-            noise = self.draw_noise(images, sources)
+            generators = sample_generators(batch["seed"], batch["place"], mask.device)
+            noise = self.draw_noise(images, sources, generators)
             reconstructions, shared = self._reconstruct(inputs, noise)
             losses = self._denoise(images, reconstructions, shared, noise)
             losses = {
@@ -151,7 +162,9 @@ class RefinerTask(Task):
             }
             total = torch.stack(list(losses.values())).sum(0) / targets.sum(0).clamp(min=1)
             loss = (total * valid).sum() / valid.sum().clamp(min=1)
-        report = {self.headline: total} | {f"{self.headline}/{name}": x for name, x in losses.items()}
+        report = {self.progress_metric: total} | {
+            f"{self.progress_metric}/{name}": x for name, x in losses.items()
+        }
         return loss, {name: values.detach() for name, values in report.items()}
 
     @torch.no_grad()
@@ -209,14 +222,14 @@ class RefinerTask(Task):
 
     def validation_metrics(self, records: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Means of the report."""
-        return {name: float(x.mean()) for name, x in records.items() if name.startswith(self.headline)}
+        return {name: float(x.mean()) for name, x in records.items() if name.startswith(self.progress_metric)}
 
-    def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Shown:
+    def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Preview:
         """The first samples of a batch: input, CMVAE and D-CMVAE for every pair of modalities."""
         inputs = {name: batch[name][:num_samples] for name in self.modality_names}
         mask = batch["mask"][:num_samples]
         figure = draw_refinements(DCMVAE(self.cmvae, self.refiner), inputs, mask, generator)
-        return Shown({"refinements": figure})
+        return Preview({"refinements": figure})
 
     def export(
         self,

@@ -18,7 +18,7 @@ from cmvae.modalities import Modality
 
 
 @dataclass(frozen=True)
-class Shown:
+class Preview:
     """What people look at while a model trains."""
 
     figures: dict[str, Figure]
@@ -32,7 +32,7 @@ class Task(nn.Module, ABC):
 
     name: ClassVar[str]
     """What is trained, for people."""
-    headline: str
+    progress_metric: str
     """The one number of the report that a progress bar has room for."""
 
     channels_last: ClassVar[bool]
@@ -72,7 +72,7 @@ class Task(nn.Module, ABC):
             network.compile(backend=backend)
 
     @property
-    def belongs_to(self) -> dict[str, str]:
+    def frozen_hashes(self) -> dict[str, str]:
         """Hashes of what is not trained but must be the same when a training goes on, by name."""
         return {}
 
@@ -82,13 +82,15 @@ class Task(nn.Module, ABC):
 
         Args:
             batch: by modality data (B, *shape), see `cmvae.modalities`; `mask` (B, M), false where a sample
-                lacks a modality; and `valid` (B,), false where a sample only pads the batch.
+                lacks a modality; `valid` (B,), false where a sample only pads the batch; and what all noise
+                is a function of, see `cmvae.utils.seeds.sample_generators`: `seed`, an int that is the same
+                on all ranks, and `place`, B ints, the places of the samples in the batch of all ranks.
         """
 
     def begin(self, total_steps: int) -> None:
         """Called once before the first update, when it is known how many there are."""
 
-    def restart(
+    def reinitialize(
         self, step: int, train_batches: Callable[[int], Iterable[Mapping[str, Any]]]
     ) -> Mapping[nn.Parameter, Tensor]:
         """Parameters that start anew before the update that follows `step` updates, and their new values.
@@ -106,7 +108,7 @@ class Task(nn.Module, ABC):
         """What the report over a split, (N, ...) each and `label` (N,), comes to."""
 
     @abstractmethod
-    def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Shown:
+    def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Preview:
         """What the model makes of the first samples of a batch; to be called on every rank."""
 
     @abstractmethod

@@ -18,6 +18,7 @@ from cmvae.data.batch import to_device
 from cmvae.modalities import Modality
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
+from cmvae.utils.seeds import derive_seed
 
 VALIDATION_NAME = "validation.json"
 """In the folder of a run: the metrics of its last validation."""
@@ -38,7 +39,7 @@ def collect_records(
     accelerator: Accelerator,
     module: nn.Module,
     modalities: Mapping[str, Modality],
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[dict[str, Any]],
     seed: int,
     max_batches: int | None = None,
 ) -> dict[str, np.ndarray]:
@@ -49,8 +50,8 @@ def collect_records(
         module: the prepared task.
         modalities: those that it reads, by name.
         batches: equally many equally large batches on every rank, padding marked in `valid`.
-        seed: of the noise, so that two validations differ by the model alone and training's own random
-            stream goes on undisturbed.
+        seed: of the noise, which is a function of (seed, position of the sample in the split): two
+            validations differ by the model alone, whatever the number of ranks.
         max_batches: stop early; None reads everything.
 
     Returns:
@@ -58,10 +59,10 @@ def collect_records(
         rank, the same on every rank.
     """
     collected: dict[str, list[np.ndarray]] = {}
-    with evaluation_mode(module), torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed + accelerator.process_index)
+    with evaluation_mode(module), torch.no_grad():
         for raw in itertools.islice(batches, max_batches):
-            batch = to_device(raw, modalities, accelerator.device)
+            streams = {"seed": derive_seed(seed, "validation"), "place": raw["position"].tolist()}
+            batch = to_device(raw | streams, modalities, accelerator.device)
             loss, report = module(batch)
             valid = batch["valid"]
             # The loss is a mean over the batch's valid samples: given to each, the split's mean is right.

@@ -1,4 +1,4 @@
-"""A sign of life of every rank, and an end to a run in which one of them stands still."""
+"""A heartbeat per rank, and an end to a run in which a rank hangs."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from pathlib import Path
 from typing import TextIO
 
 EXIT_HUNG = 70
-"""Exit code of a rank whose run stood still."""
+"""Exit code of a rank when the run hangs."""
 
 _LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Sign:
-    """Where a rank stands: what its file says."""
+class RankStatus:
+    """What a rank does right now: the content of its `rank-N.json`."""
 
     count: int
-    """Things done so far; all ranks do the same things in the same order."""
+    """Number of heartbeats so far; all ranks beat in the same order."""
     activity: str
     host: str
     pid: int
 
 
 class Heartbeat:
-    """Tells where this rank stands, in a file that the others can read, and watches that it gets on.
+    """Reports the progress of this rank in a file and ends the process when the run hangs.
 
-    A rank that hangs holds up all others, each in some collective operation that would wait for as long as
-    its process group allows and then not say for whom. So every rank counts what it does, a thread writes
-    the count down, and a rank that has not moved for too long looks up who is behind all others, says so,
-    writes where its own threads stand, and ends.
+    One rank that hangs blocks all others in a collective operation, whose timeout would not name that rank.
+    So every rank counts its heartbeats, and a thread writes the count to `folder/rank-N.json`. A rank without
+    a heartbeat for `timeout` seconds compares the counts of all ranks, logs which one is behind, dumps the
+    stacks of its own threads, and exits.
 
     Args:
-        folder: that all ranks share.
-        rank: which of the ranks this is.
+        folder: shared by all ranks.
+        rank: index of this rank.
         world_size: number of ranks.
-        timeout: seconds without anything done after which the run counts as hung.
+        timeout: seconds without a heartbeat after which the run counts as hung.
     """
 
     def __init__(self, folder: Path, rank: int, world_size: int, timeout: float) -> None:
@@ -55,17 +55,17 @@ class Heartbeat:
         self._done = threading.Event()
 
     def beat(self, activity: str) -> None:
-        """Something was done, and this is what comes next; to be called in the same order on all ranks."""
+        """Record progress and what comes next; must be called in the same order on all ranks."""
         self._count += 1
         self._activity = activity
         self._moved = time.monotonic()
 
     @contextmanager
     def watching(self, traceback_file: TextIO) -> Iterator[None]:
-        """End the process if nothing moves, while the block lasts.
+        """Watch for a hang while the block runs.
 
         Args:
-            traceback_file: where to write what every thread of this process is doing then.
+            traceback_file: where the stacks of this process's threads are written on a hang.
         """
         self.beat("starting")
         self._write()
@@ -88,45 +88,45 @@ class Heartbeat:
                 os._exit(EXIT_HUNG)
 
     def _write(self) -> None:
-        path = _sign_path(self._folder, self._rank)
-        sign = Sign(self._count, self._activity, platform.node(), os.getpid())
+        path = _status_path(self._folder, self._rank)
+        status = RankStatus(self._count, self._activity, platform.node(), os.getpid())
         partial = path.with_name(f".{path.name}.partial")
         try:
-            partial.write_text(json.dumps(asdict(sign)), encoding="utf-8")
+            partial.write_text(json.dumps(asdict(status)), encoding="utf-8")
             partial.replace(path)
         except OSError:
-            # A full disk is no hang; the others will see an old sign.
+            # A full disk is no hang; the other ranks see an old status.
             return
 
     def _describe_hang(self) -> str:
-        signs = {rank: _read_sign(self._folder, rank) for rank in range(self._world_size)}
-        # By the clock of the file system, not by those of the machines, which may differ.
-        now = _sign_path(self._folder, self._rank).stat().st_mtime
-        missing = [rank for rank, sign in signs.items() if sign is None]
-        known = {rank: sign for rank, sign in signs.items() if sign is not None}
-        least = min(sign.count for sign in known.values())
-        lines = [f"nothing has moved for {self._timeout:.0f} s (train.hang_timeout)."]
-        lines += [f"Rank {rank} has given no sign of life at all." for rank in missing]
-        for rank, sign in known.items():
-            if sign.count == least:
-                age = max(0.0, now - _sign_path(self._folder, rank).stat().st_mtime)
-                # Its thread goes on writing where only the training is stuck.
+        statuses = {rank: _read_status(self._folder, rank) for rank in range(self._world_size)}
+        # By the clock of the file system, as those of the machines may differ.
+        now = _status_path(self._folder, self._rank).stat().st_mtime
+        missing = [rank for rank, status in statuses.items() if status is None]
+        known = {rank: status for rank, status in statuses.items() if status is not None}
+        least = min(status.count for status in known.values())
+        lines = [f"no progress for {self._timeout:.0f} s (train.hang_timeout)."]
+        lines += [f"Rank {rank} never reported." for rank in missing]
+        for rank, status in known.items():
+            if status.count == least:
+                age = max(0.0, now - _status_path(self._folder, rank).stat().st_mtime)
+                # The thread keeps writing if only the training hangs.
                 state = f"silent for {age:.0f} s" if age > self._timeout / 2 else "alive"
-                who = f"Rank {rank} ({sign.host}, process {sign.pid}, {state})"
-                lines.append(f"{who} is behind: it is {sign.activity}.")
+                who = f"Rank {rank} ({status.host}, process {status.pid}, {state})"
+                lines.append(f"{who} is behind: it is {status.activity}.")
         lines.append(
-            f"This is rank {self._rank}, {self._activity}. Where each rank stands is in {self._folder}/. Go "
-            "on from the last checkpoint with --resume"
+            f"This is rank {self._rank}, {self._activity}. The status of every rank is in {self._folder}/. "
+            "Continue from the last checkpoint with --resume"
         )
         return " ".join(lines)
 
 
-def _sign_path(folder: Path, rank: int) -> Path:
+def _status_path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.json"
 
 
-def _read_sign(folder: Path, rank: int) -> Sign | None:
+def _read_status(folder: Path, rank: int) -> RankStatus | None:
     try:
-        return Sign(**json.loads(_sign_path(folder, rank).read_text(encoding="utf-8")))
+        return RankStatus(**json.loads(_status_path(folder, rank).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cmvae.data.plan import EvaluationPlan, Handover, TrainingPlan
+from cmvae.data.plan import EvaluationPlan, TrainingPlan, WorldSizeChange
 from cmvae.utils.errors import UserError
 
 
@@ -118,12 +118,20 @@ def test_what_ranks_left_of_an_epoch_is_dealt_to_ranks_of_another_number():
     """Four ranks leave after two batches, one after three more, and two finish the epoch."""
     sizes, epoch = [40, 7, 30, 19, 24], 3
 
-    def plan(world_size, *handovers):
+    def plan(world_size, *world_size_changes):
         return TrainingPlan(
-            sizes, 12 // world_size, world_size, seed=5, shuffle_window=30, handovers=handovers
+            sizes,
+            12 // world_size,
+            world_size,
+            seed=5,
+            shuffle_window=30,
+            world_size_changes=world_size_changes,
         )
 
-    first, second = Handover(epoch, batch=2, world_size=4), Handover(epoch, batch=5, world_size=1)
+    first, second = (
+        WorldSizeChange(epoch, batch=2, world_size=4),
+        WorldSizeChange(epoch, batch=5, world_size=1),
+    )
     parts = [
         consumed(plan(4), epoch, 0, 2),
         consumed(plan(1, first), epoch, 2, 5),

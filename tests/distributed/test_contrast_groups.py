@@ -19,7 +19,7 @@ def losses(part):
     torch.manual_seed(1)
     inputs = {name: torch.randn(8, 1, 1, 3)[part] for name in ("a", "b")}
     mask = torch.ones(8, 2, dtype=torch.bool)[part]
-    return task._contrast(inputs, model.encode(inputs), mask, GROUPS[part]).detach()
+    return task._contrast(inputs, model.encode(inputs), mask, GROUPS[part], []).detach()
 
 
 def rank_losses(rank, port, folder):

@@ -1,9 +1,9 @@
-"""Run by test_ranks.py under a launcher: a few updates on one fixed global batch sequence and noise.
+"""Run by test_ranks.py under a launcher: a few updates on one fixed sequence of global batches.
 
     train_steps.py CONFIG OUTPUT STEPS MISSING [key=value …]
 
-Every rank reads the same global batches and draws the same global noise, then takes its own part, so that the
-result must not depend on how many ranks there are. The second half of every global batch lacks the modality
+Every rank reads the same global batches and takes its own part of each, so that the result must not depend on
+how many ranks there are. The second half of every global batch lacks the modality
 MISSING, if there is one of that name: of two ranks, all that the second one reads. Rank 0 writes the losses
 and the export to OUTPUT.
 """
@@ -19,11 +19,12 @@ from cmvae.config import load_config
 from cmvae.data.batch import to_device
 from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
-from cmvae.distributed import StopRequest, agree, let_deepspeed_autocast, start_accelerator
+from cmvae.distributed import let_deepspeed_autocast, start_accelerator
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.precision import autocast_dtype
-from cmvae.training.cmvae_task import CMVAETask, LatentNoise
-from cmvae.training.optimization import build_optimizer, restart_parameters
+from cmvae.training.cmvae_task import CMVAETask
+from cmvae.training.optimization import build_optimizer, reinitialize_parameters
+from cmvae.training.step_checks import StopRequest, all_reduce_step_check
 from cmvae.utils.process_exit import leave
 
 
@@ -42,15 +43,7 @@ def main() -> None:
     )
     task = CMVAETask(model, config.objective)
     let_deepspeed_autocast(accelerator, task.autocast_dtype)
-    draw_noise = task.draw_noise
-
-    def draw_my_part(batch_size: int, device: torch.device) -> LatentNoise:
-        whole = draw_noise(batch_size * world_size, device)
-        return LatentNoise(whole.shared[..., mine, :], whole.private[..., mine, :], whole.cross_shifts)
-
-    task.draw_noise = draw_my_part
     module, optimizer = accelerator.prepare(task, build_optimizer(task, config.optimizer))
-    set_seed(config.seed + 1)
 
     loader = TrainingLoader(
         config.data.shards,
@@ -72,16 +65,16 @@ def main() -> None:
     losses = []
     with StopRequest.listening() as stop:
         for raw, step in zip(loader.epoch_batches(0), range(steps), strict=False):
-            values = task.restart(step, lambda num_samples: read_split("train", num_samples))
-            restart_parameters(accelerator, optimizer, values)
+            values = task.reinitialize(step, lambda num_samples: read_split("train", num_samples))
+            reinitialize_parameters(accelerator, optimizer, values)
             if missing in model.modality_names:
                 raw["mask"][len(raw["mask"]) // 2 :, model.modality_names.index(missing)] = False
-            batch = to_device(
-                {name: value[mine] for name, value in raw.items()}, task.modalities, accelerator.device
-            )
+            part = {name: value[mine] for name, value in raw.items()}
+            part |= {"seed": step, "place": range(mine.start, mine.stop)}
+            batch = to_device(part, task.modalities, accelerator.device)
             with accelerator.accumulate(module):
                 loss, report = module(batch)
-                agree(accelerator, loss, report, stop).read()
+                all_reduce_step_check(accelerator, loss, report, stop).read()
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -14,8 +14,8 @@ import torch
 from faulty_training import Training, replace
 
 from cmvae.training import watchdog as heartbeat
-from cmvae.training.advice import out_of_memory_advice
 from cmvae.training.rank_log import rank_log
+from cmvae.training.run import out_of_memory_advice
 from cmvae.training.watchdog import EXIT_HUNG, Heartbeat
 
 SETTINGS = ("train.max_steps=6", "train.checkpoint_every=2")
@@ -34,7 +34,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_training(tmp_path, digits_sh
     assert training.steps == [2, 6]
     (told,) = [line for line in training.log.splitlines() if "no checkpoint of step 4" in line]
     assert "are free, but a checkpoint takes" in told
-    assert "the last checkpoint is that of step 2" in told
+    assert "The training continues; the last one is of step 2" in told
     assert told.partition("no checkpoint")[2] in (training.folder / "logs/rank-0.log").read_text()
 
 
@@ -50,7 +50,7 @@ def test_a_full_disk_at_the_end_is_an_error_and_the_last_checkpoint_is_intact(tm
 
 def limit_file_size():
     """No file can be larger than the weights: the optimizer's state is cut off while it is written."""
-    from cmvae.training import trainer
+    from cmvae.training.checkpoint import Checkpointer
 
     def limited(original, *arguments):
         checkpoint = original(*arguments)
@@ -58,7 +58,7 @@ def limit_file_size():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, resource.RLIM_INFINITY))
         return checkpoint
 
-    replace(trainer, "save_checkpoint", limited, 1)
+    replace(Checkpointer, "save", limited, 1)
 
 
 @pytest.mark.faults
@@ -88,7 +88,7 @@ def test_a_real_full_disk(tmp_path, digits_shards):
 
 def grow_checkpoints(disk):
     """Something else fills the disk after the second checkpoint."""
-    from cmvae.training import trainer
+    from cmvae.training.checkpoint import Checkpointer
 
     def and_fill(original, *arguments):
         checkpoint = original(*arguments)
@@ -96,7 +96,7 @@ def grow_checkpoints(disk):
             file.write(bytes(max(0, shutil.disk_usage(disk).free - 20_000)))
         return checkpoint
 
-    replace(trainer, "save_checkpoint", and_fill, 2)
+    replace(Checkpointer, "save", and_fill, 2)
 
 
 def test_a_folder_that_takes_no_files_is_named(tmp_path, digits_shards):
@@ -124,7 +124,7 @@ def hang_in_reading():
 def test_a_hang_ends_with_what_hangs_and_where(tmp_path, digits_shards):
     training = Training(tmp_path / "run", digits_shards, (*SETTINGS, "train.hang_timeout=4"))
     assert training.run(hang_in_reading, timeout=60) == EXIT_HUNG, training.log
-    assert "nothing has moved for 4 s (train.hang_timeout)" in training.log
+    assert "no progress for 4 s (train.hang_timeout)" in training.log
     assert "is behind: it is reading a batch" in training.log
     log = (training.folder / "logs/rank-0.log").read_text()
     assert "Rank 0" in log
@@ -134,7 +134,7 @@ def test_a_hang_ends_with_what_hangs_and_where(tmp_path, digits_shards):
 
 @pytest.fixture
 def three_ranks(tmp_path):
-    """Rank 0 and two more that have written their signs; rank 1 is two things behind."""
+    """Rank 0 and two more that have written their status; rank 1 is two things behind."""
     ranks = [Heartbeat(tmp_path, rank, 3, timeout=60) for rank in range(3)]
     for rank, beats in enumerate((7, 5, 7)):
         for _ in range(beats - 1):
@@ -158,7 +158,7 @@ def test_a_rank_that_died_is_told_from_one_that_hangs(three_ranks, tmp_path):
     os.utime(path, (path.stat().st_mtime - 500,) * 2)
     assert "silent for 500 s) is behind" in three_ranks[2]._describe_hang()
     path.unlink()
-    assert "Rank 1 has given no sign of life at all." in three_ranks[2]._describe_hang()
+    assert "Rank 1 never reported." in three_ranks[2]._describe_hang()
 
 
 def test_what_moves_is_left_alone(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ FAULTS = {
         [5, 6],
     ),
     "in the first step": (partial(die_before, "accelerate.accelerator:Accelerator", "backward", 1), []),
-    "before a checkpoint": (partial(die_before, "cmvae.training.trainer", "save_checkpoint", 3), [2, 4]),
+    "before a checkpoint": (partial(die_before, f"{CHECKPOINT}:Checkpointer", "save", 3), [2, 4]),
     "in a checkpoint's weights": (die_in_weights, [2, 4]),
     "before a checkpoint's record": (
         partial(die_before, f"{CHECKPOINT}:CheckpointRecord", "write", 3),

@@ -84,7 +84,7 @@ def test_a_rank_that_stands_still_is_named(tmp_path, experiment_file, fault, sta
     done = run_command(launch(FAULTS, fault, TRAIN, experiment_file, *settings), ROOT, timeout=150)
     assert done.returncode == 1
     log = (tmp_path / "run/logs/rank-0.log").read_text()
-    assert "nothing has moved for 8 s (train.hang_timeout)" in log
+    assert "no progress for 8 s (train.hang_timeout)" in log
     assert "Rank 1 (" in log
     assert f", {state}" in log
     assert ") is behind: it is " in log
@@ -127,8 +127,8 @@ def test_another_number_of_ranks_or_setting_is_refused_before_torch_is_imported(
         (
             [],
             {"WORLD_SIZE": "4"},
-            "written by 1 rank(s) with 16 samples a batch between them; this run has 4 rank(s). "
-            "Give train.batch_size=4",
+            "written by 1 rank(s) with a global batch of 16 samples; this run has 4 rank(s). "
+            "Set train.batch_size=4",
         ),
         (["train.batch_size=8"], {}, "train.batch_size was 16 and is now 8. Set it back"),
     ):

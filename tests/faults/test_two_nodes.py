@@ -137,7 +137,7 @@ def test_a_cut_cable_and_a_dead_node_lose_nothing(nodes, tmp_path, experiment_fi
     finish(processes, run, codes=[1, 1])
     assert int(newest(run).parent.name[5:]) < STEPS
     told = "".join(path.read_text() for path in (run / "logs").glob("rank-*.log"))
-    assert "nothing has moved for 10 s (train.hang_timeout)" in told
+    assert "no progress for 10 s (train.hang_timeout)" in told
     set_cable("up")
     train(run, experiment_file)
     assert_exact(run)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cmvae.models.alignment import augment, contrast
+from cmvae.utils.seeds import sample_generators
 
 
 def brute_force(anchors, present, candidates, candidate_present, places, variance):
@@ -103,3 +104,15 @@ def test_augmented_images_are_mirrored_or_parts():
     assert span.flatten(1).std(1).max() < 1e-4  # the same part everywhere in an image
     assert len(span[:, 0, 0].unique()) > 32  # another one in each
     torch.testing.assert_close(augment(images, ()), images, atol=1e-5, rtol=0)
+
+
+def test_an_image_is_augmented_by_its_own_stream_whatever_the_batch():
+    torch.manual_seed(0)
+    images, names = torch.rand(6, 3, 8, 8), ("flip", "crop")
+
+    def augmented(places):
+        return augment(images[places], names, sample_generators(3, places, torch.device("cpu")))
+
+    whole = augmented(range(6))
+    torch.testing.assert_close(augmented(range(2, 5)), whole[2:5])
+    assert not torch.allclose(whole, images, atol=0.01)

@@ -16,6 +16,7 @@ from cmvae.models.cmvae import CMVAE
 from cmvae.models.likelihoods import LIKELIHOODS
 from cmvae.models.objectives import cluster_log_prob, data_log_prob, dreg, iwae
 from cmvae.training.tasks import CMVAETask
+from cmvae.utils.seeds import sample_generators
 
 DISTRIBUTIONS = {"normal": torch.distributions.Normal, "laplace": torch.distributions.Laplace}
 BETA, FLOOR, B, C = 2.5, 1e-6, 2, 4
@@ -43,7 +44,8 @@ def make_task(num_modalities, family, objective, num_samples):
     batch = {name: torch.rand(B, 1, 4, 4, dtype=torch.float64) for name in modalities}
     batch["valid"] = torch.ones(B, dtype=torch.bool)
     batch["mask"] = torch.ones(B, num_modalities, dtype=torch.bool)
-    noise = task.draw_noise(B, torch.device("cpu"))
+    batch |= {"seed": 0, "place": range(B)}
+    noise = task.draw_noise(sample_generators(0, range(B), torch.device("cpu")), 0)
     task.draw_noise = lambda *_: noise
     return task, batch, noise
 

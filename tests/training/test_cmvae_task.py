@@ -13,6 +13,7 @@ from cmvae.modalities.text import SPECIAL_TOKENS
 from cmvae.models.cmvae import CMVAE
 from cmvae.training.cmvae_task import fill_missing
 from cmvae.training.tasks import CMVAETask
+from cmvae.utils.seeds import sample_generators
 
 MODALITY = ImageModality(shape=(3, 8, 8))
 NAMES = ("a", "b", "c")
@@ -48,6 +49,8 @@ def batch():
         "mask": torch.ones(9, 3, dtype=torch.bool),
         "label": torch.arange(9) % 3,
         "key": [str(i) for i in range(9)],
+        "seed": 2,
+        "place": range(9),
     }
 
 
@@ -71,7 +74,6 @@ def run_step(objective, batch):
     sizes, kept = [], []
     for network in task.model.decoders.values():
         network.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
-    torch.manual_seed(2)
     keep = lambda tensor: kept.append(tensor.nbytes) or tensor  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss, _ = task(batch)
@@ -112,7 +114,7 @@ def test_decoders_with_batch_norm_are_never_decoded_in_parts():
     sizes = []
     task.model.decoders["caption"].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     ones = {"valid": torch.ones(2, dtype=torch.bool), "mask": torch.ones(2, 1, dtype=torch.bool)}
-    task({"caption": torch.randint(5, (2, 8)), **ones})
+    task({"caption": torch.randint(5, (2, 8)), **ones, "seed": 0, "place": range(2)})
     assert sizes == [4 * 2]
 
 
@@ -123,18 +125,33 @@ def test_of_drawn_cross_sources_each_is_used_once_a_step_and_none_is_preferred(b
         network.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     task(batch)
     assert sizes == [2 * 9] * 3, "from itself and from one other, nine members of the batch"
-    torch.manual_seed(3)
-    shifts = [task.draw_noise(1, torch.device("cpu")).cross_shifts for _ in range(200)]
+    one = [torch.Generator()]
+    shifts = [task.draw_noise(one, seed).cross_shifts for seed in range(200)]
     assert set(shifts) == {(1,), (2,)}
     assert 70 <= shifts.count((1,)) <= 130
-    assert task.eval().draw_noise(1, torch.device("cpu")).cross_shifts == (1, 2), "validation sees all"
+    assert task.eval().draw_noise(one, 0).cross_shifts == (1, 2), "validation sees all"
+
+
+def test_the_parts_of_a_batch_draw_the_noise_of_the_whole():
+    task, cpu = make_task(), torch.device("cpu")
+
+    def draw(places, seed=5):
+        return task.draw_noise(sample_generators(seed, places, cpu), seed)
+
+    whole, parts = draw(range(9)), [draw(range(4)), draw(range(4, 9))]
+    assert whole.shared.shape == (3, 2, 9, 5)
+    assert whole.private.shape == (3, 3, 2, 9, 4)
+    assert torch.equal(torch.cat([part.shared for part in parts], -2), whole.shared)
+    assert torch.equal(torch.cat([part.private for part in parts], -2), whole.private)
+    # Samples, modalities and steps have noise of their own.
+    assert len(whole.shared.unique()) == whole.shared.numel()
+    assert not (draw(range(9), seed=6).shared == whole.shared).any()
 
 
 def test_densities_are_fp32_whatever_the_precision_around(batch):
     results = []
     for inner, outer in ((None, None), (torch.bfloat16, None), (torch.bfloat16, torch.bfloat16)):
         task = make_task(inner)
-        torch.manual_seed(2)
         with torch.autocast("cpu", dtype=outer, enabled=outer is not None):
             loss, report = task(batch)
         assert loss.dtype == torch.float32
@@ -207,9 +224,9 @@ def test_a_refit_finds_means_in_what_is_there_and_only_when_it_is_due(batch):
     read = as_read(batch)
     read["mask"] = torch.rand(9, 3, generator=torch.Generator().manual_seed(0)) < 0.8
     read["mask"][:, 0] = True
-    assert task.restart(3, lambda size: [read]) == {}
-    assert len(task.restart(2, lambda size: [read])) == 2
-    values = task.restart(4, lambda size: [read])
+    assert task.reinitialize(3, lambda size: [read]) == {}
+    assert len(task.reinitialize(2, lambda size: [read])) == 2
+    values = task.reinitialize(4, lambda size: [read])
     assert task.training
     prior = task.model.cluster_prior
     assert set(values) == {prior.means, prior.logits}
@@ -222,7 +239,6 @@ def test_a_refit_finds_means_in_what_is_there_and_only_when_it_is_due(batch):
 
 
 def loss_and_gradients(task, batch):
-    torch.manual_seed(2)
     loss, report = task(batch)
     loss.backward()
     return loss, report, {name: p.grad for name, p in task.named_parameters() if p.grad is not None}
@@ -232,7 +248,7 @@ def test_without_a_weight_the_objective_is_the_published_one_to_the_last_bit(bat
     plain, off = make_task(), make_task(alignment={"weight": 0, "augment": {"a": ["flip"]}})
     for task in (plain, off):
         task.begin(100)
-        task.restart(0, lambda size: [])
+        task.reinitialize(0, lambda size: [])
     (loss, _, gradients), (other, report, others) = (loss_and_gradients(t, batch) for t in (plain, off))
     assert loss == other
     assert "alignment" not in report
@@ -252,12 +268,12 @@ def test_the_first_phase_trains_the_encoders_of_z_alone(batch):
     task = make_task(alignment={"weight": 5, "pretrain": 0.25})
     task.begin(8)
     for step in range(4):
-        values = task.restart(step, lambda size: [as_read(batch)])
+        values = task.reinitialize(step, lambda size: [as_read(batch)])
         assert (len(values) > 0) == (step == 2)  # means are found when it ends
         _, report, gradients = loss_and_gradients(task, batch)
         task.zero_grad()
         alone = step < 2
-        assert task.headline == ("alignment" if alone else "bound")
+        assert task.progress_metric == ("alignment" if alone else "bound")
         assert set(report) == {"alignment"} if alone else "bound" in report
         trained = [name for name, _ in task.named_parameters() if name in gradients]
         if alone:
@@ -289,7 +305,7 @@ def test_one_modality_has_nothing_to_be_compared_with(batch):
     task = make_task(alignment={"weight": 5, "pretrain": 3}, names=("a",))
     task.begin(10)
     batch["mask"] = batch["mask"][:, :1]
-    assert task.restart(0, lambda size: []) == {}
+    assert task.reinitialize(0, lambda size: []) == {}
     _, report = task(batch)
     assert "bound" in report
     assert "alignment" not in report
@@ -344,6 +360,8 @@ def test_batch_norm_sees_texts_that_are_there_only():
         "text": texts * torch.tensor([1, 0, 1, 0])[:, None],
         "valid": torch.ones(4, dtype=torch.bool),
         "mask": torch.tensor([[True, True], [True, False]] * 2),
+        "seed": 0,
+        "place": range(4),
     }
     CMVAETask(model, ObjectiveConfig())(batch)
     alone(texts[::2])

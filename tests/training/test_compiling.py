@@ -12,10 +12,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from cmvae import CMVAE
 from cmvae.config import ObjectiveConfig
 from cmvae.data.index import ShardIndex
-from cmvae.training import trainer
 from cmvae.training.refiner_task import RefinerTask
+from cmvae.training.run import compile_networks, run_training
 from cmvae.training.tasks import CMVAETask, Task
-from cmvae.training.trainer import run_training
 from cmvae.utils.errors import UserError
 
 
@@ -69,7 +68,7 @@ def test_all_networks_of_both_tasks_are_compiled():
 def test_under_deepspeed_it_is_refused():
     ranks = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
     with pytest.raises(UserError, match=r"train\.compile: under DeepSpeed .*train\.compile=false.*ddp\.yaml"):
-        trainer._compile_networks(ranks, None)
+        compile_networks(ranks, None)
 
 
 def test_a_compiler_that_fails_is_told_with_the_remedy(experiment, monkeypatch):

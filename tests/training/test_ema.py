@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cmvae.training.ema import EMA_NAME, WeightAverage
+from cmvae.training.optimization import EMA_NAME, WeightAverage
 from cmvae.utils.errors import UserError
 
 

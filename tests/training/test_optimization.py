@@ -10,7 +10,7 @@ from cmvae.config import OptimizerConfig
 from cmvae.training.optimization import (
     build_optimizer,
     learning_rate,
-    restart_parameters,
+    reinitialize_parameters,
     set_learning_rate,
 )
 
@@ -37,7 +37,7 @@ def test_what_starts_anew_has_no_past_and_the_rest_keeps_its_own():
         optimizer.step()
     kept = {key: value.clone() for key, value in optimizer.state[module.bias].items()}
     bias = module.bias.detach().clone()
-    restart_parameters(Accelerator(cpu=True), optimizer, {module.weight: torch.full((2, 3), 7.0)})
+    reinitialize_parameters(Accelerator(cpu=True), optimizer, {module.weight: torch.full((2, 3), 7.0)})
     assert (module.weight == 7).all()
     past = optimizer.state[module.weight]
     assert all((past[key] == 0).all() for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))

@@ -6,12 +6,12 @@ from safetensors.torch import load_file
 
 from cmvae import distributed
 from cmvae.data.index import ShardIndex
-from cmvae.distributed import NonFiniteError
-from cmvae.training import precision_check, trainer
+from cmvae.training import precision_check, run
 from cmvae.training.checkpoint_folder import list_checkpoints
 from cmvae.training.precision_check import compare_gradients, keep_sound_precision
+from cmvae.training.run import run_training
+from cmvae.training.step_checks import NonFiniteError
 from cmvae.training.tasks import build_task
-from cmvae.training.trainer import run_training
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def breaking(monkeypatch):
             break_layer(task, layer, factor)
             return task
 
-        monkeypatch.setattr(trainer, "build_task", build)
+        monkeypatch.setattr(run, "build_task", build)
 
     return breaks
 

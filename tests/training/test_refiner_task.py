@@ -1,6 +1,7 @@
 """The refiner's loss against its expectation and by hand; what it is conditioned on; what it leaves alone."""
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -21,6 +22,9 @@ from safetensors.torch import load_file
 from cmvae.models.refiner import Refiner
 from cmvae.training.refiner_task import RefinerTask
 from cmvae.utils.errors import UserError
+from cmvae.utils.seeds import sample_generators
+
+CPU = torch.device("cpu")
 
 
 def make_task(cmvae=None, **arguments):
@@ -36,6 +40,8 @@ def make_batch(size=9, names=NAMES):
         "mask": torch.ones(size, len(NAMES), dtype=torch.bool),
         "label": torch.arange(size) % 3,
         "key": [str(i) for i in range(size)],
+        "seed": 2,
+        "place": range(size),
     }
 
 
@@ -44,13 +50,12 @@ def run(task, batch, seed=2):
     drawn = {}
     draw = task.draw_noise
 
-    def draw_and_keep(images, mask):
-        drawn.update(draw(images, mask))
+    def draw_and_keep(*arguments):
+        drawn.update(draw(*arguments))
         return drawn
 
-    torch.manual_seed(seed)
     task.draw_noise = draw_and_keep
-    loss, report = task(batch)
+    loss, report = task({**batch, "seed": seed})
     task.draw_noise = draw
     return loss, report, drawn
 
@@ -169,7 +174,9 @@ def test_the_condition_is_a_reconstruction_from_the_source_that_was_drawn(sharin
 def test_sources_are_uniform_over_all_modalities_and_drawn_for_each_target():
     size = 3000
     noise = make_task().draw_noise(
-        {name: torch.zeros(size, 3, 1, 1) for name in NAMES}, torch.ones(size, 3, dtype=torch.bool)
+        {name: torch.zeros(size, 3, 1, 1) for name in NAMES},
+        torch.ones(size, 3, dtype=torch.bool),
+        sample_generators(0, range(size), CPU),
     )
     # Five standard deviations of a count.
     bound = 5 * math.sqrt(size * (1 / 3) * (2 / 3))
@@ -181,11 +188,28 @@ def test_sources_are_uniform_over_all_modalities_and_drawn_for_each_target():
     np.testing.assert_allclose(pairs, size / 9, atol=5 * math.sqrt(size / 9))
 
 
+def test_the_parts_of_a_batch_draw_the_noise_of_the_whole():
+    task, batch = make_task(conditioning={"dropout": 0.5}), make_batch()
+
+    def draw(places):
+        images = {name: batch[name][places] for name in NAMES}
+        return task.draw_noise(images, batch["mask"][places], sample_generators(5, places, CPU))
+
+    whole, parts = draw(range(9)), [draw(range(4)), draw(range(4, 9))]
+    for name, noise in whole.items():
+        for field in dataclasses.fields(noise):
+            found = torch.cat([getattr(part[name], field.name) for part in parts])
+            assert torch.equal(found, getattr(noise, field.name)), field.name
+    assert not torch.equal(whole["a"].image, whole["b"].image)
+
+
 @pytest.mark.parametrize("source", ["self", "none"])
 def test_the_source_is_the_own_modality_where_it_is_to_be(source):
     task = make_task(conditioning={"source": source, "dropout": 0.1})
     noise = task.draw_noise(
-        {name: torch.zeros(200, 3, 1, 1) for name in NAMES}, torch.ones(200, 3, dtype=torch.bool)
+        {name: torch.zeros(200, 3, 1, 1) for name in NAMES},
+        torch.ones(200, 3, dtype=torch.bool),
+        sample_generators(0, range(200), CPU),
     )
     for m, name in enumerate(NAMES):
         assert set(noise[name].source.tolist()) == {m}
@@ -196,7 +220,9 @@ def test_the_source_is_the_own_modality_where_it_is_to_be(source):
 def test_the_condition_is_left_out_for_the_share_that_was_asked_for(dropout):
     size = 5000
     noise = make_task(conditioning={"dropout": dropout}).draw_noise(
-        {"b": torch.zeros(size, 3, 1, 1)}, torch.ones(size, 3, dtype=torch.bool)
+        {"b": torch.zeros(size, 3, 1, 1)},
+        torch.ones(size, 3, dtype=torch.bool),
+        sample_generators(0, range(size), CPU),
     )
     share = 1 - noise["b"].present.float().mean().item()
     assert share == pytest.approx(dropout, abs=5 * math.sqrt(dropout * (1 - dropout) / size))
@@ -282,7 +308,6 @@ def test_the_loss_is_fp32_whatever_the_precision_around():
     for inner, outer in ((None, None), (torch.bfloat16, None), (torch.bfloat16, torch.bfloat16)):
         task = make_task(autocast_dtype=inner)
         calls = record_calls(task.refiner)
-        torch.manual_seed(2)
         with torch.autocast("cpu", dtype=outer, enabled=outer is not None):
             loss, report = task(make_batch())
         assert {value.dtype for value in (loss, *report.values())} == {torch.float32}
@@ -300,15 +325,10 @@ def test_dropout_of_the_network_is_for_training_alone():
     batch = make_batch()
 
     def losses():
-        # After the same draws the network has other streams for its dropout.
         found = []
         for seed in (5, 6):
-            torch.manual_seed(4)
-            noise = task.draw_noise({name: batch[name] for name in NAMES}, batch["mask"])
-            task.draw_noise = lambda images, mask, noise=noise: noise
-            torch.manual_seed(seed)
+            torch.manual_seed(seed)  # of dropout alone
             found.append(task(batch)[0].item())
-            del task.draw_noise
         return found
 
     first, second = losses()
@@ -348,14 +368,14 @@ def test_an_export_holds_the_state_that_was_given(tmp_path):
     assert {f"refiner.{name}" for name in written} == state.keys()
     assert all(torch.equal(tensor, state[f"refiner.{name}"]) for name, tensor in written.items())
     again = Refiner.from_pretrained(tmp_path / "export")
-    assert again.cmvae_sha256 == task.belongs_to["cmvae_sha256"]
+    assert again.cmvae_sha256 == task.frozen_hashes["cmvae_sha256"]
 
 
 def test_modalities_of_unlike_shapes_are_refined_each_by_its_own_network():
     modalities = {"a": image_modality(3, 8, 8), "b": image_modality(1, 8, 12)}
     task = make_task(make_cmvae(modalities), modalities=modalities)
     batch = {"a": torch.rand(5, 3, 8, 8), "b": torch.rand(5, 1, 8, 12), "valid": torch.ones(5).bool()}
-    batch["mask"] = torch.ones(5, 2, dtype=torch.bool)
+    batch |= {"mask": torch.ones(5, 2, dtype=torch.bool), "seed": 0, "place": range(5)}
     loss, report, _ = run(task, batch)
     torch.testing.assert_close(
         report["denoising_loss/a"] + report["denoising_loss/b"], 2 * report["denoising_loss"]

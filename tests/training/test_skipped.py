@@ -9,8 +9,8 @@ from faulty_training import Training
 
 from cmvae.data.index import ShardIndex
 from cmvae.tracking import NullTracker
-from cmvae.training import trainer
-from cmvae.training.skipped import SkippedSamples
+from cmvae.training import run
+from cmvae.training.meters import SkippedSamples
 from cmvae.utils.errors import UserError
 
 SETTINGS = ("train.max_steps=12", "train.checkpoint_every=7")
@@ -35,7 +35,7 @@ def test_more_damaged_samples_than_may_be_skipped_end_a_training(tmp_path, damag
     overrides = (*SETTINGS, "data.on_error=skip", "data.max_skipped=2")
     training = Training(tmp_path / "run", damaged_shards, overrides)
     assert training.run() == 2
-    assert "error: data.max_skipped: 3 damaged samples, where at most 2 may be left out" in training.log
+    assert "error: data.max_skipped: 3 damaged samples were skipped, at most 2 are allowed" in training.log
     longer = Training(tmp_path / "run", damaged_shards, (*SETTINGS, "data.on_error=skip"))
     assert longer.run(resume=True) == 0, longer.log
 
@@ -47,13 +47,13 @@ def test_what_was_skipped_is_a_curve(experiment, damaged_shards, monkeypatch):
         def log_metrics(self, metrics, step):
             points.extend((name, step, value) for name, value in metrics.items() if "skipped" in name)
 
-    monkeypatch.setattr(trainer, "open_tracker", lambda *_: Recorder())
+    monkeypatch.setattr(run, "open_tracker", lambda *_: Recorder())
     index = json.loads((damaged_shards / "index.json").read_text())
     shard = damaged_shards / index["splits"]["validation"]["shards"][0]["name"]
     shard.write_bytes(shard.read_bytes().replace(b"PNG", b"GIF", 1))
     settings = [f"data.shards={damaged_shards}", "data.on_error=skip", "data.cache_megabytes=0"]
     config = experiment(*settings, "train.max_steps=20", "train.log_every=10", "train.validate_every=10")
-    trainer.run_training(config, ShardIndex.load(config.data.shards))
+    run.run_training(config, ShardIndex.load(config.data.shards))
     assert points == [
         (name, step, count)
         for step in (10, 20)

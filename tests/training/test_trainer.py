@@ -12,14 +12,14 @@ from cmvae import CMVAE
 from cmvae.clustering import find_cluster_means
 from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
-from cmvae.distributed import NonFiniteError, StopRequest
 from cmvae.models.encoding import encode_split
 from cmvae.tracking import NullTracker
 from cmvae.training import cmvae_task as cmvae_task
 from cmvae.training import trainer
 from cmvae.training.checkpoint_folder import list_checkpoints
+from cmvae.training.run import run_training
+from cmvae.training.step_checks import NonFiniteError, StepCheck, StopRequest
 from cmvae.training.tasks import CMVAETask
-from cmvae.training.trainer import run_training
 from cmvae.training.validation import load_validation
 from cmvae.utils.errors import UserError
 
@@ -58,7 +58,7 @@ def test_a_run_leaves_checkpoints_config_and_an_export(experiment):
         "validated_step": 0,
         "best_step": None,
         "best_loss": None,
-        "handovers": [],
+        "world_size_changes": [],
     }
     assert (config.run_dir / "config.yaml").is_file()
     exported = CMVAE.from_pretrained(config.run_dir / "export")
@@ -203,22 +203,9 @@ def test_the_same_seed_gives_the_same_run_for_any_number_of_workers(experiment, 
     )
 
 
-def test_accumulation_equals_one_large_batch(experiment, tmp_path, monkeypatch):
-    """Two batches of 16 and one of 32 give the same update, as the loss is a mean over samples."""
-    noise = {}
-
-    def fixed_noise(task, batch_size, device):
-        # The same noise for every sample, so that it does not matter which batch a sample falls into.
-        draw = original(task, 1, device) if not noise else noise["drawn"]
-        noise["drawn"] = draw
-        return type(draw)(
-            draw.shared.expand(-1, -1, batch_size, -1),
-            draw.private.expand(-1, -1, -1, batch_size, -1),
-            draw.cross_shifts,
-        )
-
-    original = CMVAETask.draw_noise
-    monkeypatch.setattr(CMVAETask, "draw_noise", fixed_noise)
+@pytest.mark.parametrize("cross_sources", ["all", 1])
+def test_accumulation_equals_one_large_batch(experiment, tmp_path, monkeypatch, cross_sources):
+    """Two batches of 16 and one of 32 give the same update: the same noise at the same place."""
 
     class FirstSamples:
         """The same 32 samples in the same order, in batches of any size."""
@@ -233,7 +220,7 @@ def test_accumulation_equals_one_large_batch(experiment, tmp_path, monkeypatch):
             yield from EvaluationLoader(**self.arguments, batch_size=self.batch_size)
 
     monkeypatch.setattr(trainer, "TrainingLoader", FirstSamples)
-    common = ["train.max_steps=1", "train.checkpoint_every=null"]
+    common = ["train.max_steps=1", "train.checkpoint_every=null", f"objective.cross_sources={cross_sources}"]
     two = experiment(*common, f"output_dir={tmp_path / 'two'}", "train.gradient_accumulation_steps=2")
     one = experiment(*common, f"output_dir={tmp_path / 'one'}", "train.batch_size=32")
     train(two)
@@ -247,8 +234,8 @@ def test_accumulation_equals_one_large_batch(experiment, tmp_path, monkeypatch):
 
 @pytest.fixture(params=[False, True], ids=["at_once", "a_step_later"])
 def when_read(request, monkeypatch):
-    """What a step found is read at once, as on a CPU, or a step later, as on a GPU."""
-    monkeypatch.setattr(trainer, "_runs_ahead", lambda accelerator: request.param)
+    """The checks of a step are read at once, as on a CPU, or a step later, as on a GPU."""
+    monkeypatch.setattr(trainer, "reads_late", lambda device: request.param)
     return "later" if request.param else "at once"
 
 
@@ -282,19 +269,24 @@ def test_a_second_signal_has_its_usual_effect():
 def test_reading_a_step_later_changes_nothing(experiment, monkeypatch):
     train(experiment("train.gradient_accumulation_steps=2"))
     expected = load_file(experiment().run_dir / "export/model.safetensors")
-    monkeypatch.setattr(trainer, "_runs_ahead", lambda accelerator: True)
-    waiting = []
-    read = trainer.Trainer._read_findings
+    monkeypatch.setattr(trainer, "reads_late", lambda device: True)
+    passes, read_after = [], []
+    forward, read = CMVAETask.forward, StepCheck.read
 
-    def count(trainer, keep=0):
-        caught = read(trainer, keep)
-        waiting.append(len(trainer.findings))
-        return caught
+    def count_pass(task, batch):
+        passes.extend(["training"] * task.training)
+        return forward(task, batch)
 
-    monkeypatch.setattr(trainer.Trainer, "_read_findings", count)
+    def count_read(check):
+        read_after.append(len(passes))
+        return read(check)
+
+    monkeypatch.setattr(CMVAETask, "forward", count_pass)
+    monkeypatch.setattr(StepCheck, "read", count_read)
     train(experiment("train.gradient_accumulation_steps=2"), overwrite=True)
-    assert max(waiting) == 1
-    assert waiting[-1] == 0
+    # The losses of twelve passes, and a gradient after every second. Curves are written after passes 4, 8
+    # and 12, a checkpoint after 6 and 12.
+    assert read_after == [2, 3, 3, 4, 4, 4, 6, 6, 6, 8, 8, 8, 10, 11, 11, 12, 12, 12]
     found = load_file(experiment().run_dir / "export/model.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -351,7 +343,7 @@ def test_a_run_may_go_on_for_longer_unless_its_schedule_depends_on_the_length(ex
         train(experiment("optimizer.schedule=cosine", "train.max_steps=8"), resume=True)
     share = "objective.alignment={weight: 1, pretrain: 0.5}"
     train(experiment(share), overwrite=True)
-    with pytest.raises(UserError, match=r"is now 8; with a share in objective\.alignment\.pretrain"):
+    with pytest.raises(UserError, match=r"is now 8; with a fraction in objective\.alignment\.pretrain"):
         train(experiment(share, "train.max_steps=8"), resume=True)
     train(experiment(), overwrite=True)
     config = experiment("train.max_steps=8")

@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from cmvae.config import ObjectiveConfig, OptimizerConfig
 from cmvae.data.batch import to_device
-from cmvae.distributed import StopRequest, agree
 from cmvae.training.meters import Meter
 from cmvae.training.optimization import build_optimizer
 from cmvae.training.refiner_task import RefinerTask
+from cmvae.training.step_checks import StopRequest, all_reduce_step_check
 from cmvae.training.tasks import CMVAETask
 
 B = 6
@@ -79,7 +79,7 @@ def stored_batch(modalities):
     }
     mask = torch.ones(B, len(modalities), dtype=torch.bool)
     mask[1, 0] = mask[2:4, 1] = False
-    return batch | {"mask": mask, "valid": torch.ones(B, dtype=torch.bool)}
+    return batch | {"mask": mask, "valid": torch.ones(B, dtype=torch.bool), "seed": 0, "place": range(B)}
 
 
 @pytest.mark.parametrize(
@@ -103,16 +103,16 @@ def test_no_update_waits(make_task, monkeypatch):
 
     def update():
         loss, report = task(to_device(raw, task.modalities, torch.device("cpu")))
-        finding = agree(accelerator, loss, report, StopRequest())
+        check = all_reduce_step_check(accelerator, loss, report, StopRequest())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(task.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        meter.add(report, B, 0.0)
-        return finding
+        meter.add(report, B)
+        return check
 
     update()  # copies tables to the device, once
     with Waits() as waits:
-        finding = update()
+        check = update()
     assert waits.found == []
-    assert finding.read() is None
+    assert check.read() is None

@@ -93,7 +93,6 @@ def variance_of_run(run_dir: Path, overrides: Sequence[str], num_draws: int) -> 
     model = CMVAE.from_pretrained(run_dir / "export", device)
     task = CMVAETask(model, config.objective)
     channels_last(task).train()
-    torch.manual_seed(config.seed)
 
     def losses() -> Iterator[Tensor]:
         batches = itertools.islice(read_forever(config, model.modality_names), num_draws)

@@ -26,7 +26,7 @@ from pathlib import Path
 from cmvae.config import load_config
 from cmvae.data.index import ShardIndex
 from cmvae.training.checkpoint_folder import MANIFEST_NAME, list_checkpoints
-from cmvae.training.run_state import STATE_NAME
+from cmvae.training.state import STATE_NAME
 from cmvae.utils.errors import UserError
 from cmvae.utils.process_exit import run_main
 from cmvae.utils.progress import progress_bar
@@ -48,7 +48,7 @@ class Soak:
     def __init__(self, config: str, overrides: list[str], folder: Path) -> None:
         self.config, self.overrides, self.folder = config, overrides, folder
         self._processes = multiprocessing.get_context("forkserver")
-        self._processes.set_forkserver_preload(["cmvae.training.trainer"])
+        self._processes.set_forkserver_preload(["cmvae.training.run"])
 
     def start(self, name: str) -> BaseProcess:
         """Begin the training `name`, or go on with it."""
@@ -96,7 +96,7 @@ def _train(config_file: str, settings: list[str], log: Path) -> None:
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     # Imported where it is needed: this process's parent must not wait for torch.
-    from cmvae.training.trainer import run_training
+    from cmvae.training.run import run_training
 
     config = load_config(config_file, settings)
     run_training(config, ShardIndex.load(config.data.shards), resume=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -203,13 +204,15 @@ def _repeat_random(config: CMVAEExperiment, modalities: Mapping[str, Modality]) 
     batch |= {
         "valid": torch.ones(size, dtype=torch.bool),
         "mask": torch.ones(size, len(modalities), dtype=torch.bool),
+        "seed": config.seed,
+        "place": range(size),
     }
     while True:
         yield batch
 
 
 def read_forever(config: CMVAEExperiment, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Train batches of the modalities `names`, epoch after epoch, as one rank reads them."""
+    """Train batches of the modalities `names` without end, as one rank reads them, each with its seed."""
     loader = TrainingLoader(
         config.data.shards,
         modalities=names,
@@ -219,7 +222,6 @@ def read_forever(config: CMVAEExperiment, names: Sequence[str]) -> Iterator[dict
         shuffle_window=config.data.shuffle_window,
         cache_bytes=config.data.cache_megabytes * 2**20,
     )
-    epoch = 0
-    while True:
-        yield from loader.epoch_batches(epoch)
-        epoch += 1
+    batches = itertools.chain.from_iterable(map(loader.epoch_batches, itertools.count()))
+    for step, batch in enumerate(batches):
+        yield batch | {"seed": step, "place": range(config.train.batch_size)}

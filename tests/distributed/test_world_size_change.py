@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from cmvae.config import load_config
 from cmvae.data.reader import TrainingLoader
+from cmvae.utils.seeds import derive_seed
 
-LOGGED = Path(__file__).with_name("handover_log.py")
+LOGGED = Path(__file__).with_name("world_size_change_log.py")
 TRAIN = ROOT / "launch/train.py"
 GLOBAL_BATCH = 16
 """Ten of these make an epoch."""
@@ -40,13 +41,14 @@ def train(folder, experiment_file, ranks, steps, *arguments, global_batch=GLOBAL
 
 
 def read_batches(folder):
-    """Keys that all ranks read together, by (epoch, batch)."""
-    batches = {}
-    for log in folder.glob("*-to-*"):
+    """Keys that all ranks read together, and what their noise is a function of, by (epoch, batch)."""
+    batches, streams = {}, {}
+    for log in sorted(folder.glob("*-to-*")):
         for line in log.read_text().splitlines():
-            epoch, batch, keys = json.loads(line)
+            epoch, batch, keys, seed, places = json.loads(line)
             batches.setdefault((epoch, batch), []).extend(keys)
-    return batches
+            streams.setdefault((epoch, batch), []).extend((seed, place) for place in places)
+    return batches, streams
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.faults)])
@@ -56,9 +58,13 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, experiment_file, b
     for steps in (7, 12):
         done = train(tmp_path, experiment_file, after, steps, "--resume")
         assert "resumed from" in done.stdout
-    batches = read_batches(tmp_path)
+    batches, streams = read_batches(tmp_path)
     assert sorted(batches) == [(0, n) for n in range(1, 11)] + [(1, 1), (1, 2)]
     assert {len(keys) for keys in batches.values()} == {GLOBAL_BATCH}
+    # The noise of a step is that of a run of any number of ranks: one stream per place in the global batch.
+    for step, found in enumerate(streams[place] for place in sorted(streams)):
+        seed = derive_seed(0, "step", step)
+        assert found == [(seed, place) for place in range(GLOBAL_BATCH)]
     first_epoch = [key for (epoch, _), keys in batches.items() if epoch == 0 for key in keys]
     assert len(set(first_epoch)) == len(first_epoch) == 160
     # Later epochs are those of a run that always had so many ranks.
@@ -72,7 +78,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, experiment_file, b
     assert set(first) <= set(batches[1, 1])
     state = json.loads((tmp_path / "run/checkpoints/step-00000012/state.json").read_text())
     assert (state["world_size"], state["state"]["samples"]) == (after, 12 * GLOBAL_BATCH)
-    assert state["state"]["handovers"] == [{"epoch": 0, "batch": 4, "world_size": before}]
+    assert state["state"]["world_size_changes"] == [{"epoch": 0, "batch": 4, "world_size": before}]
 
 
 @pytest.mark.faults
@@ -121,8 +127,8 @@ def test_what_cannot_be_handed_over_is_refused_in_the_first_second(tmp_path, exp
         assert done.returncode == 2
         return done.stderr
 
-    assert "Give train.batch_size=8 to go on with the same global batch" in refusal({}, 2, 16)
-    assert "this run's 3 cannot share evenly" in refusal({}, 3, 16)
+    assert "Set train.batch_size=8 to keep the global batch" in refusal({}, 2, 16)
+    assert "which the 3 ranks of this run cannot share evenly" in refusal({}, 3, 16)
     told = refusal({"zero_stage": 2, "world_size": 2}, 4, 4)
     assert "written by 2 rank(s) under ZeRO-2" in told
     assert "--config_file configs/accelerate/zero2.yaml --num_processes 2 launch/train.py CONFIG" in told
