@@ -27,7 +27,7 @@ from cmvae.models.cmvae import CMVAE
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import holds_earlier_output, whole_folder
 from cmvae.utils.progress import progress_bar
-from cmvae.visualize.figures import sample_rows
+from cmvae.visualize.grids import sample_rows
 
 RECORD_NAME = "generation.json"
 GRID_NAME = "grid.png"
