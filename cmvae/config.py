@@ -23,8 +23,8 @@ from pydantic import (
     model_validator,
 )
 
-from cmvae.data.index import ModalityName, OnError, ShardIndex
-from cmvae.modalities import KINDS
+from cmvae.data.index import OnError, ShardIndex
+from cmvae.modalities import ModalityName
 from cmvae.modalities.base import LikelihoodName
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
@@ -562,16 +562,16 @@ def check_against_shards(config: ExperimentConfig, index: ShardIndex, source: st
         )
     if isinstance(config, CMVAEExperiment):
         for name, modality in config.model.modalities.items():
-            kind, family = KINDS[index.modalities[name].kind], modality.likelihood.family
-            if kind.name != "image" and name in config.objective.alignment.augment:
+            known, family = index.modalities[name], modality.likelihood.family
+            if known.kind != "image" and name in config.objective.alignment.augment:
                 raise UserError(
-                    f"{source}: objective.alignment.augment: {name} is of kind {kind.name}, and only images "
+                    f"{source}: objective.alignment.augment: {name} is of kind {known.kind}, and only images "
                     "are augmented; remove it there"
                 )
-            if family is not None and family not in kind.likelihoods:
+            if family is not None and family not in known.likelihoods:
                 raise UserError(
                     f"{source}: model.modalities.{name}.likelihood.family: {family} does not fit a modality "
-                    f"of kind {kind.name}; take {' or '.join(kind.likelihoods)}"
+                    f"of kind {known.kind}; take {' or '.join(known.likelihoods)}"
                 )
 
 

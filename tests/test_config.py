@@ -18,7 +18,8 @@ from cmvae.config import (
     read_modalities,
     save_config,
 )
-from cmvae.data.index import ModalitySchema, ShardIndex, ShardSchema, SplitSchema
+from cmvae.data.index import ShardIndex, ShardSchema, SplitSchema
+from cmvae.modalities import ImageModality, TextModality
 from cmvae.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,9 +172,7 @@ def index_with(*modalities):
     return ShardIndex(
         name="test",
         source={},
-        modalities={
-            name: ModalitySchema(kind="image", shape=(3, 16, 16), dtype="uint8") for name in modalities
-        },
+        modalities={name: ImageModality(shape=(3, 16, 16)) for name in modalities},
         class_names=None,
         splits={"train": SplitSchema(num_samples=3, shards=(shard,))},
     )
@@ -200,9 +199,7 @@ def test_only_images_are_augmented(tmp_path):
     path = ROOT / "configs/digits_mixed.yaml"
     config = load_config(path, ["objective.alignment={weight: 1, augment: {caption: [flip]}}"])
     index = index_with("image", "statistics", "caption")
-    text = ModalitySchema(
-        kind="text", shape=(16,), dtype="int64", categories=("<pad>", "<eos>", "<unk>", "a")
-    )
+    text = TextModality(shape=(16,), categories=("<pad>", "<eos>", "<unk>", "a"))
     index = index.model_copy(update={"modalities": {**index.modalities, "caption": text}})
     with pytest.raises(UserError, match=r"my\.yaml: objective\.alignment\.augment: caption is of kind text"):
         check_against_shards(config, index, "my.yaml")

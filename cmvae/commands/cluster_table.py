@@ -127,7 +127,7 @@ def _load_model(export: Path, shards: Location, modalities: Sequence[str], num_c
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = CMVAE.from_pretrained(export, device, num_clusters=num_clusters)
     index = ShardIndex.load(shards)
-    index.check_modalities({name: model.schemas[name] for name in modalities}, shards)
+    index.check_modalities({name: model.modalities[name] for name in modalities}, shards)
     return model
 
 
@@ -141,7 +141,7 @@ def _read(
         for split in splits:
             loader = EvaluationLoader(shards, split=split, modalities=modalities, batch_size=batch_size)
             for batch in loader:
-                yield split, to_device(batch, model.schemas, device)
+                yield split, to_device(batch, model.modalities, device)
                 progress.update(int(batch["valid"].sum()))
 
 

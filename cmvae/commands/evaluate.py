@@ -1,10 +1,11 @@
 """Evaluate a trained run by the protocols of the field.
 
-    python launch/evaluate.py runs/NAME [metrics=[clustering,coherence]] [split=test] [key=value …]
-    accelerate launch --config_file configs/accelerate/ddp.yaml launch/evaluate.py runs/NAME …
+    cmvae evaluate runs/digits
+    cmvae evaluate runs/digits metrics=[clustering,coherence] split=validation
+    cmvae evaluate runs/digits --launch ddp --num-processes 4
 
-Starts from the run's export, writes `runs/NAME/evaluation/` (metrics.json, protocol.json, figures/) and adds
-all of it to the run in MLflow. On several ranks the figures are the same, sooner.
+Starts from the export of the run, writes runs/NAME/evaluation/ (metrics.json, protocol.json, figures/) and
+adds all of it to the run in MLflow. Several ranks share the work; the metrics are the same.
 """
 
 from __future__ import annotations
@@ -12,22 +13,25 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cmvae.commands.launcher import add_launch_arguments, read_launch
 from cmvae.config import check_against_shards, load_run_config
 from cmvae.data.index import ShardIndex
+from cmvae.utils.arguments import command_parser
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Evaluate a trained run by the protocols of the field.")
+    parser = command_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/digits")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="settings of the section `evaluation`, e.g. metrics=[clustering] split=validation; keys with a "
-        "dot are the experiment's, e.g. data.shards=elsewhere",
+        help="settings of the section `evaluation`; keys with a dot are those of the experiment, e.g. "
+        "data.shards=elsewhere",
     )
-    return parser.parse_args()
+    add_launch_arguments(parser)
+    return parser.parse_intermixed_args()
 
 
 def evaluation_setting(override: str) -> str:
@@ -39,12 +43,16 @@ def evaluation_setting(override: str) -> str:
 def main() -> int:
     """Check, evaluate, print the table."""
     arguments = parse_arguments()
+    launch = read_launch(arguments)
     config = load_run_config(
         arguments.run, [evaluation_setting(override) for override in arguments.overrides]
     )
     index = ShardIndex.load(config.data.shards)
     check_against_shards(config, index, str(arguments.run / "config.yaml"))
     index.split(config.evaluation.split, config.data.shards)
+
+    if launch:
+        return launch.run("evaluate")
 
     from cmvae.evaluation.report import format_report
     from cmvae.evaluation.run import evaluate_run

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from cmvae.config import ExperimentConfig, RefinerExperiment
-from cmvae.data.batch import as_stored, to_device
-from cmvae.data.index import ModalitySchema, ShardIndex
+from cmvae.data.batch import to_device
+from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.remote import Location
-from cmvae.modalities import KINDS
+from cmvae.modalities import Modality
 from cmvae.models.cmvae import CMVAE
 from cmvae.utils.errors import UserError
-from cmvae.utils.files import holds_earlier, whole_folder
+from cmvae.utils.files import holds_earlier_output, whole_folder
 from cmvae.utils.progress import progress_bar
-from cmvae.visualize.figures import sample_rows
+from cmvae.visualize.grids import sample_rows
 
 RECORD_NAME = "generation.json"
 GRID_NAME = "grid.png"
@@ -107,7 +107,7 @@ def run_generation(
         made = generate_unconditional(generate, request.num_samples, batch_size, generator)
     record = {"run": str(run_dir), **asdict(request)}
     progress = progress_bar(made, desc=str(run_dir), unit=" batches", leave=False)
-    return write_generated(out, progress, request.targets, model.schemas, record)
+    return write_generated(out, progress, request.targets, model.modalities, record)
 
 
 def _load(config: ExperimentConfig, run_dir: Path, device: torch.device) -> tuple[CMVAE, Generate]:
@@ -160,12 +160,12 @@ def generate_given(
     """
     given = request.given or ()
     index = ShardIndex.load(shards)
-    index.check_modalities({name: model.schemas[name] for name in given}, shards)
+    index.check_modalities({name: model.modalities[name] for name in given}, shards)
     num_samples = min(request.num_samples, index.split(request.split, shards).num_samples)
     loader = EvaluationLoader(shards, split=request.split, modalities=given, batch_size=batch_size)
     nothing = True
     for raw, places in zip(loader, _batches(num_samples, batch_size), strict=False):
-        batch = to_device(raw, model.schemas, model.private_scale.device)
+        batch = to_device(raw, model.modalities, model.private_scale.device)
         # Without its tail, the last batch has neither padding nor more than was asked for.
         rows = batch["mask"][: len(places)].any(1).nonzero().flatten().tolist()
         if not rows:
@@ -210,7 +210,7 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
     Raises:
         UserError: there is something.
     """
-    if holds_earlier(folder, RECORD_NAME, "generations") and not overwrite:
+    if holds_earlier_output(folder, RECORD_NAME) and not overwrite:
         raise UserError(
             f"--out {folder}: holds earlier generations. Add --overwrite to replace them, or give another "
             "folder"
@@ -220,8 +220,8 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
 def write_generated(
     folder: Path,
     generated: Iterable[Generated],
-    modalities: Sequence[str],
-    schemas: Mapping[str, ModalitySchema],
+    targets: Sequence[str],
+    modalities: Mapping[str, Modality],
     record: Mapping[str, Any],
 ) -> int:
     """Write `MODALITY/NAME.png` (or another ending) or `MODALITY.csv`, and `grid.png` and `generation.json`.
@@ -231,8 +231,8 @@ def write_generated(
     Args:
         folder: where to; what `check_output_folder` let be replaced is.
         generated: what to write, batch by batch; at least one.
-        modalities: the modalities to write.
-        schemas: of all modalities.
+        targets: names of the modalities to write.
+        modalities: all modalities, by name.
         record: how it was generated, for `generation.json`.
 
     Returns:
@@ -245,16 +245,16 @@ def write_generated(
     rows: dict[str, list[_Shown]] = {}
     try:
         with whole_folder(folder) as partial:
-            for name in modalities:
-                _start_modality(partial, name, schemas[name])
+            for name in targets:
+                _start_modality(partial, name, modalities[name])
             for batch in generated:
-                made = {name: as_stored(batch.values[name], schemas[name]) for name in modalities}
+                made = {name: modalities[name].to_stored(batch.values[name]) for name in targets}
                 for name, values in made.items():
-                    _write_values(partial, name, schemas[name], batch.names, values)
+                    _write_values(partial, name, modalities[name], batch.names, values)
                 shown = rows.setdefault(batch.group, [])
-                shown += _first_samples(batch, made, schemas, _GRID_ROWS * _GRID_COLUMNS - len(shown))
+                shown += _first_samples(batch, made, modalities, _GRID_ROWS * _GRID_COLUMNS - len(shown))
                 num_samples += len(batch.names)
-            _draw_grid(partial / GRID_NAME, rows, schemas)
+            _draw_grid(partial / GRID_NAME, rows, modalities)
             text = json.dumps({**record, "num_samples": num_samples}, indent=2, ensure_ascii=False)
             (partial / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
@@ -262,9 +262,9 @@ def write_generated(
     return num_samples
 
 
-def _start_modality(folder: Path, name: str, schema: ModalitySchema) -> None:
+def _start_modality(folder: Path, name: str, modality: Modality) -> None:
     """An empty folder, or a table with its headings."""
-    columns = KINDS[schema.kind].table_columns(schema)
+    columns = modality.table_columns
     if not columns:
         (folder / name).mkdir()
         return
@@ -273,17 +273,16 @@ def _start_modality(folder: Path, name: str, schema: ModalitySchema) -> None:
 
 
 def _write_values(
-    folder: Path, name: str, schema: ModalitySchema, value_names: Sequence[str], values: np.ndarray
+    folder: Path, name: str, modality: Modality, value_names: Sequence[str], values: np.ndarray
 ) -> None:
     """Add stored values (B, *shape) of one modality, called `value_names`."""
-    kind = KINDS[schema.kind]
-    if not kind.table_columns(schema):
+    if not modality.table_columns:
         for value_name, value in zip(value_names, values, strict=True):
-            (folder / name / f"{value_name}.{kind.suffix}").write_bytes(kind.encode(value))
+            (folder / name / f"{value_name}.{modality.suffix}").write_bytes(modality.encode(value))
         return
     with (folder / f"{name}.csv").open("a", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
-            (value_name, *kind.table_cells(value, schema))
+            (value_name, *modality.table_cells(value))
             for value_name, value in zip(value_names, values, strict=True)
         )
 
@@ -298,12 +297,12 @@ _Shown = Mapping[str, tuple[str, np.ndarray | None]]
 
 
 def _first_samples(
-    batch: Generated, made: Mapping[str, np.ndarray], schemas: Mapping[str, ModalitySchema], limit: int
+    batch: Generated, made: Mapping[str, np.ndarray], modalities: Mapping[str, Modality], limit: int
 ) -> list[_Shown]:
     """The first samples of a batch: what was given beside what was made, as stored by modality."""
     if limit <= 0:
         return []
-    blocks = {f"given {name}": (name, as_stored(x, schemas[name])) for name, x in batch.given.items()}
+    blocks = {f"given {name}": (name, modalities[name].to_stored(x)) for name, x in batch.given.items()}
     for name, values in made.items():
         blocks[f"→ {name}" if batch.given else name] = (name, values)
     lacking = {f"given {name}": (~there).tolist() for name, there in batch.present.items()}
@@ -316,7 +315,7 @@ def _first_samples(
     ]
 
 
-def _draw_grid(path: Path, groups: Mapping[str, list[_Shown]], schemas: Mapping[str, ModalitySchema]) -> None:
+def _draw_grid(path: Path, groups: Mapping[str, list[_Shown]], modalities: Mapping[str, Modality]) -> None:
     """A row a group where there are several; else the samples of the one group, row by row."""
     if len(groups) > 1:
         rows = {title: samples[:_GRID_COLUMNS] for title, samples in groups.items()}
@@ -326,9 +325,9 @@ def _draw_grid(path: Path, groups: Mapping[str, list[_Shown]], schemas: Mapping[
         rows = {f"{group} {start}…".strip(): samples[start : start + _GRID_COLUMNS] for start in starts}
     num_columns = max(map(len, rows.values()))
     blocks, present, of_blocks = {}, {}, {}
-    for block, (modality, _) in next(iter(rows.values()))[0].items():
-        schema = of_blocks[block] = schemas[modality]
-        blocks[block] = np.zeros((len(rows), num_columns, *schema.shape), dtype=schema.dtype)
+    for block, (name, _) in next(iter(rows.values()))[0].items():
+        modality = of_blocks[block] = modalities[name]
+        blocks[block] = np.zeros((len(rows), num_columns, *modality.shape), dtype=modality.dtype)
         # The last row may not be full, and of what was given something may be missing.
         present[block] = np.zeros((len(rows), num_columns), dtype=bool)
         for row, samples in enumerate(rows.values()):
@@ -336,4 +335,4 @@ def _draw_grid(path: Path, groups: Mapping[str, list[_Shown]], schemas: Mapping[
                 _, value = sample[block]
                 if value is not None:
                     blocks[block][row, column], present[block][row, column] = value, True
-    sample_rows(blocks, list(rows), schemas=of_blocks, present=present).savefig(path)
+    sample_rows(blocks, list(rows), modalities=of_blocks, present=present).savefig(path)

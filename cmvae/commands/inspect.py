@@ -66,8 +66,8 @@ def describe(index: ShardIndex) -> str:
     for modality_name, modality in index.modalities.items():
         shape = "×".join(str(size) for size in modality.shape) or "scalar"
         line = f"{modality_name:<12} {modality.kind:>11}{modality.dtype:>8}{shape:>15}"
-        if modality.categories is not None:
-            line += f"  {len(modality.categories):,} {'words' if modality.kind == 'text' else 'categories'}"
+        if modality.num_categories:
+            line += f"  {modality.num_categories:,} {'words' if modality.kind == 'text' else 'categories'}"
         lines.append(line)
     for modality_name, classifier in index.classifiers.items():
         lines.append(f"classifier of {modality_name}: {classifier.accuracy:.1%} right on test")
@@ -90,7 +90,9 @@ def verify(location: Location, index: ShardIndex) -> dict[str, Tally]:
     problems = []
     # What every sample has need not be kept to count the samples.
     optional = {
-        name: member_suffix(name, schema) for name, schema in index.modalities.items() if schema.optional
+        name: member_suffix(name, modality)
+        for name, modality in index.modalities.items()
+        if modality.optional
     }
     for name, split in index.splits.items():
         tally = tallies[name] = Tally()
@@ -128,12 +130,12 @@ def describe_tallies(index: ShardIndex, tallies: dict[str, Tally]) -> str:
         for label, class_name in enumerate(index.class_names):
             counts = (tally.labels[label] for tally in tallies.values())
             lines.append(f"{class_name:<{width}}" + "".join(f"{count:>12,}" for count in counts))
-    optional = [name for name, schema in index.modalities.items() if schema.optional]
+    optional = [name for name, modality in index.modalities.items() if modality.optional]
     if optional:
         lines.append(f"{'without':<12}" + "".join(f"{name:>12}" for name in tallies))
-        for modality in optional:
-            counts = (tally.missing[modality] for tally in tallies.values())
-            lines.append(f"{modality:<11} " + "".join(f"{count:>12,}" for count in counts))
+        for name in optional:
+            counts = (tally.missing[name] for tally in tallies.values())
+            lines.append(f"{name:<11} " + "".join(f"{count:>12,}" for count in counts))
     return "\n".join(lines)
 
 
@@ -160,17 +162,16 @@ def draw_sheet(location: Location, index: ShardIndex, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     from cmvae.data.reader import EvaluationLoader
-    from cmvae.modalities import KINDS
 
     height = _CELL * len(index.modalities) + 0.7
     figure = plt.figure(figsize=(SHEET_COLUMNS * _CELL + _LABELS, len(index.splits) * height))
     panels = figure.subfigures(len(index.splits), squeeze=False)[:, 0]
-    for panel, name in zip(panels, index.splits, strict=True):
+    for panel, split in zip(panels, index.splits, strict=True):
         loader = EvaluationLoader(
-            location, split=name, modalities=list(index.modalities), batch_size=SHEET_COLUMNS
+            location, split=split, modalities=list(index.modalities), batch_size=SHEET_COLUMNS
         )
         batch = next(iter(loader))
-        panel.suptitle(f"{index.name}, {name}", fontsize=9)
+        panel.suptitle(f"{index.name}, {split}", fontsize=9)
         rows = panel.subplots(
             len(index.modalities),
             SHEET_COLUMNS,
@@ -182,14 +183,14 @@ def draw_sheet(location: Location, index: ShardIndex, path: Path) -> None:
                 "bottom": 0.3 / height,
             },
         )
-        for row, (modality, schema) in zip(rows, index.modalities.items(), strict=True):
-            place = list(index.modalities).index(modality)
-            row[0].set_ylabel(modality, rotation=0, ha="right", va="center", fontsize=8)
+        for row, (name, modality) in zip(rows, index.modalities.items(), strict=True):
+            place = list(index.modalities).index(name)
+            row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
             for sample, ax in enumerate(row):
                 ax.set(xticks=[], yticks=[])
                 # A split of fewer samples is filled up with its last one.
                 if batch["valid"][sample] and batch["mask"][sample, place]:
-                    KINDS[schema.kind].draw(ax, batch[modality][sample].numpy(), schema)
+                    modality.draw(ax, batch[name][sample].numpy())
                 else:
                     ax.set_facecolor("#dee2e6")
         for ax, label, key in zip(rows[-1], batch["label"].tolist(), batch["key"], strict=True):

@@ -1,35 +1,37 @@
-r"""Train one experiment.
+"""Train one experiment: a CMVAE, or the refiner of one.
 
-    accelerate launch [--config_file configs/accelerate/X.yaml] launch/train.py configs/NAME.yaml \
-        [key=value …] [--num-clusters K] [--resume | --overwrite]
+    cmvae train digits seed=1 name=digits-1           # a shipped experiment, settings changed
+    cmvae train configs/mine.yaml --num-clusters 12   # a YAML file
+    cmvae train digits --launch zero2 --num-processes 2
+    accelerate launch --config_file configs/accelerate/ddp.yaml launch/train.py configs/digits.yaml
 
-Settings, data and run folder are checked before anything heavy is imported, so that a mistake is told in the
-first second. A worker that torchrun restarts (--max_restarts N of accelerate launch) goes on from the newest
-checkpoint by itself. Exit codes: 0 trained and exported; 2 something that you can mend; 75 stopped by SIGTERM
-after a checkpoint, to be queued again with --resume; 130 the same by Ctrl-C; 70 a rank stood still. Launchers
-of several ranks turn every code but 0 into 1.
+Settings, data and run folder are checked in the first second. A run that was stopped goes on with --resume; a
+worker that torchrun restarts (accelerate launch --max_restarts N) does so by itself.
+
+Exit codes: 0 trained and exported; 2 an error to fix; 75 stopped by SIGTERM after a checkpoint, to be queued
+again with --resume; 130 the same by Ctrl-C; 70 a rank did not respond. `accelerate launch` turns every code
+but 0 into 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import signal
 
+from cmvae.commands.launcher import add_launch_arguments, read_launch
+from cmvae.commands.shipped import find_experiment
 from cmvae.config import ExperimentConfig, check_against_shards, load_config
 from cmvae.data.index import ShardIndex
 from cmvae.training.state import check_newest
-from cmvae.utils.arguments import positive_integer
+from cmvae.utils.arguments import command_parser, positive_integer
 from cmvae.utils.errors import UserError
-
-# Of sysexits.h: a failure for now, after which to try again.
-EX_TEMPFAIL = 75
+from cmvae.utils.process_exit import stopped_code
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Train a CMVAE, or the refiner of one.")
-    parser.add_argument("config", help="the experiment, a YAML file in configs/")
+    parser = command_parser(__doc__)
+    parser.add_argument("config", help="a YAML file, or the name of a shipped experiment, e.g. digits")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings to change, e.g. train.batch_size=64"
     )
@@ -44,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
         "--resume", action="store_true", help="go on from the newest checkpoint, if there is one"
     )
     kept.add_argument("--overwrite", action="store_true", help="delete what an earlier run of this name left")
+    add_launch_arguments(parser)
     return parser.parse_intermixed_args()
 
 
@@ -67,18 +70,21 @@ def main() -> int:
     overrides = arguments.overrides
     if arguments.num_clusters is not None:
         overrides = [*overrides, f"clusters.num_clusters={arguments.num_clusters}"]
-    config = load_config(arguments.config, overrides)
+    launch = read_launch(arguments)
+    path = find_experiment(arguments.config)
+    config = load_config(path, overrides)
     index = ShardIndex.load(config.data.shards)
-    check_against_shards(config, index, arguments.config)
+    check_against_shards(config, index, str(path))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     resume, overwrite = arguments.resume or restarted, arguments.overwrite and not restarted
     check_run_folder(config, resume, overwrite)
     if resume:
-        check_newest(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        world_size = launch.world_size if launch else int(os.environ.get("WORLD_SIZE", "1"))
+        check_newest(config, world_size=world_size)
+    if launch:
+        return launch.run("train")
 
     from cmvae.training.run import run_training
 
     stopped_by = run_training(config, index, resume, overwrite)
-    if stopped_by is None:
-        return 0
-    return EX_TEMPFAIL if stopped_by == signal.SIGTERM else 128 + stopped_by
+    return 0 if stopped_by is None else stopped_code(stopped_by)

@@ -15,29 +15,17 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cmvae.data.remote import Location, is_remote, read_file
-from cmvae.modalities import KINDS
+from cmvae.modalities import AnyModality, Modality, ModalityName
+from cmvae.modalities.base import NAME_PATTERN
 from cmvae.utils.errors import UserError
 
 INDEX_NAME = "index.json"
 CLASSIFIERS_FOLDER = "classifiers"
 FORMAT_VERSION: Final = 1
-# Members of a tar sample that are not modalities, and keys of a batch that are not modalities.
-RESERVED_NAMES = frozenset(
-    {"cls", "group", "group_name", "key", "label", "mask", "place", "position", "seed", "skipped", "valid"}
-)
-
-_MODALITY_NAME = re.compile(r"[a-z][a-z0-9_]*")
+# Fields of a modality in which data may differ from what a model was trained on.
+_OF_A_DATA_SET = {"optional", "mean", "std"}
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
-_CLASSIFIER_FILE = re.compile(rf"{CLASSIFIERS_FOLDER}/{_MODALITY_NAME.pattern}\.safetensors")
-
-
-def _check_modality_name(name: str) -> str:
-    if not _MODALITY_NAME.fullmatch(name) or name in RESERVED_NAMES:
-        raise ValueError(
-            f"modality name {name!r} must be lower-case letters, digits and '_', begin with a letter, "
-            f"and be none of {sorted(RESERVED_NAMES)}"
-        )
-    return name
+_CLASSIFIER_FILE = re.compile(rf"{CLASSIFIERS_FOLDER}/{NAME_PATTERN}\.safetensors")
 
 
 def _check_shard_name(name: str) -> str:
@@ -53,7 +41,6 @@ def _check_classifier_file(file: str) -> str:
     return file
 
 
-ModalityName = Annotated[str, AfterValidator(_check_modality_name)]
 ShardName = Annotated[str, AfterValidator(_check_shard_name)]
 ClassifierFile = Annotated[str, AfterValidator(_check_classifier_file)]
 SplitName = Literal["train", "validation", "test"]
@@ -63,40 +50,6 @@ OnError = Literal["error", "skip"]
 
 class _Schema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModalitySchema(_Schema):
-    """One modality as it lies in the shards; in a tar an image of modality `m0` is `KEY.m0.png`."""
-
-    kind: str
-    """A name from `cmvae.modalities.KINDS`."""
-    shape: tuple[int, ...]
-    """Shape of one sample; an image is (channels, height, width)."""
-    dtype: str
-    optional: bool = False
-    """Whether a sample may lack it."""
-    categories: tuple[str, ...] | None = None
-    """Of categorical data and text: the names, or the vocabulary, that stored numbers are places in."""
-    columns: tuple[str, ...] | None = None
-    """Names of the dimensions of a vector, if they have some."""
-    mean: tuple[float, ...] | None = None
-    """Of each dimension of a vector over the train split; None where nothing is standardised."""
-    std: tuple[float, ...] | None = None
-    """As `mean`: standard deviations."""
-
-    @model_validator(mode="after")
-    def _fits_its_kind(self) -> ModalitySchema:
-        kind = KINDS.get(self.kind)
-        if kind is None:
-            raise ValueError(f"kind {self.kind!r} is none of {', '.join(KINDS)}")
-        if self.dtype != kind.dtype:
-            raise ValueError(
-                f"dtype {self.dtype!r}: a modality of kind {self.kind} is stored as {kind.dtype}"
-            )
-        if self.categories is not None and len(set(self.categories)) != len(self.categories):
-            raise ValueError("categories: a name is there twice")
-        kind.check(self)
-        return self
 
 
 class ShardSchema(_Schema):
@@ -146,7 +99,7 @@ class ShardIndex(_Schema):
     name: str
     source: dict[str, str | int | float | bool | None]
     """Where the data came from and the settings it was packed with, for people."""
-    modalities: dict[ModalityName, ModalitySchema]
+    modalities: dict[ModalityName, AnyModality]
     class_names: tuple[str, ...] | None
     """Names of the labels 0, 1, …; null where the data has no labels."""
     splits: dict[SplitName, SplitSchema]
@@ -183,7 +136,7 @@ class ShardIndex(_Schema):
                 return split
         raise UserError(f"{location}: no split {name!r}; it has {', '.join(self.splits)}")
 
-    def check_modalities(self, trained_on: Mapping[str, ModalitySchema], location: Location) -> None:
+    def check_modalities(self, trained_on: Mapping[str, Modality], location: Location) -> None:
         """Refuse data that is not of the kind and shape that a model was trained on.
 
         Args:
@@ -201,9 +154,10 @@ class ShardIndex(_Schema):
                     f"{path}: modalities: no {name!r}, only {', '.join(self.modalities)}. Pack a data set "
                     "that has it, or leave it out"
                 )
-            for key in ("kind", "shape", "dtype", "categories", "columns"):
-                before, now = getattr(expected, key), getattr(found, key)
-                if before != now:
+            present = found.model_dump()
+            # `kind` is the first: a modality of another kind has other fields.
+            for key, before in expected.model_dump(exclude=_OF_A_DATA_SET).items():
+                if before != (now := present[key]):
                     raise UserError(
                         f"{path}: modalities.{name}.{key}: {_shorten(now)}, but the model was trained on "
                         f"{_shorten(before)}. Pack the data in that form, or train a model on this data"

@@ -22,11 +22,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from cmvae.data.groups import group_number
-from cmvae.data.index import ModalitySchema, OnError, ShardIndex, ShardSchema
+from cmvae.data.index import OnError, ShardIndex, ShardSchema
 from cmvae.data.plan import EvaluationPlan, Plan, RankPlan, TrainingPlan, WorldSizeChange
 from cmvae.data.remote import Location, WrongContentError, is_remote, open_file
 from cmvae.data.tar import read_members
-from cmvae.modalities import KINDS
+from cmvae.modalities import Modality
 from cmvae.utils.errors import UserError
 
 Batch = dict[str, Any]
@@ -198,7 +198,7 @@ class SplitReader:
                     "those, or pack a data set that has it"
                 )
         self.modalities = {name: self.index.modalities[name] for name in modalities}
-        suffixes = {name: member_suffix(name, schema) for name, schema in self.index.modalities.items()}
+        suffixes = {name: member_suffix(name, modality) for name, modality in self.index.modalities.items()}
         labels = set() if self.index.class_names is None else {"cls"}
         # Of members: what may be there, what is read, and what every sample must have.
         self._known = {*suffixes.values(), "cls", "group"}
@@ -208,7 +208,8 @@ class SplitReader:
         self._required = {suffixes[n] for n in modalities if not self.modalities[n].optional} | labels
         self.sizes = [shard.num_samples for shard in self.shards]
         self.num_bytes = sum(self.sizes) * sum(
-            math.prod(schema.shape) * np.dtype(schema.dtype).itemsize for schema in self.modalities.values()
+            math.prod(modality.shape) * np.dtype(modality.dtype).itemsize
+            for modality in self.modalities.values()
         )
         """Bytes of the whole split, decoded."""
         if not is_remote(location):
@@ -255,12 +256,12 @@ class SplitReader:
         if isinstance(sample, UserError):
             return sample
         values = {}
-        for name, schema in self.modalities.items():
-            suffix = member_suffix(name, schema)
+        for name, modality in self.modalities.items():
+            suffix = member_suffix(name, modality)
             if suffix not in sample:
                 continue
             try:
-                values[name] = KINDS[schema.kind].decode(sample[suffix], schema)
+                values[name] = modality.decode(sample[suffix])
             except ValueError as error:
                 problem = _damaged(sample["__url__"], f"{sample['__key__']}.{suffix}: {error}")
                 problem.__cause__ = error
@@ -288,14 +289,14 @@ class SplitReader:
 
     def stand_in(self) -> DecodedSample:
         """A sample of zeros, which has every modality."""
-        zeros = {name: np.zeros(schema.shape, schema.dtype) for name, schema in self.modalities.items()}
+        zeros = {name: np.zeros(modality.shape, modality.dtype) for name, modality in self.modalities.items()}
         return DecodedSample(zeros, -1, "")
 
     def collate(self, samples: Sequence[DecodedSample], valid: np.ndarray) -> Batch:
         """One batch of decoded samples."""
         batch: Batch = {}
-        for name, schema in self.modalities.items():
-            missing = np.zeros(schema.shape, schema.dtype)
+        for name, modality in self.modalities.items():
+            missing = np.zeros(modality.shape, modality.dtype)
             batch[name] = torch.from_numpy(np.stack([sample.values.get(name, missing) for sample in samples]))
         batch["mask"] = torch.tensor(
             [[name in sample.values for name in self.modalities] for sample in samples]
@@ -400,9 +401,9 @@ def _check_size(folder: Path, shard: ShardSchema, on_error: OnError) -> None:
         raise _damaged(str(path), f"has {size} bytes, its index says {shard.num_bytes}")
 
 
-def member_suffix(modality: str, schema: ModalitySchema) -> str:
+def member_suffix(name: str, modality: Modality) -> str:
     """What follows the key in the name of a modality's member of a tar, such as `m0.png`."""
-    return f"{modality}.{KINDS[schema.kind].suffix}"
+    return f"{name}.{modality.suffix}"
 
 
 class _PlannedDataset(IterableDataset):

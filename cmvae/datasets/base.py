@@ -10,7 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from cmvae.data.index import ModalitySchema, SplitName
+from cmvae.data.index import SplitName
+from cmvae.modalities import Modality
 
 SPLIT_NUMBERS: dict[SplitName, int] = {"train": 0, "validation": 1, "test": 2}
 """Place of each split in the keys of random streams."""
@@ -42,7 +43,7 @@ class Source(Protocol):
         """Name of the data set."""
 
     @property
-    def modalities(self) -> Mapping[str, ModalitySchema]:
+    def modalities(self) -> Mapping[str, Modality]:
         """What each sample holds."""
 
     @property

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from cmvae.data.index import ModalitySchema, SplitName
+from cmvae.data.index import SplitName
 from cmvae.datasets.base import random_stream
-from cmvae.datasets.columns import ColumnSource, ImageColumn, TextColumn
+from cmvae.datasets.columns import ColumnSource, ImageColumn, TextColumn, fit_image, fit_text
 from cmvae.datasets.download import add_download_arguments, fetch_and_unpack
 from cmvae.datasets.splits import Splits, draw_splits, fractions, fractions_text
+from cmvae.modalities import ImageModality, TextModality
 from cmvae.modalities.text import EOS, PAD, SPECIAL_TOKENS, UNKNOWN
 from cmvae.utils.errors import UserError
 
@@ -124,7 +125,7 @@ class ArrayImages:
 
     def __init__(self, images: np.ndarray, image_of_row: np.ndarray) -> None:
         self._images, self._image_of_row = images, image_of_row
-        self.schema = ModalitySchema(kind="image", shape=images.shape[1:], dtype="uint8")
+        self.modality = ImageModality(shape=images.shape[1:])
 
     def has(self, row: int) -> bool:
         """As `Column.has`."""
@@ -140,9 +141,7 @@ class TokenRows:
 
     def __init__(self, tokens: np.ndarray, vocabulary: tuple[str, ...]) -> None:
         self._tokens = tokens
-        self.schema = ModalitySchema(
-            kind="text", shape=tokens.shape[1:], dtype="int64", categories=vocabulary
-        )
+        self.modality = TextModality(shape=tokens.shape[1:], categories=vocabulary)
 
     def has(self, row: int) -> bool:
         """As `Column.has`."""
@@ -230,7 +229,7 @@ def open_cub(
     rows = _CaptionRows([_read_captions(captions / path.parent.name / f"{path.stem}.txt") for path in paths])
     of_row = [paths[image] for image in rows.image_of_row.tolist()]
     return rows.source(
-        ImageColumn(of_row, [str(path) for path in of_row], IMAGE_SIZE),
+        ImageColumn(of_row, [str(path) for path in of_row], fit_image(of_row, IMAGE_SIZE)),
         [_strip_number(path.parent.name) for path in paths],
         [path.stem for path in paths],
         SPECIES,
@@ -338,7 +337,7 @@ class _CaptionRows:
         numbers = np.unique(np.array(subspecies), return_inverse=True)[1]
         rng = random_stream(seed, _SPLIT_STREAM)
         splits = draw_splits(self.image_of_row, shares, rng, labels=numbers[self.image_of_row])
-        captions = TextColumn(self.texts, splits["train"], MIN_COUNT, CAPTION_LENGTH)
+        captions = TextColumn(self.texts, fit_text(self.texts, splits["train"], MIN_COUNT, CAPTION_LENGTH))
         return ColumnSource(
             name="cubicc",
             columns={"image": images, "caption": captions},

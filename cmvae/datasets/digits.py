@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cmvae.data.index import ModalitySchema, SplitName
+from cmvae.data.index import SplitName
 from cmvae.datasets.base import SPLIT_NUMBERS, Sample, random_stream
 from cmvae.datasets.pairing import invert_under, pair_within_classes
-from cmvae.utils.arguments import share_below_one
+from cmvae.modalities import ImageModality
+from cmvae.utils.arguments import fraction_below_one
 from cmvae.utils.errors import UserError
 
 DESCRIPTION = "scikit-learn's 1,797 digits in three colour modalities of 3×16×16, or more; needs no download"
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--missing",
-        type=share_below_one,
+        type=fraction_below_one,
         default=0.0,
         metavar="SHARE",
         help="each modality of a train or validation sample is left out with this probability, at least one "
@@ -148,9 +149,7 @@ class DigitsSource:
         """(1797, 16, 16) bool: where the ink is."""
         self.palettes = make_palettes(num_modalities)
         self.modalities = {
-            f"m{modality}": ModalitySchema(
-                kind="image", shape=(3, *self.masks.shape[1:]), dtype="uint8", optional=missing > 0
-            )
+            f"m{modality}": ImageModality(shape=(3, *self.masks.shape[1:]), optional=missing > 0)
             for modality in range(num_modalities)
         }
         self.settings: dict[str, str | int | float | bool | None] = {

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from cmvae.data.index import ModalitySchema, SplitName
+from cmvae.data.index import SplitName
 from cmvae.datasets.base import SPLIT_NUMBERS, Sample, Source, random_stream
 from cmvae.datasets.download import add_download_arguments, fetch_and_unpack
 from cmvae.datasets.pairing import invert_under, pair_within_classes
+from cmvae.modalities import ImageModality, Modality
 from cmvae.utils.errors import UserError
 
 DESCRIPTION = "PolyMNIST: MNIST digits over photographs, 60,000 samples of five modalities of 3×28×28"
@@ -306,9 +307,9 @@ def _halve(num_test: int, seed: int) -> Mapping[SplitName, np.ndarray]:
     return {"validation": np.sort(order[: num_test // 2]), "test": np.sort(order[num_test // 2 :])}
 
 
-def _image_modalities(count: int) -> dict[str, ModalitySchema]:
-    schema = ModalitySchema(kind="image", shape=(3, IMAGE_SIZE, IMAGE_SIZE), dtype="uint8")
-    return {f"m{modality}": schema for modality in range(count)}
+def _image_modalities(count: int) -> dict[str, Modality]:
+    modality = ImageModality(shape=(3, IMAGE_SIZE, IMAGE_SIZE))
+    return {f"m{number}": modality for number in range(count)}
 
 
 def _read_photographs(folder: Path) -> list[np.ndarray]:

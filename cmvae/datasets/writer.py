@@ -28,7 +28,6 @@ from cmvae.data.index import (
     SplitSchema,
 )
 from cmvae.datasets.base import SPLIT_NUMBERS, Sample, Source, random_stream
-from cmvae.modalities import KINDS
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
 
@@ -218,7 +217,7 @@ def _encode(source: Source, sample: Sample) -> dict[str, bytes]:
     """Members of one sample: suffix to content."""
     members = {}
     for modality, stored in sample.values.items():
-        kind = KINDS[source.modalities[modality].kind]
+        kind = source.modalities[modality]
         members[f"{modality}.{kind.suffix}"] = kind.encode(stored)
     if sample.label is not None:
         members["cls"] = b"%d" % sample.label

@@ -13,10 +13,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from cmvae.clustering import IntArray, clustering_metrics
-from cmvae.data.index import ModalitySchema, ShardIndex
+from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.remote import Location
-from cmvae.modalities import KINDS
+from cmvae.modalities import Modality
 from cmvae.utils.errors import UserError
 
 METRICS = ("acc", "nmi", "ari")
@@ -68,23 +68,23 @@ def evaluate_baselines(
     index = ShardIndex.load(location)
     if index.class_names is None:
         raise UserError(f"{location}: the data has no labels to compare clusters with. Pack it with --label")
-    for modality, schema in index.modalities.items():
-        train, tested = (_read(location, name, modality) for name in ("train", split))
+    for name, modality in index.modalities.items():
+        train, tested = (_read(location, part, name) for part in ("train", split))
         clusters = num_clusters or len(np.unique(train.label))
-        for part, name in ((train, "train"), (tested, split)):
+        for part, part_name in ((train, "train"), (tested, split)):
             if len(part.label) < clusters:
                 raise UserError(
-                    f"{location}: {len(part.label)} labelled samples of the {name} split have {modality}, "
+                    f"{location}: {len(part.label)} labelled samples of the {part_name} split have {name}, "
                     f"which are too few for {clusters} clusters"
                 )
-        for name, fitted, placed in _features(train.stored, tested.stored, schema):
+        for features, fitted, placed in _features(train.stored, tested.stored, modality):
             metrics: dict[str, list[float]] = {metric: [] for metric in METRICS}
             for seed in range(seeds):
                 found = KMeans(clusters, n_init=_STARTS, random_state=seed).fit(fitted)
                 agreement = clustering_metrics(found.predict(placed), tested.label)
                 for metric, values in metrics.items():
                     values.append(agreement[metric])
-            yield Baseline(modality, name, len(tested.label), metrics)
+            yield Baseline(name, features, len(tested.label), metrics)
 
 
 def _read(location: Location, split: str, modality: str) -> _Split:
@@ -98,22 +98,21 @@ def _read(location: Location, split: str, modality: str) -> _Split:
 
 
 def _features(
-    train: np.ndarray, tested: np.ndarray, schema: ModalitySchema
+    train: np.ndarray, tested: np.ndarray, modality: Modality
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Names of features, and what they are of both (N, D)."""
-    kind = KINDS[schema.kind]
-    if schema.kind == "text":
+    if modality.kind == "text":
         vectorizer = TfidfVectorizer(tokenizer=str.split, token_pattern=None, lowercase=False)
-        texts = [[kind.to_text(row, schema) for row in stored] for stored in (train, tested)]
+        texts = [[modality.describe(row) for row in stored] for stored in (train, tested)]
         yield "TF-IDF of words", vectorizer.fit_transform(texts[0]), vectorizer.transform(texts[1])
         return
-    if schema.kind == "categorical":
+    if modality.kind == "categorical":
         encoder = OneHotEncoder(handle_unknown="ignore")
         yield "one-hot", encoder.fit_transform(train[:, None]), encoder.transform(tested[:, None])
         return
-    data = [kind.to_data(torch.from_numpy(stored), schema) for stored in (train, tested)]
+    data = [modality.to_data(torch.from_numpy(stored)) for stored in (train, tested)]
     fitted, placed = (values.float().flatten(1).numpy() for values in data)
-    if schema.kind == "image":
+    if modality.kind == "image":
         yield "pixels", fitted, placed
         components = PCA(min(PRINCIPAL_COMPONENTS, *fitted.shape), random_state=0).fit(fitted)
         name = f"{components.n_components_} principal components"

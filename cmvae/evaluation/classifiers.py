@@ -24,12 +24,11 @@ from cmvae.data.index import (
     CLASSIFIERS_FOLDER,
     INDEX_NAME,
     ClassifierSchema,
-    ModalitySchema,
     ShardIndex,
 )
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.remote import Location, open_file
-from cmvae.modalities import KINDS
+from cmvae.modalities import Modality
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
 
@@ -96,7 +95,7 @@ class ImageClassifier(nn.Module):
         return self.head(features.relu()), features
 
     @torch.no_grad()
-    def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted classes (B,) int64 and features (B, F), fp32.
 
         Args:
@@ -198,9 +197,7 @@ def train_classifiers(
             f"{folder}: has no labels, so no classifier can be trained on it. Pack the data with labels, or "
             "evaluate without coherence, frechet and fidelity"
         )
-    pictured = [
-        name for name, schema in index.modalities.items() if "generative" in KINDS[schema.kind].metrics
-    ]
+    pictured = [name for name, of_name in index.modalities.items() if "generative" in of_name.metrics]
     if not pictured:
         raise UserError(
             f"{folder}: no modality is of images, so there is nothing to train: text is read by a classifier "
@@ -284,7 +281,7 @@ def load_classifiers(
 def _load_classifier(
     location: Location,
     entry: ClassifierSchema,
-    schema: ModalitySchema,
+    modality: Modality,
     index: ShardIndex,
     device: torch.device,
 ) -> ImageClassifier:
@@ -308,7 +305,7 @@ def _load_classifier(
             f"{path}: its SHA-256 is not what the index says, so it was changed or damaged. Train it again: "
             f"{_command(location)}"
         )
-    classifier = ImageClassifier(schema.shape, len(index.class_names or ()), entry.width)
+    classifier = ImageClassifier(modality.shape, len(index.class_names or ()), entry.width)
     try:
         classifier.load_state_dict(load(content))
     except (SafetensorError, RuntimeError) as error:
@@ -341,7 +338,7 @@ def _measure_accuracy(classifier: ImageClassifier, images: Tensor, labels: Tenso
     right = 0
     for start in range(0, len(images), _EVALUATION_BATCH_SIZE):
         rows = slice(start, start + _EVALUATION_BATCH_SIZE)
-        predicted, _ = classifier.read(images[rows].to(device).float() / 255)
+        predicted, _ = classifier.classify(images[rows].to(device).float() / 255)
         right += int((predicted.cpu() == labels[rows]).sum())
     return right / max(1, len(images))
 

@@ -22,7 +22,6 @@ from cmvae.data.index import ShardIndex
 from cmvae.data.plan import EvaluationPlan
 from cmvae.data.reader import EvaluationLoader
 from cmvae.data.remote import Location
-from cmvae.modalities import KINDS
 from cmvae.modalities.base import MetricName
 from cmvae.models.cmvae import CMVAE
 from cmvae.utils.seeds import derive_seed
@@ -51,9 +50,7 @@ class EvaluationContext:
 
     def measured_by(self, metrics: MetricName) -> tuple[str, ...]:
         """The modalities whose kind a group of metrics is for."""
-        return tuple(
-            name for name, schema in self.model.schemas.items() if metrics in KINDS[schema.kind].metrics
-        )
+        return tuple(name for name, modality in self.model.modalities.items() if metrics in modality.metrics)
 
     def batches(self, split: str, num_samples: int | None = None) -> Iterator[dict[str, Any]]:
         """This rank's batches of a split on the device, modalities as data (B, *shape).
@@ -73,7 +70,7 @@ class EvaluationContext:
             num_samples=num_samples,
         )
         for batch in loader:
-            yield to_device(batch, self.model.schemas, self.device)
+            yield to_device(batch, self.model.modalities, self.device)
 
     def positions(self, num_samples: int) -> Iterator[dict[str, Tensor]]:
         """This rank's batches of `position` and `valid` when there is nothing to read: generations.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from sklearn.metrics import r2_score
 
-from cmvae.data.index import ModalitySchema
 from cmvae.evaluation.context import EvaluationContext
-from cmvae.evaluation.result import GroupResult
+from cmvae.evaluation.report import GroupResult
 from cmvae.evaluation.sampling import Pair, generate_pairs
+from cmvae.modalities import Modality, VectorModality
 
 _LEAST_SPREAD = 1e-5
 
@@ -35,7 +35,7 @@ def evaluate_prediction(context: EvaluationContext) -> GroupResult:
         name = f"{pair.source}/{pair.target}"
         result.protocol[f"prediction.num_samples.{pair.source}.{pair.target}"] = len(pair.real)
         if np.issubdtype(pair.real.dtype, np.floating):
-            varying = _varying(pair.real, context.model.schemas[pair.target])
+            varying = _varying(pair.real, context.model.modalities[pair.target])
             if len(pair.real) < 2:
                 result.left_out[f"prediction/r2/{name}"] = "a single sample has no variance"
             elif not varying.any():
@@ -51,12 +51,12 @@ def evaluate_prediction(context: EvaluationContext) -> GroupResult:
     return result
 
 
-def _varying(real: np.ndarray, schema: ModalitySchema) -> np.ndarray:
+def _varying(real: np.ndarray, modality: Modality) -> np.ndarray:
     """(D,) bool, which dimensions are not constant in the split: of those there is no share of a variance.
 
     Compared with the train split's spread: a constant that was standardised and put back differs by rounding.
     """
-    usual = 1.0 if schema.std is None else np.asarray(schema.std)
+    usual = np.asarray(modality.std) if isinstance(modality, VectorModality) else 1.0
     return real.std(axis=0, dtype=np.float64) > _LEAST_SPREAD * usual
 
 

@@ -18,14 +18,12 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from torch import Tensor
 
 from cmvae.clustering import IntArray
-from cmvae.data.batch import as_stored
-from cmvae.data.index import ModalitySchema
 from cmvae.evaluation.classifiers import MIN_ACCURACY
 from cmvae.evaluation.context import EvaluationContext
-from cmvae.evaluation.result import GroupResult
+from cmvae.evaluation.report import GroupResult
 from cmvae.evaluation.sampling import Pair, generate_pairs
-from cmvae.modalities import KINDS
-from cmvae.modalities.text import EOS
+from cmvae.modalities import Modality
+from cmvae.modalities.text import EOS, SPECIAL_TOKENS
 from cmvae.utils.errors import UserError
 
 # torchmetrics imports torchvision, which must be mended first.
@@ -45,13 +43,13 @@ class TextClassifier:
     """Reads the class of a text off its words."""
 
     pipeline: Pipeline
-    schema: ModalitySchema
+    modality: Modality
     accuracy: float
     """On the real texts of the split that is evaluated."""
 
-    def read(self, tokens: Tensor) -> Tensor:
+    def classify(self, tokens: Tensor) -> Tensor:
         """Classes (B,) int64 of data (B, length)."""
-        classes = self.pipeline.predict(to_texts(as_stored(tokens, self.schema), self.schema))
+        classes = self.pipeline.predict(to_texts(self.modality.to_stored(tokens), self.modality))
         return torch.from_numpy(classes.astype(np.int64)).to(tokens.device)
 
 
@@ -74,7 +72,6 @@ def train_text_classifier(context: EvaluationContext, modality: str) -> TextClas
         raise UserError("the data has no labels to learn to read texts from")
     if split == "train" or "train" not in context.index.splits:
         raise UserError(f"no train split apart from the {split} split to learn to read texts from")
-    schema = context.model.schemas[modality]
     train_texts, train_labels = _labelled_texts(context, modality, "train")
     texts, labels = _labelled_texts(context, modality, split)
     if len(set(train_labels.tolist())) < 2 or not any(train_texts) or not texts:
@@ -89,7 +86,7 @@ def train_text_classifier(context: EvaluationContext, modality: str) -> TextClas
             f"words tell the class of only {accuracy:.1%} of the real texts, below {MIN_ACCURACY:.0%}, so "
             "what they say of generated ones means nothing"
         )
-    return TextClassifier(pipeline, schema, accuracy)
+    return TextClassifier(pipeline, context.model.modalities[modality], accuracy)
 
 
 def evaluate_text(context: EvaluationContext) -> GroupResult:
@@ -113,8 +110,8 @@ def evaluate_text(context: EvaluationContext) -> GroupResult:
     )
     means: dict[str, list[float]] = {}
     for pair in generate_pairs(context, targets):
-        schema = context.model.schemas[pair.target]
-        metrics = _compare(pair, schema, context.settings.seed)
+        modality = context.model.modalities[pair.target]
+        metrics = _compare(pair, modality, context.settings.seed)
         result.protocol[f"text.num_samples.{pair.source}.{pair.target}"] = len(pair.real)
         if "colours" not in metrics:
             result.left_out[f"text/colours/{pair.source}/{pair.target}"] = "no real text names a colour"
@@ -126,13 +123,13 @@ def evaluate_text(context: EvaluationContext) -> GroupResult:
     return result
 
 
-def _compare(pair: Pair, schema: ModalitySchema, seed: int) -> dict[str, float]:
+def _compare(pair: Pair, modality: Modality, seed: int) -> dict[str, float]:
     """The metrics of one pair, by name."""
-    generated, real = to_texts(pair.generated, schema), to_texts(pair.real, schema)
+    generated, real = to_texts(pair.generated, modality), to_texts(pair.real, modality)
     # What a text shares with that of any sample is no merit of what it was generated from.
     others = [real[place] for place in np.random.default_rng(seed).permutation(len(real))]
     metrics = {
-        "token_accuracy": token_accuracy(pair.generated, pair.real, schema),
+        "token_accuracy": token_accuracy(pair.generated, pair.real),
         "bleu": bleu(generated, real),
         "colours": colour_agreement(generated, real),
         "colours_by_chance": colour_agreement(generated, others),
@@ -140,22 +137,20 @@ def _compare(pair: Pair, schema: ModalitySchema, seed: int) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def to_texts(stored: np.ndarray, schema: ModalitySchema) -> list[str]:
+def to_texts(stored: np.ndarray, modality: Modality) -> list[str]:
     """Stored tokens (N, length) as lines of words."""
-    kind = KINDS[schema.kind]
-    return [kind.to_text(row, schema) for row in stored]
+    return [modality.describe(row) for row in stored]
 
 
-def token_accuracy(generated: IntArray, real: IntArray, schema: ModalitySchema) -> float:
+def token_accuracy(generated: IntArray, real: IntArray) -> float:
     """Share of tokens that stand where the real text has them.
 
     Args:
         generated: (N, length), places in the vocabulary.
         real: (N, length); counted up to its first `<eos>`, which is the last token that a model must get
             right. What fills the rest up would make every model look good.
-        schema: whose vocabulary it is.
     """
-    ends = real == (schema.categories or ()).index(EOS)
+    ends = real == SPECIAL_TOKENS.index(EOS)
     counted = (np.cumsum(ends, axis=1) - ends) == 0
     return float((generated == real)[counted].mean())
 
@@ -211,6 +206,6 @@ def _labelled_texts(context: EvaluationContext, modality: str, split: str) -> tu
             "there": batch["mask"][:, place] & (batch["label"] >= 0),
         },
     )
-    there, schema = collected["there"], context.model.schemas[modality]
-    tokens = as_stored(torch.from_numpy(collected["tokens"][there]), schema)
-    return to_texts(tokens, schema), collected["label"][there]
+    there = collected["there"]
+    tokens, of_name = collected["tokens"][there], context.model.modalities[modality]
+    return to_texts(of_name.to_stored(tokens), of_name), collected["label"][there]

@@ -1,18 +1,32 @@
-"""The kinds of modalities, found by name."""
+"""The kinds of modalities, and their union, which pydantic reads by `kind`."""
 
 from __future__ import annotations
 
-from cmvae.modalities.base import Kind
-from cmvae.modalities.binary import Binary
-from cmvae.modalities.categorical import Categorical
-from cmvae.modalities.image import Image
-from cmvae.modalities.text import Text
-from cmvae.modalities.vector import Vector
+from typing import Annotated
 
-KINDS: dict[str, Kind] = {
-    "image": Image(),
-    "text": Text(),
-    "vector": Vector(),
-    "binary": Binary(),
-    "categorical": Categorical(),
-}
+from pydantic import Field
+
+from cmvae.modalities.base import RESERVED_NAMES, Modality, ModalityName
+from cmvae.modalities.binary import BinaryModality
+from cmvae.modalities.categorical import CategoricalModality
+from cmvae.modalities.image import ImageModality
+from cmvae.modalities.text import TextModality
+from cmvae.modalities.vector import VectorModality
+
+__all__ = [
+    "RESERVED_NAMES",
+    "AnyModality",
+    "BinaryModality",
+    "CategoricalModality",
+    "ImageModality",
+    "Modality",
+    "ModalityName",
+    "TextModality",
+    "VectorModality",
+]
+
+AnyModality = Annotated[
+    ImageModality | TextModality | VectorModality | BinaryModality | CategoricalModality,
+    Field(discriminator="kind"),
+]
+"""What `index.json` and exports hold."""

@@ -1,40 +1,59 @@
-"""What a kind of modality is: how a value lies in a shard, reaches a model, and is shown to people.
+"""What a modality is: how a value is stored in a shard, given to a model, and shown to people.
 
-No module of this package imports torch, so that what is wrong with an index is reported in the first second.
-A new kind is one file here and one line in `cmvae.modalities.KINDS`; docs/extending.md shows one.
+No module of this package imports torch at import time, so that an error in an index is reported in the first
+second. A new kind of modality is one file here and one entry in `cmvae.modalities.AnyModality`; see
+docs/extending.md.
 """
 
 from __future__ import annotations
 
 import io
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, PositiveInt, field_validator, model_validator
+from typing_extensions import Self, override
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
 
-    from cmvae.data.index import ModalitySchema
-
 LikelihoodName = Literal["normal", "laplace", "bernoulli", "categorical"]
 MetricName = Literal["generative", "text", "prediction"]
-"""`generative`: image classifiers and Inception read it, for coherence and distances. `text`: it is read as
-words. `prediction`: what is generated can be compared with what is there, value by value."""
+"""`generative`: coherence and distances, from image classifiers and Inception. `text`: comparison of words.
+`prediction`: comparison of generated and real values, value by value."""
+
+NAME_PATTERN = r"[a-z][a-z0-9_]*"
+# Members of a tar sample that are not modalities, and keys of a batch that are not modalities.
+RESERVED_NAMES = frozenset(
+    {"cls", "group", "group_name", "key", "label", "mask", "place", "position", "seed", "skipped", "valid"}
+)
 
 
-class Kind(ABC):
-    """One kind of modality.
+def _check_name(name: str) -> str:
+    if not re.fullmatch(NAME_PATTERN, name) or name in RESERVED_NAMES:
+        raise ValueError(
+            f"modality name {name!r} must be lower-case letters, digits and '_', begin with a letter, "
+            f"and be none of {sorted(RESERVED_NAMES)}"
+        )
+    return name
 
-    A value has three forms: stored, a numpy array as it lies in a shard; data, a tensor that encoders take
-    and likelihoods compare with; and something for people to look at.
+
+ModalityName = Annotated[str, AfterValidator(_check_name)]
+
+
+class Modality(BaseModel, ABC):
+    """One modality of a data set, an entry of `index.json`; a subclass per kind.
+
+    A value has two forms. Stored: a NumPy array as in a shard, of `shape` and `dtype`, in the units of the
+    data. Data: a tensor of the same shape that encoders take, likelihoods compare with and models generate.
+    `to_stored` and `to_text` take data; the other methods take stored values.
     """
 
-    name: ClassVar[str]
-    dtype: ClassVar[str]
-    """Of the stored array."""
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     suffix: ClassVar[str]
     """Ending of its member in a tar, `KEY.MODALITY.suffix`."""
     likelihoods: ClassVar[tuple[LikelihoodName, ...]]
@@ -42,128 +61,200 @@ class Kind(ABC):
     network: ClassVar[str]
     """Default encoder and decoder, a name from `cmvae.models.networks.NETWORKS`."""
     metrics: ClassVar[frozenset[MetricName]] = frozenset()
-    """Groups of metrics that can be computed of it, besides those that need the latents only."""
+    """Groups of metrics that apply to it, besides those that only need the latents."""
     in_words: ClassVar[bool] = False
-    """Whether a value is read rather than looked at: what is generated is then written down, too."""
+    """Whether samples are logged as text, too."""
 
-    @abstractmethod
-    def check(self, schema: ModalitySchema) -> None:
-        """Refuse a schema that is none of this kind.
+    kind: str
+    """Selects the subclass."""
+    shape: tuple[int, ...]
+    """Shape of one sample."""
+    dtype: str
+    """NumPy dtype of a stored value."""
+    optional: bool = False
+    """Whether samples may lack it."""
 
-        Raises:
-            ValueError: with what is wrong.
-        """
+    @property
+    def num_categories(self) -> int:
+        """Number of categories that stored integers index; 0 if values are numbers."""
+        return 0
 
-    @abstractmethod
-    def encode(self, stored: np.ndarray) -> bytes:
-        """The member of a tar."""
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """Shape of a decoder's output for one sample: the parameters of the likelihood."""
+        return self.shape
 
-    @abstractmethod
-    def decode(self, content: bytes, schema: ModalitySchema) -> np.ndarray:
-        """What `encode` was given.
-
-        Raises:
-            ValueError: the content is damaged or not of this schema.
-        """
-
-    @abstractmethod
-    def to_data(self, stored: Tensor, schema: ModalitySchema) -> Tensor:
-        """A stored batch (B, *shape), on the device of the model, as data (B, *shape)."""
-
-    @abstractmethod
-    def to_stored(self, data: np.ndarray, schema: ModalitySchema) -> np.ndarray:
-        """Data (B, *shape), such as what a model generates, as it would be stored."""
-
-    @abstractmethod
-    def draw(self, ax: Axes, stored: np.ndarray, schema: ModalitySchema) -> None:
-        """Draw one value into an axis without ticks."""
-
-    def drawn_size(self, schema: ModalitySchema) -> tuple[float, float]:
+    @property
+    def drawn_size(self) -> tuple[float, float]:
         """Width and height, in inches, that `draw` needs to be legible."""
         return 0.6, 0.4
 
-    @abstractmethod
-    def to_text(self, stored: np.ndarray, schema: ModalitySchema) -> str:
-        """One value in one line, for tables."""
-
-    def table_columns(self, schema: ModalitySchema) -> tuple[str, ...]:
-        """Headings of a table of values; none where each value is a file of its own, as in a shard."""
+    @property
+    def table_columns(self) -> tuple[str, ...]:
+        """Header of a table of values; empty if each value is written to a file of its own."""
         return ()
 
-    def table_cells(self, stored: np.ndarray, schema: ModalitySchema) -> tuple[str, ...]:
-        """One value in such a table, as many cells as there are columns."""
-        return (self.to_text(stored, schema),)
+    @abstractmethod
+    def encode(self, stored: np.ndarray) -> bytes:
+        """The member of a tar for one stored value."""
 
-    def parameter_shape(self, schema: ModalitySchema) -> tuple[int, ...]:
-        """Shape of what a decoder makes of one sample: the parameters of the likelihood."""
-        return schema.shape
+    @abstractmethod
+    def decode(self, content: bytes) -> np.ndarray:
+        """The stored value that `encode` was given.
+
+        Raises:
+            ValueError: the content is damaged or does not fit this modality.
+        """
+
+    @abstractmethod
+    def to_data(self, stored: Tensor) -> Tensor:
+        """Stored values (B, *shape), on the device of the model, as data (B, *shape)."""
+
+    @abstractmethod
+    def to_stored(self, data: Tensor | np.ndarray) -> np.ndarray:
+        """Data (..., *shape), such as what `CMVAE.generate` returns, as stored values (..., *shape)."""
+
+    @abstractmethod
+    def draw(self, ax: Axes, stored: np.ndarray) -> None:
+        """Draw one stored value (*shape) into an axis without ticks."""
+
+    @abstractmethod
+    def describe(self, stored: np.ndarray) -> str:
+        """One stored value (*shape) in one line of text."""
+
+    def table_cells(self, stored: np.ndarray) -> tuple[str, ...]:
+        """One stored value (*shape) as a row of a table, one cell per entry of `table_columns`."""
+        return (self.describe(stored),)
+
+    def to_text(self, data: Tensor | np.ndarray) -> str:
+        """One sample of data (*shape), such as a row of what `CMVAE.generate` returns, in one line of text.
+
+        Numbers are in the units of the data set, not standardised.
+        """
+        return self.describe(self.to_stored(data))
 
 
-def column_names(schema: ModalitySchema) -> tuple[str, ...]:
-    """Names of the dimensions of a vector; their places where they have none."""
-    return schema.columns or tuple(str(place) for place in range(schema.shape[0]))
+def as_array(data: Tensor | np.ndarray) -> np.ndarray:
+    """Data as a NumPy array; a tensor is detached and copied to the CPU."""
+    return np.asarray(data) if isinstance(data, np.ndarray | np.generic) else data.detach().cpu().numpy()
 
 
-class ArrayKind(Kind):
-    """A kind that lies in a shard as a NumPy file; pickles are refused on reading."""
+class ArrayModality(Modality):
+    """A modality that is stored as a NumPy file; pickles are refused when reading."""
 
     suffix = "npy"
 
+    @override
     def encode(self, stored: np.ndarray) -> bytes:
-        """As `Kind.encode`."""
         buffer = io.BytesIO()
         np.save(buffer, np.asarray(stored, dtype=self.dtype, order="C"), allow_pickle=False)
         return buffer.getvalue()
 
-    def decode(self, content: bytes, schema: ModalitySchema) -> np.ndarray:
-        """As `Kind.decode`."""
+    @override
+    def decode(self, content: bytes) -> np.ndarray:
         try:
             stored = np.load(io.BytesIO(content), allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"cannot be read as a NumPy array ({error})") from error
-        if not isinstance(stored, np.ndarray) or stored.shape != schema.shape or stored.dtype != self.dtype:
+        if not isinstance(stored, np.ndarray) or stored.shape != self.shape or stored.dtype != self.dtype:
             found = f"{getattr(stored, 'dtype', 'an archive')} of shape {getattr(stored, 'shape', '?')}"
-            raise ValueError(f"{found}, its index says {self.dtype} of shape {schema.shape}")
-        self.check_values(stored, schema)
+            raise ValueError(f"{found}, its index says {self.dtype} of shape {self.shape}")
+        self.check_values(stored)
         return stored
 
-    def check_values(self, stored: np.ndarray, schema: ModalitySchema) -> None:
-        """Refuse values that this kind cannot have.
+    @abstractmethod
+    def check_values(self, stored: np.ndarray) -> None:
+        """Refuse values that this modality cannot have.
 
         Raises:
-            ValueError: with what is wrong.
+            ValueError: the array has such values.
         """
-        if schema.categories is not None and (stored.min() < 0 or stored.max() >= len(schema.categories)):
-            raise ValueError(f"{stored.min()}..{stored.max()}, its index has {len(schema.categories)} names")
 
 
-class ColumnsKind(ArrayKind):
-    """A kind of several named numbers, one a column of a table."""
+class CategoriesModality(ArrayModality):
+    """Integers that index `categories`."""
+
+    likelihoods = ("categorical",)
+    in_words = True
+
+    dtype: Literal["int64"] = "int64"
+    categories: tuple[str, ...]
+    """Names of the categories, or words of the vocabulary."""
+
+    @field_validator("categories")
+    @classmethod
+    def _check_categories(cls, categories: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(categories)) != len(categories):
+            raise ValueError("a name is there twice")
+        return categories
+
+    @property
+    @override
+    def num_categories(self) -> int:
+        return len(self.categories)
+
+    @property
+    @override
+    def parameter_shape(self) -> tuple[int, ...]:
+        """Logits of every category at every position."""
+        return (*self.shape, len(self.categories))
+
+    @property
+    @override
+    def table_columns(self) -> tuple[str, ...]:
+        return (self.kind,)
+
+    @override
+    def check_values(self, stored: np.ndarray) -> None:
+        if stored.min() < 0 or stored.max() >= len(self.categories):
+            raise ValueError(f"{stored.min()}..{stored.max()}, its index has {len(self.categories)} names")
+
+    @override
+    def to_data(self, stored: Tensor) -> Tensor:
+        """The same integers, int64."""
+        return stored
+
+    @override
+    def to_stored(self, data: Tensor | np.ndarray) -> np.ndarray:
+        return as_array(data).astype(np.int64)
+
+
+class ColumnsModality(ArrayModality):
+    """Several named numbers, one per column of a table."""
 
     network = "mlp"
     metrics = frozenset({"prediction"})
 
-    def check(self, schema: ModalitySchema) -> None:
-        """As `Kind.check`."""
-        if len(schema.shape) != 1 or schema.shape[0] < 1:
-            raise ValueError(f"shape {schema.shape} is no (dimensions,)")
-        check_lengths(schema, columns=schema.columns)
+    shape: tuple[PositiveInt]
+    columns: tuple[str, ...] | None = None
+    """Names of the dimensions, if they have names."""
 
-    def table_columns(self, schema: ModalitySchema) -> tuple[str, ...]:
-        """As `Kind.table_columns`: one a dimension."""
-        return column_names(schema)
+    @model_validator(mode="after")
+    def _check_columns(self) -> Self:
+        self.check_lengths("columns")
+        return self
 
-    def table_cells(self, stored: np.ndarray, schema: ModalitySchema) -> tuple[str, ...]:
-        """As `Kind.table_cells`."""
+    def check_lengths(self, *keys: str) -> None:
+        """Refuse fields that do not have one entry per dimension.
+
+        Raises:
+            ValueError: a field that is not None has another number of entries.
+        """
+        for key in keys:
+            values = getattr(self, key)
+            if values is not None and len(values) != self.shape[0]:
+                raise ValueError(f"{key}: must have one entry for each of the {self.shape[0]} dimensions")
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """Names of the dimensions; their indices if they have no names."""
+        return self.columns or tuple(str(index) for index in range(self.shape[0]))
+
+    @property
+    @override
+    def table_columns(self) -> tuple[str, ...]:
+        return self.column_names
+
+    @override
+    def table_cells(self, stored: np.ndarray) -> tuple[str, ...]:
         return tuple(str(value) for value in stored)
-
-
-def check_lengths(schema: ModalitySchema, **entries: Sequence[object] | None) -> None:
-    """Refuse what has not one entry a dimension, where it is given.
-
-    Raises:
-        ValueError: with the key.
-    """
-    for key, values in entries.items():
-        if values is not None and len(values) != schema.shape[0]:
-            raise ValueError(f"{key}: must have one entry for each of the {schema.shape[0]} dimensions")

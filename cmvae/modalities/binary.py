@@ -2,44 +2,47 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from typing_extensions import override
 
-from cmvae.modalities.base import ColumnsKind, column_names
+from cmvae.modalities.base import ColumnsModality, as_array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
 
-    from cmvae.data.index import ModalitySchema
 
-
-class Binary(ColumnsKind):
+class BinaryModality(ColumnsModality):
     """(dimensions,) uint8, 0 or 1; as data fp32."""
 
-    name = "binary"
-    dtype = "uint8"
     likelihoods = ("bernoulli",)
 
-    def check_values(self, stored: np.ndarray, schema: ModalitySchema) -> None:
-        """As `ArrayKind.check_values`."""
+    kind: Literal["binary"] = "binary"
+    dtype: Literal["uint8"] = "uint8"
+
+    @override
+    def check_values(self, stored: np.ndarray) -> None:
         if stored.max() > 1:
             raise ValueError(f"holds {stored.max()}, where there can be 0 and 1 only")
 
-    def to_data(self, stored: Tensor, schema: ModalitySchema) -> Tensor:
-        """As `Kind.to_data`."""
+    @override
+    def to_data(self, stored: Tensor) -> Tensor:
         return stored.float()
 
-    def to_stored(self, data: np.ndarray, schema: ModalitySchema) -> np.ndarray:
-        """As `Kind.to_stored`: what is more probable than not."""
-        return (data > 0.5).astype(np.uint8)
+    @override
+    def to_stored(self, data: Tensor | np.ndarray) -> np.ndarray:
+        """1 where the probability is above 0.5."""
+        return (as_array(data) > 0.5).astype(np.uint8)
 
-    def draw(self, ax: Axes, stored: np.ndarray, schema: ModalitySchema) -> None:
-        """As `Kind.draw`: a strip, dark where there is a one."""
+    @override
+    def draw(self, ax: Axes, stored: np.ndarray) -> None:
+        """Draw a strip that is dark where there is a one."""
         ax.imshow(stored[None], cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
 
-    def to_text(self, stored: np.ndarray, schema: ModalitySchema) -> str:
-        """As `Kind.to_text`: the columns that are set."""
-        columns = column_names(schema)
+    @override
+    def describe(self, stored: np.ndarray) -> str:
+        """Names of the columns that are set."""
+        columns = self.column_names
         return ", ".join(columns[place] for place in np.flatnonzero(stored)) or "none"

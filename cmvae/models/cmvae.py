@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from cmvae.clustering import ClusterHierarchy, confidence, joint_location, responsibilities, vote
 from cmvae.config import ModelConfig
-from cmvae.data.index import ModalityName, ModalitySchema
-from cmvae.modalities import KINDS
+from cmvae.modalities import AnyModality, Modality, ModalityName
 from cmvae.models.distributions import FAMILIES, LocationScale
 from cmvae.models.export import ClusterRecord, load_clusters, load_weights, read_export_config, save_export
 from cmvae.models.likelihoods import likelihood_of
@@ -89,7 +88,7 @@ class ExportConfig(BaseModel):
 
     format_version: Literal[3] = 3
     model: ModelConfig
-    modalities: dict[ModalityName, ModalitySchema]
+    modalities: dict[ModalityName, AnyModality]
 
 
 class ClusterPrior(nn.Module):
@@ -165,35 +164,35 @@ class CMVAE(nn.Module):
 
     Args:
         config: sizes, family and networks.
-        schemas: shape and kind of each modality that `config` names.
+        modalities: each modality that `config` names, by name.
         autocast_dtype: precision of the networks; None is fp32. Densities are fp32 in any case.
 
     Raises:
-        UserError: a modality has no schema, or its network does not fit it.
+        UserError: the network of a modality does not fit it.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        schemas: Mapping[str, ModalitySchema],
+        modalities: Mapping[str, Modality],
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.schemas = {name: schemas[name] for name in config.modalities}
+        self.modalities = {name: modalities[name] for name in config.modalities}
         self.autocast_dtype = autocast_dtype
         self.family = FAMILIES[config.family]
         self.encoders = nn.ModuleDict()
         self.decoders = nn.ModuleDict()
-        for name, modality in config.modalities.items():
-            schema = self.schemas[name]
-            networks = network_family(modality.network or KINDS[schema.kind].network, schema, name)
-            sizes = (schema, modality.width, config.shared_dim, config.private_dim)
+        for name, modality_config in config.modalities.items():
+            modality = self.modalities[name]
+            networks = network_family(modality_config.network or modality.network, modality, name)
+            sizes = (modality, modality_config.width, config.shared_dim, config.private_dim)
             self.encoders[name] = networks.encoder(*sizes)
             self.decoders[name] = networks.decoder(*sizes)
         self.likelihoods = {
-            name: likelihood_of(modality.likelihood, self.schemas[name])
-            for name, modality in config.modalities.items()
+            name: likelihood_of(modality_config.likelihood, self.modalities[name])
+            for name, modality_config in config.modalities.items()
         }
         self.cluster_prior = ClusterPrior(
             self.family, config.num_clusters, config.shared_dim, config.cluster_mean_range
@@ -322,11 +321,14 @@ class CMVAE(nn.Module):
             (N,) clusters and (N,) p(c | z) of them at the joint locations.
         """
         present = present | ~present.any(axis=1, keepdims=True)
+        probabilities = self.cluster_probabilities(joint_location(shared_loc, present))
+        return probabilities.argmax(axis=1), probabilities.max(axis=1)
+
+    def cluster_probabilities(self, locations: np.ndarray) -> np.ndarray:
+        """p(c | z) over the active clusters, (N, C) with 0 for the others, at `locations` (N, D_z)."""
         active = self.cluster_prior.active.cpu().numpy()
         log_weights = np.where(active, self.cluster_prior.log_weights.detach().cpu().numpy(), 0)
-        log_density = self.log_density(joint_location(shared_loc, present))[:, None]
-        probabilities = responsibilities(log_density, log_weights, active)[:, 0]
-        return probabilities.argmax(axis=1), probabilities.max(axis=1)
+        return responsibilities(self.log_density(locations)[:, None], log_weights, active)[:, 0]
 
     @torch.no_grad()
     def log_density(self, locations: np.ndarray) -> np.ndarray:
@@ -367,8 +369,8 @@ class CMVAE(nn.Module):
             generator: random stream, on the model's device; None uses torch's default.
 
         Returns:
-            By modality data (num_samples or B, *shape) as `decode` gives it; `cmvae.data.batch.as_stored` and
-            `cmvae.modalities` make of it what people read.
+            By modality data (num_samples or B, *shape) as `decode` returns it; `modalities[name].to_text`
+            and `modalities[name].to_stored` convert it to the units of the data set.
 
         Raises:
             ValueError: neither or both of `num_samples` and `given`, or `cluster` with `given`.
@@ -433,7 +435,7 @@ class CMVAE(nn.Module):
         decoder = self.decoders[name]
         if latents.device.type != "cpu" or (decoder.training and has_batch_norm(decoder)):
             return 1
-        size = math.prod(self.schemas[name].shape) * self.config.modalities[name].width
+        size = math.prod(self.modalities[name].shape) * self.config.modalities[name].width
         return max(1, math.ceil(len(latents) * size / _DECODED_AT_A_TIME))
 
     def _network_precision(self, device: torch.device) -> torch.autocast:
@@ -449,7 +451,7 @@ class CMVAE(nn.Module):
             folder: where to; an older export there is replaced.
             clusters: sets of clusters to choose from later, and how they were found; None writes none.
         """
-        config = ExportConfig(model=self.config, modalities=self.schemas)
+        config = ExportConfig(model=self.config, modalities=self.modalities)
         save_export(Path(folder), config, self.state_dict(), clusters)
 
     @classmethod

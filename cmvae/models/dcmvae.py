@@ -116,7 +116,7 @@ class DCMVAE:
 
     def _log_density_of(self, shared: Tensor, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Log q(z|x_m) in nats, (B,), of the modalities that are refined."""
-        refined = {name: x for name, x in made.items() if name in self.refiner.schemas}
+        refined = {name: x for name, x in made.items() if name in self.refiner.modalities}
         return {name: q.shared.log_prob(shared) for name, q in self.cmvae.encode(refined).items()}
 
     def generate(

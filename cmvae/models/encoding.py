@@ -82,7 +82,7 @@ def encode_split(model: CMVAE, batches: Iterable[Mapping[str, Any]]) -> EncodedS
     device = model.private_scale.device
     parts: dict[str, list[np.ndarray]] = {}
     for raw in batches:
-        batch = to_device(raw, model.schemas, device)
+        batch = to_device(raw, model.modalities, device)
         for name, values in encode_batch(model, batch).items():
             parts.setdefault(name, []).append(values[batch["valid"]].cpu().numpy())
     return EncodedSplit(**{name: np.concatenate(values) for name, values in parts.items()})

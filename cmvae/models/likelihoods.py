@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmvae.config import LikelihoodConfig
-from cmvae.data.index import ModalitySchema
-from cmvae.modalities import KINDS
+from cmvae.modalities import Modality
 from cmvae.models.distributions import FAMILIES
 
 
@@ -86,6 +85,6 @@ LIKELIHOODS: dict[str, Likelihood] = {
 }
 
 
-def likelihood_of(config: LikelihoodConfig, schema: ModalitySchema) -> Likelihood:
+def likelihood_of(config: LikelihoodConfig, modality: Modality) -> Likelihood:
     """The family that a config asks for, or the default one of the modality's kind."""
-    return LIKELIHOODS[config.family or KINDS[schema.kind].likelihoods[0]]
+    return LIKELIHOODS[config.family or modality.likelihoods[0]]

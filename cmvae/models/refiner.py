@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from cmvae.config import RefinerConfig, SamplerConfig, UNetConfig
-from cmvae.data.index import ModalityName, ModalitySchema
+from cmvae.modalities import AnyModality, Modality, ModalityName
 from cmvae.models.diffusion import Diffusion
 from cmvae.models.export import load_weights, read_export_config, save_export
 from cmvae.utils.errors import UserError
@@ -38,7 +38,7 @@ class RefinerExportConfig(BaseModel):
 
     format_version: Literal[1] = 1
     refiner: RefinerConfig
-    modalities: dict[ModalityName, ModalitySchema]
+    modalities: dict[ModalityName, AnyModality]
     shared_dim: int = Field(ge=1)
     cmvae_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -48,7 +48,7 @@ class Denoiser(nn.Module):
 
     Args:
         config: the whole refiner's.
-        schema: shape of the images.
+        modality: the images.
         num_modalities: how many modalities share it.
         shared_dim: dimensions of z.
 
@@ -57,10 +57,10 @@ class Denoiser(nn.Module):
     """
 
     def __init__(
-        self, config: RefinerConfig, schema: ModalitySchema, num_modalities: int, shared_dim: int
+        self, config: RefinerConfig, modality: Modality, num_modalities: int, shared_dim: int
     ) -> None:
         super().__init__()
-        channels, *size = schema.shape
+        channels, *size = modality.shape
         self.unet = _build_unet(config.network, channels, size)
         embedding_dim = _EMBEDDING_FACTOR * config.network.channels
         self.modality = nn.Embedding(num_modalities, embedding_dim)
@@ -99,7 +99,7 @@ class Refiner(nn.Module):
 
     Args:
         config: networks, diffusion and conditions.
-        schemas: shape of every modality that is refined.
+        modalities: each modality that is refined, by name.
         shared_dim: dimensions of the CMVAE's z.
         cmvae_sha256: hash of the weights of the CMVAE whose reconstructions are refined.
         autocast_dtype: precision of the networks; None is fp32. The diffusion is fp32 in any case.
@@ -111,23 +111,25 @@ class Refiner(nn.Module):
     def __init__(
         self,
         config: RefinerConfig,
-        schemas: Mapping[str, ModalitySchema],
+        modalities: Mapping[str, Modality],
         shared_dim: int,
         cmvae_sha256: str,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.schemas = dict(schemas)
+        self.modalities = dict(modalities)
         self.shared_dim = shared_dim
         self.cmvae_sha256 = cmvae_sha256
         self.autocast_dtype = autocast_dtype
         self.diffusion = Diffusion(config.diffusion)
-        self.groups = {_SHARED: tuple(schemas)} if config.sharing == "shared" else {n: (n,) for n in schemas}
-        _check_shapes(self.groups, self.schemas)
+        self.groups = (
+            {_SHARED: tuple(modalities)} if config.sharing == "shared" else {n: (n,) for n in modalities}
+        )
+        _check_shapes(self.groups, self.modalities)
         self.denoisers = nn.ModuleDict(
             {
-                group: Denoiser(config, self.schemas[names[0]], len(names), shared_dim)
+                group: Denoiser(config, self.modalities[names[0]], len(names), shared_dim)
                 for group, names in self.groups.items()
             }
         )
@@ -135,7 +137,7 @@ class Refiner(nn.Module):
     @property
     def modality_names(self) -> tuple[str, ...]:
         """The modalities that are refined."""
-        return tuple(self.schemas)
+        return tuple(self.modalities)
 
     def predict(
         self,
@@ -176,7 +178,7 @@ class Refiner(nn.Module):
             ValueError: z is missing, or the numbers of images and seeds differ.
         """
         refined = dict(images)
-        known = {name: x for name, x in images.items() if name in self.schemas}
+        known = {name: x for name, x in images.items() if name in self.modalities}
         if not known:
             return refined
         batch_size = len(next(iter(known.values())))
@@ -245,7 +247,7 @@ class Refiner(nn.Module):
         """Write an export, `model.safetensors` and `config.yaml`, whole or not at all."""
         config = RefinerExportConfig(
             refiner=self.config,
-            modalities=self.schemas,
+            modalities=self.modalities,
             shared_dim=self.shared_dim,
             cmvae_sha256=self.cmvae_sha256,
         )
@@ -318,12 +320,12 @@ def _build_unet(config: UNetConfig, channels: int, size: Sequence[int]) -> nn.Mo
     return cast(nn.Module, unet)
 
 
-def _check_shapes(groups: Mapping[str, Sequence[str]], schemas: Mapping[str, ModalitySchema]) -> None:
+def _check_shapes(groups: Mapping[str, Sequence[str]], modalities: Mapping[str, Modality]) -> None:
     for names in groups.values():
-        different = [name for name in names if schemas[name].shape != schemas[names[0]].shape]
+        different = [name for name in names if modalities[name].shape != modalities[names[0]].shape]
         if different:
             raise UserError(
                 f"refiner.sharing: one network for all modalities takes images of one shape, but {names[0]} "
-                f"is {schemas[names[0]].shape} and {different[0]} is {schemas[different[0]].shape}. "
+                f"is {modalities[names[0]].shape} and {different[0]} is {modalities[different[0]].shape}. "
                 "Set per_modality"
             )

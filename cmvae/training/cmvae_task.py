@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from cmvae.clustering import clustering_metrics, find_cluster_means, responsibilities, vote
 from cmvae.config import ClustersConfig, ObjectiveConfig
-from cmvae.data.index import ModalitySchema, SplitName
+from cmvae.data.index import SplitName
 from cmvae.distributed import gather, gather_with_gradient, rank_of_process
+from cmvae.modalities import Modality
 from cmvae.models.alignment import augment, contrast
 from cmvae.models.cmvae import CMVAE, Posterior, has_batch_norm, stack_shared_locations
 from cmvae.models.encoding import CLUSTER_SAMPLES, encode_split, find_clusters
@@ -101,9 +102,9 @@ class CMVAETask(Task):
             self.pretrain_steps = length if isinstance(length, int) else round(length * total_steps)
 
     @property
-    def schemas(self) -> Mapping[str, ModalitySchema]:
+    def modalities(self) -> Mapping[str, Modality]:
         """The model's modalities."""
-        return self.model.schemas
+        return self.model.modalities
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
@@ -160,7 +161,7 @@ class CMVAETask(Task):
         inputs = {name: batch[name] for name in self.model.modality_names}
         if self.training:
             for place, (name, x) in enumerate(inputs.items()):
-                if self.model.schemas[name].optional:
+                if self.model.modalities[name].optional:
                     inputs[name] = fill_missing(x, mask[:, place])
         # A sample may have modalities, but none of this model's: it counts for nothing, and must stay finite.
         counted = mask.any(1)
@@ -390,7 +391,7 @@ class CMVAETask(Task):
             state: the whole state of this task, gathered if it was spread over ranks.
             batches: reads the first so many samples of a split, or all of it.
         """
-        model = CMVAE(self.model.config, self.model.schemas)
+        model = CMVAE(self.model.config, self.model.modalities)
         model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})
         model.to(self.model.private_scale.device).eval()
         train, validation = (

@@ -89,7 +89,7 @@ def _find_fault(task: Task, raw: Mapping[str, Any], device: torch.device) -> str
     try:
         own = copy.deepcopy(task).to(device)
         _switch_dropout_off(own)
-        batch = to_device(raw, own.schemas, device)
+        batch = to_device(raw, own.modalities, device)
         expected = _gradients(own, batch, None)
         for _ in range(_REPEATS):
             fault = compare_gradients(_gradients(own, batch, torch.bfloat16), expected)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from cmvae.config import RefinerExperiment
-from cmvae.data.index import ModalitySchema, ShardIndex, SplitName
+from cmvae.data.index import ShardIndex, SplitName
+from cmvae.modalities import Modality
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.dcmvae import DCMVAE
 from cmvae.models.export import weights_sha256
@@ -69,9 +70,9 @@ class RefinerTask(Task):
         return self._frozen[0]
 
     @property
-    def schemas(self) -> Mapping[str, ModalitySchema]:
+    def modalities(self) -> Mapping[str, Modality]:
         """The CMVAE's modalities: all are sources, and the images among them targets."""
-        return self.cmvae.schemas
+        return self.cmvae.modalities
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
@@ -240,7 +241,7 @@ class RefinerTask(Task):
     ) -> None:
         """Write the refiner as an export, on one rank; it needs no `batches`."""
         own = self.refiner
-        refiner = Refiner(own.config, own.schemas, own.shared_dim, own.cmvae_sha256)
+        refiner = Refiner(own.config, own.modalities, own.shared_dim, own.cmvae_sha256)
         refiner.load_state_dict({name.removeprefix("refiner."): x for name, x in state.items()})
         refiner.save_pretrained(folder)
 
@@ -258,9 +259,9 @@ def build_refiner_task(
     """
     export = config.cmvae / "export"
     cmvae = CMVAE.from_pretrained(export, device, autocast_dtype)
-    index.check_modalities(cmvae.schemas, config.data.shards)
-    schemas = {name: schema for name, schema in cmvae.schemas.items() if schema.kind == "image"}
+    index.check_modalities(cmvae.modalities, config.data.shards)
+    modalities = {name: modality for name, modality in cmvae.modalities.items() if modality.kind == "image"}
     refiner = Refiner(
-        config.refiner, schemas, cmvae.config.shared_dim, weights_sha256(export), autocast_dtype
+        config.refiner, modalities, cmvae.config.shared_dim, weights_sha256(export), autocast_dtype
     )
     return RefinerTask(refiner, cmvae)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cmvae.data.index import ModalitySchema, SplitName
+from cmvae.data.index import SplitName
+from cmvae.modalities import Modality
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,13 +42,13 @@ class Task(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def schemas(self) -> Mapping[str, ModalitySchema]:
+    def modalities(self) -> Mapping[str, Modality]:
         """The modalities that it reads, in the order of every M axis."""
 
     @property
     def modality_names(self) -> tuple[str, ...]:
         """Their names."""
-        return tuple(self.schemas)
+        return tuple(self.modalities)
 
     @property
     @abstractmethod

@@ -190,7 +190,7 @@ class Trainer:
         first = (part * accelerator.num_processes + accelerator.process_index) * config.train.batch_size
         batch["seed"] = derive_seed(config.seed, "step", self.state.step)
         batch["place"] = range(first, first + config.train.batch_size)
-        return to_device(batch, self.task.schemas, accelerator.device)
+        return to_device(batch, self.task.modalities, accelerator.device)
 
     def _clip_gradients(self) -> None:
         """Clip to `max_grad_norm` and check that the norm is finite; in fp16 it may overflow."""
@@ -231,7 +231,7 @@ class Trainer:
         self.tracker.log_metrics(
             {f"validation/{name}": value for name, value in metrics.items()}, self.state.step
         )
-        batch = to_device(next(iter(self.validation_loader)), self.task.schemas, self.accelerator.device)
+        batch = to_device(next(iter(self.validation_loader)), self.task.modalities, self.accelerator.device)
         generator = torch.Generator(self.accelerator.device).manual_seed(self.config.seed)
         with evaluation_mode(self.module):
             preview = self.task.show(batch, SHOWN_SAMPLES, generator)
@@ -246,7 +246,7 @@ class Trainer:
         return collect_records(
             self.accelerator,
             self.module,
-            self.task.schemas,
+            self.task.modalities,
             self._validation_batches(),
             self.config.seed,
             max_batches,

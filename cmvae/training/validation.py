@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from cmvae.data.batch import to_device
-from cmvae.data.index import ModalitySchema
+from cmvae.modalities import Modality
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
 from cmvae.utils.seeds import derive_seed
@@ -38,7 +38,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 def collect_records(
     accelerator: Accelerator,
     module: nn.Module,
-    schemas: Mapping[str, ModalitySchema],
+    modalities: Mapping[str, Modality],
     batches: Iterable[dict[str, Any]],
     seed: int,
     max_batches: int | None = None,
@@ -48,7 +48,7 @@ def collect_records(
     Args:
         accelerator: the ranks.
         module: the prepared task.
-        schemas: of the modalities that it reads.
+        modalities: those that it reads, by name.
         batches: equally many equally large batches on every rank, padding marked in `valid`.
         seed: of the noise, which is a function of (seed, position of the sample in the split): two
             validations differ by the model alone, whatever the number of ranks.
@@ -62,7 +62,7 @@ def collect_records(
     with evaluation_mode(module), torch.no_grad():
         for raw in itertools.islice(batches, max_batches):
             streams = {"seed": derive_seed(seed, "validation"), "place": raw["position"].tolist()}
-            batch = to_device(raw | streams, schemas, accelerator.device)
+            batch = to_device(raw | streams, modalities, accelerator.device)
             loss, report = module(batch)
             valid = batch["valid"]
             # The loss is a mean over the batch's valid samples: given to each, the split's mean is right.

@@ -15,9 +15,9 @@ from sklearn.cluster import KMeans
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from cmvae.data.index import ModalitySchema
 from cmvae.datasets.base import Sample
 from cmvae.datasets.writer import write_shards
+from cmvae.modalities import TextModality, VectorModality
 from cmvae.modalities.text import SPECIAL_TOKENS
 from cmvae.utils.errors import UserError
 
@@ -41,10 +41,8 @@ class Pairs:
     class_names = ("red", "green")
     settings: ClassVar = {}
     modalities: ClassVar = {
-        "sizes": ModalitySchema(
-            kind="vector", shape=(2,), dtype="float32", columns=("a", "b"), mean=(0.0, 0.0), std=(1.0, 1.0)
-        ),
-        "caption": ModalitySchema(kind="text", shape=(3,), dtype="int64", categories=WORDS),
+        "sizes": VectorModality(shape=(2,), columns=("a", "b"), mean=(0.0, 0.0), std=(1.0, 1.0)),
+        "caption": TextModality(shape=(3,), categories=WORDS),
     }
     split_sizes: ClassVar = {"train": 80, "validation": 8, "test": 40}
 

@@ -5,13 +5,13 @@ import torch
 from reference import ReferenceTask, build_reference_optimizer
 
 from cmvae.config import ModalityConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
-from cmvae.data.index import ModalitySchema
+from cmvae.modalities import ImageModality
 from cmvae.models.cmvae import CMVAE, channels_last
 from cmvae.training.optimization import build_optimizer
 from cmvae.training.tasks import CMVAETask
 
 NAMES = ("a", "b", "c")
-SCHEMA = ModalitySchema(kind="image", shape=(3, 16, 16), dtype="uint8")
+MODALITY = ImageModality(shape=(3, 16, 16))
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ def test_loss_and_gradients_are_those_of_the_library(objective, names):
     torch.manual_seed(0)
     modalities = {name: ModalityConfig(width=4) for name in names}
     config = ModelConfig(shared_dim=5, private_dim=4, num_clusters=6, modalities=modalities)
-    model = CMVAE(config, dict.fromkeys(names, SCHEMA))
+    model = CMVAE(config, dict.fromkeys(names, MODALITY))
     batch = {name: torch.rand(7, 3, 16, 16) for name in names}
     batch |= {"valid": torch.ones(7, dtype=torch.bool), "mask": torch.ones(7, len(names), dtype=torch.bool)}
     batch |= {"seed": 0, "place": range(7)}
@@ -44,7 +44,7 @@ def test_loss_and_gradients_are_those_of_the_library(objective, names):
 
 def test_upsampling_comes_before_convolving_and_pooling_after_it():
     config = ModelConfig(modalities={"a": ModalityConfig(width=4)}, num_clusters=2)
-    reference = ReferenceTask(CMVAE(config, {"a": SCHEMA}), ObjectiveConfig())
+    reference = ReferenceTask(CMVAE(config, {"a": MODALITY}), ObjectiveConfig())
     kinds = [type(module).__name__ for module in reference.model.modules()]
     # Two halvings, in a decoder and in two trunks of an encoder.
     assert (kinds.count("Upsample"), kinds.count("AvgPool2d")) == (2, 4)

@@ -13,7 +13,8 @@ from commands import ROOT
 from refining import make_refiner
 
 from cmvae.config import ModalityConfig, ModelConfig, RefinerExperiment, save_config
-from cmvae.data.index import ModalitySchema, ShardIndex
+from cmvae.data.index import ShardIndex
+from cmvae.modalities import ImageModality
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.export import weights_sha256
 
@@ -35,8 +36,8 @@ def make_run(experiment, digits_shards, tmp_path) -> Callable[..., Path]:
             num_clusters=6,
             modalities={n: ModalityConfig(width=2) for n in names},
         )
-        schema = ModalitySchema(kind="image", shape=(3, size, size), dtype="uint8")
-        model = CMVAE(model_config, dict.fromkeys(names, schema))
+        modality = ImageModality(shape=(3, size, size))
+        model = CMVAE(model_config, dict.fromkeys(names, modality))
         model.cluster_prior.active.copy_(torch.tensor([0, 1, 0, 1, 0, 1], dtype=torch.bool))
         run = tmp_path / "runs" / "-".join([*names, str(size)])
         model.save_pretrained(run / "export")
@@ -52,8 +53,8 @@ def make_refiner_run(make_run, experiment, tmp_path) -> Callable[..., tuple[Path
 
     def make() -> tuple[Path, Path]:
         cmvae, run = make_run(), tmp_path / "runs" / "refiner"
-        schemas = CMVAE.from_pretrained(cmvae / "export").schemas
-        refiner = make_refiner(schemas, weights_sha256(cmvae / "export"), conditioning={"latent": True})
+        modalities = CMVAE.from_pretrained(cmvae / "export").modalities
+        refiner = make_refiner(modalities, weights_sha256(cmvae / "export"), conditioning={"latent": True})
         settings = {key: getattr(experiment(), key) for key in ("data", "train", "evaluation", "tracking")}
         config = RefinerExperiment(
             name="refiner", output_dir=run, cmvae=cmvae, refiner=refiner.config, **settings

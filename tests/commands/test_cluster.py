@@ -13,10 +13,10 @@ import pytest
 from commands import ROOT, run_command
 
 from cmvae.clustering import responsibilities, vote
-from cmvae.data.index import ModalitySchema
 from cmvae.data.reader import EvaluationLoader
 from cmvae.datasets.base import Sample
 from cmvae.datasets.writer import write_shards
+from cmvae.modalities import ImageModality
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.encoding import all_log_weights, encode_split
 
@@ -162,9 +162,7 @@ class Gaps:
     """Random pictures without labels; sample i has those modalities whose bit is set in i, the last none."""
 
     name, class_names, settings = "gaps", None, {}
-    modalities = dict.fromkeys(
-        ("m0", "m1", "m2"), ModalitySchema(kind="image", shape=(3, 16, 16), dtype="uint8", optional=True)
-    )
+    modalities = dict.fromkeys(("m0", "m1", "m2"), ImageModality(shape=(3, 16, 16), optional=True))
     split_sizes = {"test": 8}  # noqa: RUF012
 
     def sample(self, split, index):

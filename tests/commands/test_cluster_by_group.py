@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from cmvae.clustering import joint_location, responsibilities
-from cmvae.data.index import ModalitySchema
 from cmvae.data.reader import EvaluationLoader
 from cmvae.datasets.base import Sample
 from cmvae.datasets.writer import write_shards
+from cmvae.modalities import ImageModality
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.encoding import all_log_weights, encode_split
 
@@ -26,9 +26,7 @@ class Birds:
     """
 
     name, class_names, settings = "birds", None, {}
-    modalities = dict.fromkeys(
-        NAMES, ModalitySchema(kind="image", shape=(3, 16, 16), dtype="uint8", optional=True)
-    )
+    modalities = dict.fromkeys(NAMES, ImageModality(shape=(3, 16, 16), optional=True))
     split_sizes = {"train": 14, "test": 6}  # noqa: RUF012
 
     def sample(self, split, index):

@@ -16,10 +16,10 @@ import torch
 from handmade_shards import SHAPES, members_of, picture, png, write_index, write_tar
 from PIL import Image
 
-from cmvae import modalities as kinds
 from cmvae.data import reader
 from cmvae.data.plan import TrainingPlan
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
+from cmvae.modalities import ImageModality
 from cmvae.utils.errors import UserError
 
 SIZES = [7, 11, 3, 9, 13, 5]
@@ -104,11 +104,11 @@ def decoded(monkeypatch):
     """Grows by one with every image that the reader decodes in this process."""
     decoded = []
 
-    def counting(self, content, schema, decode=kinds.Image.decode):
-        decoded.append(schema)
-        return decode(self, content, schema)
+    def counting(self, content, decode=ImageModality.decode):
+        decoded.append(self)
+        return decode(self, content)
 
-    monkeypatch.setattr(kinds.Image, "decode", counting)
+    monkeypatch.setattr(ImageModality, "decode", counting)
     return decoded
 
 

@@ -141,8 +141,8 @@ def test_modalities_are_missing_as_often_as_asked_and_never_all(source, share):
         for name, image in kept.items():
             np.testing.assert_array_equal(image, source.sample(split, 7).values[name])
     assert all(len(sparse.sample("test", index).values) == 3 for index in range(100))
-    assert all(schema.optional for schema in sparse.modalities.values())
-    assert not any(schema.optional for schema in source.modalities.values())
+    assert all(modality.optional for modality in sparse.modalities.values())
+    assert not any(modality.optional for modality in source.modalities.values())
 
 
 def test_more_missing_leaves_out_the_same_and_more():

@@ -48,7 +48,7 @@ def test_files_of_the_same_name_are_one_sample(root, capsys):
     assert "left alone: 1 .md" in told
     assert "photos is missing in 10 of 40" in told
     index = write_shards(source, root / "out")
-    assert {name: schema.kind for name, schema in index.modalities.items()} == {
+    assert {name: modality.kind for name, modality in index.modalities.items()} == {
         "photos": "image", "notes": "text", "spectra": "vector"
     }  # fmt: skip
     assert index.modalities["spectra"].shape == (6,)

@@ -26,8 +26,8 @@ def checkout(tmp_path_factory):
         if path == REGISTRY:
             registry = (folder / path).read_text(encoding="utf-8")
             import_line, entry = text.strip("\n").split("\n\n")
-            head, brace, tail = registry.partition("KINDS: dict[str, Kind] = {\n")
-            (folder / path).write_text(f"{head}{import_line}\n\n{brace}{entry}\n{tail}", encoding="utf-8")
+            head, start, tail = registry.partition("AnyModality = Annotated[\n")
+            (folder / path).write_text(f"{head}{import_line}\n\n{start}{entry}\n{tail}", encoding="utf-8")
         elif language != "bash":
             assert not (folder / path).exists(), "a new kind changes no other file"
             (folder / path).write_text(text, encoding="utf-8")

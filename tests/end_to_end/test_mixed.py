@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from commands import ROOT
-from mixed import SCHEMAS, VOCABULARY, Mixed
+from mixed import MODALITIES, VOCABULARY, Mixed
 
 from cmvae.datasets.writer import write_shards
 
@@ -49,7 +49,7 @@ def train(folder):
                     "shared_dim": 4,
                     "private_dim": 3,
                     "num_clusters": 6,
-                    "modalities": {name: {"width": 8} for name in SCHEMAS},
+                    "modalities": {name: {"width": 8} for name in MODALITIES},
                 },
                 "train": {"batch_size": 24, "max_steps": 8},
             }
@@ -107,14 +107,14 @@ def test_everything_is_evaluated_that_can_be(folder):
         "probe", "text",
     }  # fmt: skip
     matrix = {tuple(name.split("/")[2:]) for name in metrics if name.startswith("coherence/matrix/")}
-    assert matrix == {(source, target) for source in SCHEMAS for target in ("photo", "caption")}
+    assert matrix == {(source, target) for source in MODALITIES for target in ("photo", "caption")}
     assert protocol["classifier.accuracy.caption"] > 0.95
     for name in ("sizes", "marks", "habitat"):
         assert "a source only" in protocol["left_out"][f"coherence/{name}"]
         assert "distances are between images" in protocol["left_out"][f"frechet/{name}"]
-    there = {name: sum(name in Mixed(0.3).sample("test", n).values for n in range(60)) for name in SCHEMAS}
-    assert {name: protocol[f"generative.num_samples.{name}"] for name in SCHEMAS} == there
-    assert {name: protocol[f"probe.test_samples.{name}"] for name in SCHEMAS} == there
+    there = {name: sum(name in Mixed(0.3).sample("test", n).values for n in range(60)) for name in MODALITIES}
+    assert {name: protocol[f"generative.num_samples.{name}"] for name in MODALITIES} == there
+    assert {name: protocol[f"probe.test_samples.{name}"] for name in MODALITIES} == there
     figures = {path.stem for path in (folder / "run/evaluation/figures").iterdir()}
     assert figures >= {"cross_modal", "cluster_samples", "latent_map", "coherence_matrix"}
 
@@ -151,7 +151,7 @@ def test_anything_is_generated_from_anything(folder, tmp_path):
     out = tmp_path / "out"
     run("launch/generate.py", folder / "run", "--given", "caption,sizes", "--num", 12, "--out", out)
     samples = [n for n in range(60) if {"caption", "sizes"} & set(Mixed(0.3).sample("test", n).values)]
-    tables = {name: read(out / f"{name}.csv") for name in SCHEMAS if name != "photo"}
+    tables = {name: read(out / f"{name}.csv") for name in MODALITIES if name != "photo"}
     names = [row["name"] for row in tables["caption"]]
     assert 0 < len(names) <= 12
     assert {int(name.rpartition("-")[2]) for name in names} <= set(samples)
@@ -172,14 +172,14 @@ def test_a_refiner_refines_the_images_and_leaves_the_rest(folder, tmp_path):
     for name in ("run", "refined"):
         run("launch/generate.py", folder / name, *arguments, "--out", tmp_path / name)
     before, after = (tmp_path / name for name in ("run", "refined"))
-    for name in SCHEMAS:
+    for name in MODALITIES:
         if name != "photo":
             assert (before / f"{name}.csv").read_text() == (after / f"{name}.csv").read_text()
     for path in (before / "photo").iterdir():
         assert path.read_bytes() != (after / "photo" / path.name).read_bytes()
     run("launch/evaluate.py", folder / "refined", "metrics=[coherence,frechet,text]")
     metrics = json.loads((folder / "refined/evaluation/metrics.json").read_text())
-    for source in SCHEMAS:
+    for source in MODALITIES:
         name = f"coherence/matrix/{source}/caption"
         assert metrics[name] == metrics[f"refined/{name}"]
     assert metrics["frechet/classifier/unconditional"] != metrics["refined/frechet/classifier/unconditional"]
@@ -192,5 +192,5 @@ def test_clusters_come_with_their_gaps(folder, tmp_path):
     )
     for row in read(tmp_path / "t.csv"):
         there = Mixed(0.3).sample("test", int(row["key"].rpartition("-")[2])).values
-        assert {name for name in SCHEMAS if row[f"{name}_cluster"]} == set(there)
+        assert {name for name in MODALITIES if row[f"{name}_cluster"]} == set(there)
         assert row["cluster"] in {row[f"{name}_cluster"] for name in there}

@@ -9,13 +9,13 @@ from linear_model import linear_model
 from made_up_context import make_context
 
 from cmvae.config import ClustersConfig, ModalityConfig, ModelConfig
-from cmvae.data.index import ModalitySchema
 from cmvae.evaluation.clustering import (
     AGREEMENT,
     evaluate_clustering,
     evaluate_clusters,
     modality_subsets,
 )
+from cmvae.modalities import ImageModality
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.encoding import (
     EncodedSplit,
@@ -26,7 +26,7 @@ from cmvae.models.encoding import (
 )
 from cmvae.utils.errors import UserError
 
-SCHEMA = ModalitySchema(kind="image", shape=(1, 8, 8), dtype="uint8")
+MODALITY = ImageModality(shape=(1, 8, 8))
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def model():
     torch.manual_seed(0)
     modalities = {name: ModalityConfig(width=2) for name in ("a", "b")}
     config = ModelConfig(shared_dim=3, private_dim=2, num_clusters=4, modalities=modalities)
-    return CMVAE(config, dict.fromkeys(modalities, SCHEMA)).eval()
+    return CMVAE(config, dict.fromkeys(modalities, MODALITY)).eval()
 
 
 def raw_batch(seed, valid):

@@ -110,8 +110,8 @@ def test_an_export_with_a_missing_file_is_named_and_the_last_evaluation_stays(ru
 def test_data_of_another_shape_is_refused(tmp_path, run):
     class Wider(Quadrants):
         modalities: ClassVar = {
-            name: schema.model_copy(update={"shape": (schema.shape[0], 8, 16)})
-            for name, schema in Quadrants.modalities.items()
+            name: modality.model_copy(update={"shape": (modality.shape[0], 8, 16)})
+            for name, modality in Quadrants.modalities.items()
         }
 
         def sample(self, split, index):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from made_up_context import make_context
-from mixed import COLOURS, SCHEMAS, VOCABULARY, Mixed, MixedOracle, encode_words, mixed_batch
+from mixed import COLOURS, MODALITIES, VOCABULARY, Mixed, MixedOracle, encode_words, mixed_batch
 from sklearn.metrics import f1_score
 
 from cmvae.evaluation.text import (
@@ -21,7 +21,7 @@ from cmvae.evaluation.text import (
 )
 from cmvae.utils.errors import UserError
 
-CAPTION = SCHEMAS["caption"]
+CAPTION = MODALITIES["caption"]
 
 
 @pytest.fixture
@@ -31,17 +31,17 @@ def data():
 
 def test_tokens_count_up_to_the_end_of_the_real_text():
     real = np.stack([encode_words(["a", "red", "bird"]), encode_words(["the", "fish"])])
-    assert token_accuracy(real, real, CAPTION) == 1
+    assert token_accuracy(real, real) == 1
     generated = real.copy()
     # What fills up does not count, what comes too early does, and an end that is missing.
     generated[:, 4:] = VOCABULARY.index("wings")
-    assert token_accuracy(generated, real, CAPTION) == 1
+    assert token_accuracy(generated, real) == 1
     generated[0, 3] = VOCABULARY.index("with")
-    assert token_accuracy(generated, real, CAPTION) == pytest.approx(6 / 7)
+    assert token_accuracy(generated, real) == pytest.approx(6 / 7)
     generated[1, 0] = VOCABULARY.index("a")
-    assert token_accuracy(generated, real, CAPTION) == pytest.approx(5 / 7)
+    assert token_accuracy(generated, real) == pytest.approx(5 / 7)
     full = np.full((1, 6), VOCABULARY.index("a"))
-    assert token_accuracy(full, full, CAPTION) == 1
+    assert token_accuracy(full, full) == 1
 
 
 def test_bleu_of_a_set_by_hand():
@@ -115,7 +115,7 @@ def test_the_classifier_reads_words_and_says_how_well(data):
     # Words in the wrong order are read all the same.
     texts.append(["with", "wings", "blue"])
     tokens = torch.from_numpy(np.stack([encode_words(words) for words in texts]))
-    assert classifier.read(tokens).tolist() == [2, 0, 1, 2]
+    assert classifier.classify(tokens).tolist() == [2, 0, 1, 2]
 
 
 def test_texts_that_do_not_tell_their_class_are_no_measure(data):

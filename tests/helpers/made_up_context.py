@@ -1,4 +1,4 @@
-"""Evaluations of batches that a test makes up, without shards."""
+"""Evaluation of tensors that a test provides, without shards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cmvae.models.cmvae import CMVAE
 
 @dataclass(frozen=True)
 class MadeUpContext(EvaluationContext):
-    """Reads `data` instead of shards: of each split the modalities and `label`, (N, ...) each."""
+    """Reads `data` instead of shards: per split the modalities and `label`, each (N, ...)."""
 
     data: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
@@ -35,7 +35,7 @@ def make_context(
     class_names: Sequence[str] | None = None,
     **settings: Any,
 ) -> MadeUpContext:
-    """An evaluation of `model` on `data`; without `label` every sample is unlabelled."""
+    """Context for an evaluation of `model` on `data`. Without `label`, samples are unlabelled."""
     filled = {}
     for split, values in data.items():
         num_samples = len(next(iter(values.values())))
@@ -47,7 +47,7 @@ def make_context(
         shard = ShardSchema(name=f"{split}.tar", num_samples=size, num_bytes=1, sha256="0" * 64)
         splits[split] = SplitSchema(num_samples=size, shards=(shard,))
     index = ShardIndex(
-        name="made up", source={}, modalities=model.schemas, class_names=class_names, splits=splits
+        name="made up", source={}, modalities=model.modalities, class_names=class_names, splits=splits
     )
     return MadeUpContext(
         model=model,

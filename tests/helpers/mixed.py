@@ -1,4 +1,4 @@
-"""A data set of all kinds, in which every modality tells the class, and which lacks some of its values."""
+"""A data set with all kinds of modalities, each of which shows the class, and with missing values."""
 
 from __future__ import annotations
 
@@ -9,40 +9,38 @@ import torch
 from torch import Tensor
 
 from cmvae.config import ModalityConfig, ModelConfig
-from cmvae.data.index import ModalitySchema
 from cmvae.datasets.base import Sample
-from cmvae.modalities import KINDS
+from cmvae.modalities import (
+    BinaryModality,
+    CategoricalModality,
+    ImageModality,
+    Modality,
+    TextModality,
+    VectorModality,
+)
 from cmvae.modalities.text import EOS, SPECIAL_TOKENS
 from cmvae.models.cmvae import CMVAE, Posterior
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220)}
 VOCABULARY = (*SPECIAL_TOKENS, "a", "the", "bird", "fish", "with", "wings", *COLOURS)
 LENGTH = 8
-SCHEMAS: Mapping[str, ModalitySchema] = {
-    "photo": ModalitySchema(kind="image", shape=(3, 8, 8), dtype="uint8", optional=True),
-    "caption": ModalitySchema(
-        kind="text", shape=(LENGTH,), dtype="int64", categories=VOCABULARY, optional=True
-    ),
-    "sizes": ModalitySchema(
-        kind="vector",
+MODALITIES: Mapping[str, Modality] = {
+    "photo": ImageModality(shape=(3, 8, 8), optional=True),
+    "caption": TextModality(shape=(LENGTH,), categories=VOCABULARY, optional=True),
+    "sizes": VectorModality(
         shape=(2,),
-        dtype="float32",
         columns=("wing", "beak"),
         mean=(50.0, 3.0),
         std=(20.0, 1.5),
         optional=True,
     ),
-    "marks": ModalitySchema(
-        kind="binary", shape=(3,), dtype="uint8", columns=("crest", "stripe", "spot"), optional=True
-    ),
-    "habitat": ModalitySchema(
-        kind="categorical", shape=(), dtype="int64", categories=("shore", "forest", "field"), optional=True
-    ),
+    "marks": BinaryModality(shape=(3,), columns=("crest", "stripe", "spot"), optional=True),
+    "habitat": CategoricalModality(categories=("shore", "forest", "field"), optional=True),
 }
 
 
 def encode_words(words: list[str]) -> np.ndarray:
-    """Words as they are stored: their places, `<eos>`, `<pad>`."""
+    """Stored form of words: token numbers, `<eos>`, `<pad>`."""
     places = [VOCABULARY.index(word) for word in [*words, EOS]]
     return np.array(places + [0] * (LENGTH - len(places)), dtype=np.int64)
 
@@ -51,13 +49,13 @@ class Mixed:
     """A source for `write_shards`: photographs, captions, sizes, marks and habitats of three classes.
 
     Args:
-        missing: share of values that are missing; every sample keeps one modality at least.
+        missing: share of missing values; every sample keeps at least one modality.
     """
 
     name = "mixed"
     class_names = tuple(COLOURS)
     settings: Mapping[str, str] = {}
-    modalities = SCHEMAS
+    modalities = MODALITIES
     split_sizes: Mapping[str, int] = {"train": 120, "validation": 24, "test": 60}
 
     def __init__(self, missing: float = 0.0) -> None:
@@ -81,28 +79,28 @@ class Mixed:
         there = rng.random(len(values)) >= self.missing
         there[rng.integers(len(values))] = True
         kept = [name for name, yes in zip(values, there, strict=True) if yes]
-        return Sample({name: values[name].astype(SCHEMAS[name].dtype) for name in kept}, label)
+        return Sample({name: values[name].astype(MODALITIES[name].dtype) for name in kept}, label)
 
 
 def mixed_model(num_clusters: int = 5, **modalities: ModalityConfig) -> CMVAE:
-    """An untrained model of all kinds."""
+    """An untrained model with all kinds of modalities."""
     torch.manual_seed(0)
-    tiny = {name: ModalityConfig(width=2) for name in SCHEMAS}
+    tiny = {name: ModalityConfig(width=2) for name in MODALITIES}
     config = ModelConfig(
         shared_dim=4, private_dim=3, num_clusters=num_clusters, modalities={**tiny, **modalities}
     )
-    return CMVAE(config, SCHEMAS).eval()
+    return CMVAE(config, MODALITIES).eval()
 
 
 class MixedOracle(CMVAE):
-    """Reads the class off every modality and makes values of it; `say` may twist it, by modality.
+    """Recognises the class from every modality and decodes it; `say` may change the class, per modality.
 
     Its texts are always "a COLOUR bird".
     """
 
     def __init__(self) -> None:
         model = mixed_model(num_clusters=len(COLOURS))
-        super().__init__(model.config, SCHEMAS)
+        super().__init__(model.config, MODALITIES)
         self.eval()
         self.say: dict[str, Callable[[Tensor], Tensor]] = {}
         with torch.no_grad():
@@ -142,13 +140,13 @@ class MixedOracle(CMVAE):
 
 
 def mixed_batch(source: Mixed, split: str) -> dict[str, Tensor]:
-    """A whole split as a model takes it, with `label` and `mask`."""
+    """A whole split as one batch of model inputs, with `label` and `mask`."""
     samples = [source.sample(split, index) for index in range(source.split_sizes[split])]
     batch = {}
-    for name, schema in SCHEMAS.items():
-        missing = np.zeros(schema.shape, schema.dtype)
+    for name, modality in MODALITIES.items():
+        missing = np.zeros(modality.shape, modality.dtype)
         stored = torch.from_numpy(np.stack([sample.values.get(name, missing) for sample in samples]))
-        batch[name] = KINDS[schema.kind].to_data(stored, schema)
+        batch[name] = modality.to_data(stored)
     batch["label"] = torch.tensor([sample.label for sample in samples])
-    batch["mask"] = torch.tensor([[name in sample.values for name in SCHEMAS] for sample in samples])
+    batch["mask"] = torch.tensor([[name in sample.values for name in MODALITIES] for sample in samples])
     return batch

@@ -1,4 +1,4 @@
-"""A data set that a tiny classifier reads perfectly: the class is the quadrant that is bright."""
+"""A data set that a tiny classifier solves perfectly: the class is the bright quadrant."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cmvae.data.index import ModalitySchema
 from cmvae.datasets.base import Sample
+from cmvae.modalities import ImageModality, Modality
 
 NUM_CLASSES = 4
 SHAPES = {"m0": (3, 8, 8), "m1": (1, 8, 8), "m2": (3, 8, 8)}
 
 
 def class_images(classes: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Float images (N, C, 8, 8): the quadrant of the class is bright."""
+    """Float images (N, C, 8, 8) in which the quadrant of the class is bright."""
     images = np.full((len(classes), *shape), 0.15, dtype=np.float32)
     for image, label in zip(images, classes, strict=True):
         top, left = 4 * (label // 2), 4 * (label % 2)
@@ -28,9 +28,7 @@ class Quadrants:
     name = "quadrants"
     class_names = ("nw", "ne", "sw", "se")
     settings: Mapping[str, str] = {}
-    modalities: Mapping[str, ModalitySchema] = {
-        name: ModalitySchema(kind="image", shape=shape, dtype="uint8") for name, shape in SHAPES.items()
-    }
+    modalities: Mapping[str, Modality] = {name: ImageModality(shape=shape) for name, shape in SHAPES.items()}
     split_sizes: Mapping[str, int] = {"train": 192, "validation": 8, "test": 90}
 
     def sample(self, split: str, index: int) -> Sample:
@@ -40,5 +38,5 @@ class Quadrants:
         for name, shape in SHAPES.items():
             clean = class_images(np.array([label]), shape)[0]
             images[name] = (255 * clean + rng.normal(0, 15, shape)).clip(0, 255).astype(np.uint8)
-        # Members have one class, and two ranks read some each.
+        # All samples of a group have the same class. With two ranks, each reads some of them.
         return Sample(images, label, group=f"group {index % 28}" if split == "test" else None)

@@ -1,4 +1,4 @@
-"""A tiny CMVAE and tiny refiners for it, untrained: what D-CMVAE is tested with."""
+"""A tiny untrained CMVAE and tiny untrained refiners, to test D-CMVAE."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cmvae.config import ModalityConfig, ModelConfig, RefinerConfig
-from cmvae.data.index import ModalitySchema
+from cmvae.modalities import ImageModality, Modality
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.refiner import Refiner
 
@@ -19,25 +19,25 @@ SHARED_DIM = 4
 NETWORK = {"channels": 8, "multipliers": [1, 2], "blocks": 1, "dropout": 0.0}
 
 
-def image_schema(*shape: int) -> ModalitySchema:
-    return ModalitySchema(kind="image", shape=shape, dtype="uint8")
+def image_modality(*shape: int) -> Modality:
+    return ImageModality(shape=shape)
 
 
-def make_cmvae(schemas: Mapping[str, ModalitySchema] | None = None, seed: int = 0) -> CMVAE:
-    """A CMVAE whose reconstructions show what they are made from, though it has learned nothing."""
-    schemas = schemas or dict.fromkeys(NAMES, image_schema(3, 8, 8))
+def make_cmvae(modalities: Mapping[str, Modality] | None = None, seed: int = 0) -> CMVAE:
+    """An untrained CMVAE whose reconstructions still depend on the input."""
+    modalities = modalities or dict.fromkeys(NAMES, image_modality(3, 8, 8))
     torch.manual_seed(seed)
     config = ModelConfig(
         shared_dim=SHARED_DIM,
         private_dim=3,
         num_clusters=5,
-        modalities={name: ModalityConfig(width=2) for name in schemas},
+        modalities={name: ModalityConfig(width=2) for name in modalities},
     )
-    return CMVAE(config, schemas).eval()
+    return CMVAE(config, modalities).eval()
 
 
 def make_config(**sections: Any) -> RefinerConfig:
-    """A refiner's settings: `make_config(diffusion={"prediction": "v"})` differs from tiny ones in that."""
+    """Tiny refiner settings with overrides per section, e.g. `make_config(diffusion={"prediction": "v"})`."""
     small: dict[str, Any] = {
         "network": NETWORK,
         "diffusion": {"num_timesteps": 20},
@@ -50,22 +50,22 @@ def make_config(**sections: Any) -> RefinerConfig:
 
 
 def make_refiner(
-    schemas: Mapping[str, ModalitySchema] | Sequence[str] = NAMES,
+    modalities: Mapping[str, Modality] | Sequence[str] = NAMES,
     cmvae_sha256: str = "0" * 64,
     seed: int = 0,
     autocast_dtype: torch.dtype | None = None,
     shared_dim: int = SHARED_DIM,
     **sections: Any,
 ) -> Refiner:
-    """An untrained refiner of 8×8 images, or of `schemas`, with the settings of `make_config`."""
-    if not isinstance(schemas, Mapping):
-        schemas = dict.fromkeys(schemas, image_schema(3, 8, 8))
+    """An untrained refiner with the settings of `make_config`; `modalities` given as names are 8×8 images."""
+    if not isinstance(modalities, Mapping):
+        modalities = dict.fromkeys(modalities, image_modality(3, 8, 8))
     torch.manual_seed(seed)
-    return Refiner(make_config(**sections), schemas, shared_dim, cmvae_sha256, autocast_dtype).eval()
+    return Refiner(make_config(**sections), modalities, shared_dim, cmvae_sha256, autocast_dtype).eval()
 
 
 class Told(nn.Module):
-    """In place of a denoiser: says that the clean image is what `think` makes of the reconstruction."""
+    """Replaces a denoiser and predicts `think(reconstruction)` as the clean image."""
 
     def __init__(self, think: Any = lambda reconstruction: reconstruction) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Told(nn.Module):
 
 
 def tell(refiner: Refiner, **arguments: Any) -> Refiner:
-    """Let a refiner that predicts images have `Told` for all its networks."""
+    """Replace all networks of a refiner that predicts images by `Told`."""
     assert refiner.config.diffusion.prediction == "sample"
     for group in refiner.denoisers:
         refiner.denoisers[group] = Told(**arguments)
@@ -92,7 +92,7 @@ def tell(refiner: Refiner, **arguments: Any) -> Refiner:
 
 
 def record_calls(refiner: Refiner) -> list[dict[str, Tensor]]:
-    """Every call of a denoiser from now on: its arguments by name, and its `output`."""
+    """Record all later calls of denoisers: arguments by name, and `output`."""
     calls: list[dict[str, Tensor]] = []
     names = ("noisy", "timesteps", "reconstruction", "modality", "shared", "present")
 
@@ -105,7 +105,7 @@ def record_calls(refiner: Refiner) -> list[dict[str, Tensor]]:
 
 
 def silence(refiner: Refiner) -> Refiner:
-    """Let every network predict zeros."""
+    """Make every network predict zeros."""
     for denoiser in refiner.denoisers.values():
         nn.init.zeros_(denoiser.unet.conv_out.weight)
         nn.init.zeros_(denoiser.unet.conv_out.bias)
@@ -113,5 +113,5 @@ def silence(refiner: Refiner) -> Refiner:
 
 
 def signal_power(num_timesteps: int) -> np.ndarray:
-    """ᾱ of DDPM's linear schedule, (T,), in double precision."""
+    """ᾱ of the linear schedule of DDPM, (T,), in double precision."""
     return np.cumprod(1 - np.linspace(1e-4, 0.02, num_timesteps))

@@ -8,19 +8,19 @@ from mixed import mixed_model
 
 from cmvae import CMVAE
 from cmvae.config import LikelihoodConfig, ModalityConfig, ModelConfig, load_config
-from cmvae.data.index import ModalitySchema
+from cmvae.modalities import ImageModality
 from cmvae.utils.errors import UserError
 
-IMAGE = ModalitySchema(kind="image", shape=(3, 8, 12), dtype="uint8")
-GREY = ModalitySchema(kind="image", shape=(1, 16, 16), dtype="uint8")
+IMAGE = ImageModality(shape=(3, 8, 12))
+GREY = ImageModality(shape=(1, 16, 16))
 
 
-def make_model(num_clusters=5, autocast_dtype=None, schemas=None, width=4):
-    schemas = schemas or {"a": IMAGE, "b": GREY}
-    modalities = {name: ModalityConfig(width=width, likelihood=LikelihoodConfig()) for name in schemas}
-    config = ModelConfig(shared_dim=6, private_dim=3, num_clusters=num_clusters, modalities=modalities)
+def make_model(num_clusters=5, autocast_dtype=None, modalities=None, width=4):
+    modalities = modalities or {"a": IMAGE, "b": GREY}
+    configs = {name: ModalityConfig(width=width, likelihood=LikelihoodConfig()) for name in modalities}
+    config = ModelConfig(shared_dim=6, private_dim=3, num_clusters=num_clusters, modalities=configs)
     torch.manual_seed(0)
-    return CMVAE(config, schemas, autocast_dtype).eval()
+    return CMVAE(config, modalities, autocast_dtype).eval()
 
 
 @pytest.fixture
@@ -78,15 +78,15 @@ def test_in_training_a_decoder_with_batch_norm_takes_all_at_once(monkeypatch):
 
 def test_polymnist_has_the_published_number_of_parameters():
     config = load_config("configs/polymnist.yaml").model
-    schema = ModalitySchema(kind="image", shape=(3, 28, 28), dtype="uint8")
-    model = CMVAE(config, dict.fromkeys(config.modalities, schema))
+    modality = ImageModality(shape=(3, 28, 28))
+    model = CMVAE(config, dict.fromkeys(config.modalities, modality))
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == pytest.approx(22.17e6, rel=1e-3)
 
 
 def test_images_must_halve_twice():
     with pytest.raises(UserError, match=r"'a'.*divisible by 4, not 8×10"):
-        make_model(schemas={"a": ModalitySchema(kind="image", shape=(3, 8, 10), dtype="uint8")})
+        make_model(modalities={"a": ImageModality(shape=(3, 8, 10))})
 
 
 def test_an_unknown_network_is_named():
@@ -118,7 +118,7 @@ def test_scales_of_the_prior_are_fixed_and_neutral():
 
 
 def test_one_modality_has_no_auxiliary_prior():
-    assert len(make_model(schemas={"a": IMAGE}).auxiliary_priors) == 0
+    assert len(make_model(modalities={"a": IMAGE}).auxiliary_priors) == 0
     assert len(make_model().auxiliary_priors) == 2
 
 

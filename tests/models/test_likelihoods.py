@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from cmvae.config import LikelihoodConfig
-from cmvae.data.index import ModalitySchema
-from cmvae.modalities import KINDS
+from cmvae.modalities import BinaryModality, CategoricalModality, ImageModality, TextModality, VectorModality
 from cmvae.modalities.text import SPECIAL_TOKENS
 from cmvae.models.likelihoods import LIKELIHOODS, likelihood_of
 from cmvae.models.objectives import data_log_prob
@@ -13,14 +12,14 @@ from cmvae.models.objectives import data_log_prob
 M, K, B, NUM_WORDS, SCALE = 2, 3, 4, 6, 0.3
 VOCABULARY = (*SPECIAL_TOKENS, *"abc")
 
-SCHEMAS = {
-    "image": ModalitySchema(kind="image", shape=(3, 2, 5), dtype="uint8"),
-    "text": ModalitySchema(kind="text", shape=(7,), dtype="int64", categories=VOCABULARY),
-    "vector": ModalitySchema(kind="vector", shape=(5,), dtype="float32", mean=(0.0,) * 5, std=(1.0,) * 5),
-    "binary": ModalitySchema(kind="binary", shape=(5,), dtype="uint8"),
-    "categorical": ModalitySchema(kind="categorical", shape=(), dtype="int64", categories=VOCABULARY),
+MODALITIES = {
+    "image": ImageModality(shape=(3, 2, 5)),
+    "text": TextModality(shape=(7,), categories=VOCABULARY),
+    "vector": VectorModality(shape=(5,), mean=(0.0,) * 5, std=(1.0,) * 5),
+    "binary": BinaryModality(shape=(5,)),
+    "categorical": CategoricalModality(categories=VOCABULARY),
 }
-CASES = [(kind, family) for kind in SCHEMAS for family in KINDS[kind].likelihoods]
+CASES = [(kind, family) for kind, modality in MODALITIES.items() for family in modality.likelihoods]
 
 
 def reference(family, parameters):
@@ -36,14 +35,14 @@ def reference(family, parameters):
 
 def made_up(kind, family):
     torch.manual_seed(0)
-    schema = SCHEMAS[kind]
-    parameters = 2 * torch.randn(M, K, B, *KINDS[kind].parameter_shape(schema), dtype=torch.float64)
+    modality = MODALITIES[kind]
+    parameters = 2 * torch.randn(M, K, B, *modality.parameter_shape, dtype=torch.float64)
     if family == "categorical":
-        data = torch.randint(NUM_WORDS, (B, *schema.shape))
+        data = torch.randint(NUM_WORDS, (B, *modality.shape))
     elif family == "bernoulli":
-        data = torch.randint(2, (B, *schema.shape)).double()
+        data = torch.randint(2, (B, *modality.shape)).double()
     else:
-        data = torch.rand(B, *schema.shape, dtype=torch.float64)
+        data = torch.rand(B, *modality.shape, dtype=torch.float64)
     return data, parameters.requires_grad_()
 
 
@@ -70,7 +69,7 @@ def test_values_and_gradients_equal_those_of_torch(kind, family):
 def test_a_sample_has_the_sum_over_its_elements(kind, family):
     data, parameters = made_up(kind, family)
     log_prob = data_log_prob(LIKELIHOODS[family], SCALE, data, parameters)
-    event = len(SCHEMAS[kind].shape)
+    event = len(MODALITIES[kind].shape)
     expected = torch.distributions.Independent(reference(family, parameters), event).log_prob(data)
     assert log_prob.shape == (M, K, B)
     torch.testing.assert_close(log_prob, expected)
@@ -93,17 +92,17 @@ def test_logits_far_out_stay_finite_in_single_precision():
 
 @pytest.mark.parametrize(("kind", "family"), CASES)
 def test_what_a_decoder_gives_becomes_data_of_the_kind(kind, family):
-    schema = SCHEMAS[kind]
+    modality = MODALITIES[kind]
     _, parameters = made_up(kind, family)
     data = LIKELIHOODS[family].to_data(parameters)
-    assert data.shape == (M, K, B, *schema.shape)
+    assert data.shape == (M, K, B, *modality.shape)
     density = reference(family, parameters)
     # `mean` of a categorical is not a number that means something; its mode is.
     torch.testing.assert_close(data, density.mode if family == "categorical" else density.mean)
 
 
 def test_a_family_is_chosen_by_the_kind_unless_the_config_says_one():
-    chosen = {kind: likelihood_of(LikelihoodConfig(), schema) for kind, schema in SCHEMAS.items()}
+    chosen = {kind: likelihood_of(LikelihoodConfig(), modality) for kind, modality in MODALITIES.items()}
     names = {likelihood: name for name, likelihood in LIKELIHOODS.items()}
     assert {kind: names[likelihood] for kind, likelihood in chosen.items()} == {
         "image": "laplace",
@@ -112,5 +111,5 @@ def test_a_family_is_chosen_by_the_kind_unless_the_config_says_one():
         "binary": "bernoulli",
         "categorical": "categorical",
     }
-    asked_for = likelihood_of(LikelihoodConfig(family="bernoulli"), SCHEMAS["image"])
+    asked_for = likelihood_of(LikelihoodConfig(family="bernoulli"), MODALITIES["image"])
     assert asked_for is LIKELIHOODS["bernoulli"]

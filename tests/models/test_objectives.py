@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cmvae.config import LikelihoodConfig, ModalityConfig, ModelConfig, ObjectiveConfig
-from cmvae.data.index import ModalitySchema
+from cmvae.modalities import ImageModality
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.likelihoods import LIKELIHOODS
 from cmvae.models.objectives import cluster_log_prob, data_log_prob, dreg, iwae
@@ -32,8 +32,8 @@ def make_task(num_modalities, family, objective, num_samples):
         for m in range(num_modalities)
     }
     config = ModelConfig(family=family, shared_dim=3, private_dim=2, num_clusters=C, modalities=modalities)
-    schema = ModalitySchema(kind="image", shape=(1, 4, 4), dtype="uint8")
-    model = CMVAE(config, dict.fromkeys(modalities, schema)).double()
+    modality = ImageModality(shape=(1, 4, 4))
+    model = CMVAE(config, dict.fromkeys(modalities, modality)).double()
     # The fixed scales were computed in fp32, whose rounding would be all that the comparison sees.
     model.cluster_prior.scale = model.family.scale_from_raw(torch.zeros(3, dtype=torch.float64))
     model.private_scale = model.family.scale_from_raw(torch.zeros(2, dtype=torch.float64))

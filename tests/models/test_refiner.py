@@ -8,7 +8,7 @@ import torch
 from refining import (
     NAMES,
     NETWORK,
-    image_schema,
+    image_modality,
     make_cmvae,
     make_config,
     make_refiner,
@@ -288,7 +288,7 @@ def test_networks_of_modalities_start_different_and_have_the_levels_that_are_ask
     assert [len(block.resnets) for block in first.down_blocks] == [2, 2, 2]
     assert [block.resnets[0].out_channels for block in first.down_blocks] == [8, 16, 24]
     assert {module.p for module in first.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
-    grey = make_refiner({"a": image_schema(1, 8, 16)})
+    grey = make_refiner({"a": image_modality(1, 8, 16)})
     refined = grey.refine({"a": torch.rand(2, 1, 8, 16)}, seeds=[1, 2])
     assert refined["a"].shape == (2, 1, 8, 16)
 
@@ -311,21 +311,21 @@ def test_networks_of_modalities_start_different_and_have_the_levels_that_are_ask
 )
 def test_networks_that_do_not_fit_the_images_are_refused_with_the_key(shape, network, expected):
     with pytest.raises(UserError, match=expected):
-        make_refiner({"a": image_schema(*shape)}, network=network)
+        make_refiner({"a": image_modality(*shape)}, network=network)
 
 
 def test_as_many_levels_as_the_refusal_allows_do_fit():
-    refiner = make_refiner({"a": image_schema(3, 28, 28)}, network={"multipliers": [1, 1, 1]})
+    refiner = make_refiner({"a": image_modality(3, 28, 28)}, network={"multipliers": [1, 1, 1]})
     assert refiner.refine({"a": torch.rand(1, 3, 28, 28)}, seeds=[0])["a"].shape == (1, 3, 28, 28)
 
 
 def test_shapes_that_differ_cannot_share_a_network():
-    schemas = {"a": image_schema(3, 8, 8), "b": image_schema(3, 8, 8), "c": image_schema(1, 8, 8)}
+    modalities = {"a": image_modality(3, 8, 8), "b": image_modality(3, 8, 8), "c": image_modality(1, 8, 8)}
     with pytest.raises(
         UserError, match=r"refiner\.sharing.*a is \(3, 8, 8\) and c is \(1, 8, 8\).*per_modality"
     ):
-        make_refiner(schemas, sharing="shared")
-    assert set(make_refiner(schemas).groups) == {"a", "b", "c"}
+        make_refiner(modalities, sharing="shared")
+    assert set(make_refiner(modalities).groups) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("sharing", SHARING)
@@ -341,7 +341,7 @@ def test_an_export_gives_the_same_refiner(tmp_path, images, shared, sharing):
     again = Refiner.from_pretrained(tmp_path / "export")
     assert not again.training
     assert again.config == refiner.config
-    assert again.schemas == refiner.schemas
+    assert again.modalities == refiner.modalities
     assert again.modality_names == names
     assert (again.shared_dim, again.cmvae_sha256) == (4, "12" * 32)
     one, other = (r.refine(images, shared, seeds=range(5)) for r in (refiner, again))

@@ -8,14 +8,14 @@ import torch
 
 from cmvae.clustering import find_cluster_means
 from cmvae.config import AlignmentConfig, ModalityConfig, ModelConfig, ObjectiveConfig
-from cmvae.data.index import ModalitySchema
+from cmvae.modalities import ImageModality, TextModality
 from cmvae.modalities.text import SPECIAL_TOKENS
 from cmvae.models.cmvae import CMVAE
 from cmvae.training.cmvae_task import fill_missing
 from cmvae.training.tasks import CMVAETask
 from cmvae.utils.seeds import sample_generators
 
-SCHEMA = ModalitySchema(kind="image", shape=(3, 8, 8), dtype="uint8")
+MODALITY = ImageModality(shape=(3, 8, 8))
 NAMES = ("a", "b", "c")
 
 
@@ -29,7 +29,7 @@ def make_task(
         num_clusters=6,
         modalities={name: ModalityConfig(width=4) for name in names},
     )
-    model = CMVAE(config, dict.fromkeys(names, SCHEMA), autocast_dtype)
+    model = CMVAE(config, dict.fromkeys(names, MODALITY), autocast_dtype)
     objective = ObjectiveConfig(
         num_samples=num_samples,
         beta=1.5,
@@ -105,14 +105,12 @@ def test_decoding_in_parts_changes_nothing_but_what_is_kept(batch, name):
 
 
 def test_decoders_with_batch_norm_are_never_decoded_in_parts():
-    schema = ModalitySchema(
-        kind="text", shape=(8,), dtype="int64", categories=(*SPECIAL_TOKENS, "red", "blue")
-    )
+    modality = TextModality(shape=(8,), categories=(*SPECIAL_TOKENS, "red", "blue"))
     config = ModelConfig(
         shared_dim=5, private_dim=4, num_clusters=6, modalities={"caption": ModalityConfig(width=4)}
     )
     torch.manual_seed(0)
-    task = CMVAETask(CMVAE(config, {"caption": schema}), ObjectiveConfig(num_samples=4, max_decoded=3))
+    task = CMVAETask(CMVAE(config, {"caption": modality}), ObjectiveConfig(num_samples=4, max_decoded=3))
     sizes = []
     task.model.decoders["caption"].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     ones = {"valid": torch.ones(2, dtype=torch.bool), "mask": torch.ones(2, 1, dtype=torch.bool)}
@@ -346,15 +344,15 @@ def test_missing_values_are_filled_in_turn_from_those_that_are_there():
 
 def test_batch_norm_sees_texts_that_are_there_only():
     vocabulary = (*SPECIAL_TOKENS, "red", "green", "blue")
-    schemas = {
-        "a": SCHEMA,
-        "text": ModalitySchema(kind="text", shape=(8,), dtype="int64", categories=vocabulary, optional=True),
+    modalities = {
+        "a": MODALITY,
+        "text": TextModality(shape=(8,), categories=vocabulary, optional=True),
     }
     config = ModelConfig(
-        shared_dim=3, private_dim=2, modalities={name: ModalityConfig(width=4) for name in schemas}
+        shared_dim=3, private_dim=2, modalities={name: ModalityConfig(width=4) for name in modalities}
     )
     torch.manual_seed(0)
-    model = CMVAE(config, schemas)
+    model = CMVAE(config, modalities)
     alone = copy.deepcopy(model.encoders["text"])
     texts = torch.randint(3, 6, (4, 8))
     batch = {

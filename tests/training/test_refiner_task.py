@@ -10,7 +10,7 @@ import torch
 from refining import (
     NAMES,
     NETWORK,
-    image_schema,
+    image_modality,
     make_cmvae,
     make_refiner,
     record_calls,
@@ -372,8 +372,8 @@ def test_an_export_holds_the_state_that_was_given(tmp_path):
 
 
 def test_modalities_of_unlike_shapes_are_refined_each_by_its_own_network():
-    schemas = {"a": image_schema(3, 8, 8), "b": image_schema(1, 8, 12)}
-    task = make_task(make_cmvae(schemas), schemas=schemas)
+    modalities = {"a": image_modality(3, 8, 8), "b": image_modality(1, 8, 12)}
+    task = make_task(make_cmvae(modalities), modalities=modalities)
     batch = {"a": torch.rand(5, 3, 8, 8), "b": torch.rand(5, 1, 8, 12), "valid": torch.ones(5).bool()}
     batch |= {"mask": torch.ones(5, 2, dtype=torch.bool), "seed": 0, "place": range(5)}
     loss, report, _ = run(task, batch)
@@ -382,4 +382,4 @@ def test_modalities_of_unlike_shapes_are_refined_each_by_its_own_network():
     )
     assert loss.isfinite()
     with pytest.raises(UserError, match=r"refiner\.sharing.*b is \(1, 8, 12\).*per_modality"):
-        make_refiner(schemas, sharing="shared", network=NETWORK)
+        make_refiner(modalities, sharing="shared", network=NETWORK)

@@ -70,14 +70,14 @@ def refiner_task(source):
     return RefinerTask(make_refiner(conditioning={"source": source}), make_cmvae())
 
 
-def stored_batch(schemas):
+def stored_batch(modalities):
     """Whole numbers are in the range of every kind."""
     torch.manual_seed(0)
     batch = {
-        name: torch.zeros(B, *schema.shape).to(getattr(torch, schema.dtype))
-        for name, schema in schemas.items()
+        name: torch.zeros(B, *modality.shape).to(getattr(torch, modality.dtype))
+        for name, modality in modalities.items()
     }
-    mask = torch.ones(B, len(schemas), dtype=torch.bool)
+    mask = torch.ones(B, len(modalities), dtype=torch.bool)
     mask[1, 0] = mask[2:4, 1] = False
     return batch | {"mask": mask, "valid": torch.ones(B, dtype=torch.bool), "seed": 0, "place": range(B)}
 
@@ -99,10 +99,10 @@ def test_no_update_waits(make_task, monkeypatch):
     )
     task = make_task().train()
     optimizer = build_optimizer(task, OptimizerConfig())
-    raw, accelerator, meter = stored_batch(task.schemas), Accelerator(cpu=True), Meter()
+    raw, accelerator, meter = stored_batch(task.modalities), Accelerator(cpu=True), Meter()
 
     def update():
-        loss, report = task(to_device(raw, task.schemas, torch.device("cpu")))
+        loss, report = task(to_device(raw, task.modalities, torch.device("cpu")))
         check = all_reduce_step_check(accelerator, loss, report, StopRequest())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(task.parameters(), 1.0)

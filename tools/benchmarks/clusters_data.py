@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cmvae.data.index import ModalitySchema, ShardIndex
-from cmvae.modalities import KINDS
+from cmvae.data.index import ShardIndex
+from cmvae.modalities import Modality
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
 
@@ -262,9 +262,9 @@ class FeatureReader:
         """Features of each modality by itself, dense, as methods for several views take them."""
         return [
             Features(*(dense(rows) for rows in self._plain(name)))
-            if schema.kind != "image"
+            if modality.kind != "image"
             else self.features(FeatureSet(name, COMPONENTS))
-            for name, schema in self.index.modalities.items()
+            for name, modality in self.index.modalities.items()
         ]
 
     def _make(self, wanted: FeatureSet) -> Features:
@@ -349,7 +349,7 @@ def read_rows(
     return Rows({name: np.concatenate(parts) for name, parts in values.items()}, np.concatenate(labels), keys)
 
 
-def plain_features(fitted: np.ndarray, placed: np.ndarray, schema: ModalitySchema) -> Features:
+def plain_features(fitted: np.ndarray, placed: np.ndarray, modality: Modality) -> Features:
     """One modality as k-means takes it; everything that is estimated comes from the fitted rows.
 
     Pixels from 0 to 1 as they are; TF-IDF of words; numbers and bits standardised; categories one-hot.
@@ -357,23 +357,22 @@ def plain_features(fitted: np.ndarray, placed: np.ndarray, schema: ModalitySchem
     Args:
         fitted: (N, *shape), as stored.
         placed: (M, *shape); may be the same array.
-        schema: of the modality.
+        modality: the modality.
     """
     import torch
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-    kind = KINDS[schema.kind]
-    if schema.kind == "text":
+    if modality.kind == "text":
         vectorizer = TfidfVectorizer(tokenizer=str.split, token_pattern=None, lowercase=False)
-        texts = [[kind.to_text(row, schema) for row in stored] for stored in (fitted, placed)]
+        texts = [[modality.describe(row) for row in stored] for stored in (fitted, placed)]
         return Features(vectorizer.fit_transform(texts[0]), vectorizer.transform(texts[1]))
-    if schema.kind == "categorical":
+    if modality.kind == "categorical":
         encoder = OneHotEncoder(handle_unknown="ignore").fit(fitted[:, None])
         return Features(encoder.transform(fitted[:, None]), encoder.transform(placed[:, None]))
-    data = (kind.to_data(torch.from_numpy(stored), schema) for stored in (fitted, placed))
+    data = (modality.to_data(torch.from_numpy(stored)) for stored in (fitted, placed))
     rows = [values.float().flatten(1).numpy() for values in data]
-    if schema.kind == "image":
+    if modality.kind == "image":
         return Features(rows[0], rows[1])
     scaler = StandardScaler().fit(rows[0])
     return Features(scaler.transform(rows[0]), scaler.transform(rows[1]))

@@ -122,7 +122,7 @@ def _mvlearn_spectral(reader: FeatureReader, wanted: FeatureSet, num_clusters: i
 
 
 def _note_of_images(reader: FeatureReader) -> str:
-    has_images = any(schema.kind == "image" for schema in reader.index.modalities.values())
+    has_images = any(modality.kind == "image" for modality in reader.index.modalities.values())
     return f"the first {PRINCIPAL_COMPONENTS} principal components of images" if has_images else ""
 
 

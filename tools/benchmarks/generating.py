@@ -12,7 +12,7 @@ from cmvae.config import CMVAEExperiment, RefinerExperiment, load_run_config
 from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
 from cmvae.distributed import start_evaluation_accelerator
-from cmvae.evaluation.result import GroupResult
+from cmvae.evaluation.report import GroupResult
 from cmvae.evaluation.run import evaluate_groups, load_context
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.dcmvae import DCMVAE
@@ -70,7 +70,7 @@ def refining_job(run: str, overrides: list[str], num_images: int) -> Job:
         raise UserError(f"{run}: the run of a CMVAE, which refines nothing. Give that of its refiner")
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     both = DCMVAE.from_run(config, Path(run), device)
-    images = list(both.refiner.schemas)
+    images = list(both.refiner.modalities)
     each = -(-num_images // len(images))
     latents = both.cmvae.sample_latents(each, generator=torch.Generator(device).manual_seed(config.seed))
     blurred = both.cmvae.decode(latents.shared, {name: latents.private[name] for name in images})

@@ -107,7 +107,7 @@ def write_folder(shards: str, folder: Path, num_samples: int) -> float:
         UserError: a modality is no image.
     """
     index = ShardIndex.load(shards)
-    others = [name for name, schema in index.modalities.items() if schema.kind != "image"]
+    others = [name for name, modality in index.modalities.items() if modality.kind != "image"]
     if others:
         raise UserError(
             f"{shards}: {', '.join(others)}: no images. Compare reading with a data set of images"

@@ -46,22 +46,35 @@ class PlainImageDecoder(nn.Module):
         return self.layers(maps.contiguous())
 
 
+class _PlainUpsampledBlock(ResidualBlock):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels)
+        self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.upsample(x))
+
+
+class _PlainPooledBlock(ResidualBlock):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels)
+        self.pool = nn.AvgPool2d(3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(super().forward(x))
+
+
+_PLAIN = {UpsampledResidualBlock: _PlainUpsampledBlock, PooledResidualBlock: _PlainPooledBlock}
+
+
 def plain_layers(layers: nn.Sequential) -> nn.Sequential:
-    """The same layers and weights, where a block upsamples before its convolutions and pools after them."""
-    plain: list[nn.Module] = []
-    for layer in layers:
-        if isinstance(layer, UpsampledResidualBlock):
-            plain += [nn.Upsample(scale_factor=2, mode="nearest"), _plain_block(layer)]
-        elif isinstance(layer, PooledResidualBlock):
-            plain += [_plain_block(layer), nn.AvgPool2d(3, stride=2, padding=1)]
-        else:
-            plain.append(layer)
-    return nn.Sequential(*plain)
+    """The same layers and weights, but blocks upsample before their convolutions and pool after them."""
+    return nn.Sequential(*(_plain_block(layer) if type(layer) in _PLAIN else layer for layer in layers))
 
 
-def _plain_block(block: UpsampledResidualBlock | PooledResidualBlock) -> ResidualBlock:
-    first, second = (cast(nn.Conv2d, block.branch[place]) for place in (1, 3))
-    plain = ResidualBlock(first.in_channels, second.out_channels)
+def _plain_block(block: nn.Module) -> ResidualBlock:
+    first, second = (cast(nn.Conv2d, cast(nn.Sequential, block.branch)[place]) for place in (1, 3))
+    plain = _PLAIN[type(block)](first.in_channels, second.out_channels)
     plain.load_state_dict(block.state_dict())
     return plain
 
@@ -75,7 +88,7 @@ class ReferenceTask(CMVAETask):
     """
 
     def __init__(self, model: CMVAE, objective: ObjectiveConfig) -> None:
-        plain = CMVAE(model.config, model.schemas)
+        plain = CMVAE(model.config, model.modalities)
         plain.load_state_dict(model.state_dict())
         for name, decoder in plain.decoders.items():
             if isinstance(decoder, ImageDecoder):

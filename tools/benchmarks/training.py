@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cmvae.config import CMVAEExperiment, load_config
 from cmvae.data.batch import to_device
-from cmvae.data.index import ModalitySchema, ShardIndex
+from cmvae.data.index import ShardIndex
 from cmvae.data.reader import TrainingLoader
+from cmvae.modalities import ImageModality, Modality
 from cmvae.models.cmvae import CMVAE, channels_last
 from cmvae.models.networks import IMAGE_NETWORKS
 from cmvae.models.precision import AUTOCAST_DTYPES, Precision, network_precision
@@ -68,13 +69,13 @@ def update_job(
     torch.manual_seed(config.seed)
     names = list(config.model.modalities)
     if read:
-        schemas: Mapping[str, ModalitySchema] = ShardIndex.load(config.data.shards).modalities
+        modalities: Mapping[str, Modality] = ShardIndex.load(config.data.shards).modalities
         batches = read_forever(config, names)
     else:
-        schemas = _made_up_schemas(config, image_size)
-        batches = _repeat_random(config, schemas)
+        modalities = _made_up_modalities(config, image_size)
+        batches = _repeat_random(config, modalities)
     precision = "fp32" if reference else network_precision(config.train.mixed_precision, device)
-    model = CMVAE(config.model, schemas, AUTOCAST_DTYPES[precision])
+    model = CMVAE(config.model, modalities, AUTOCAST_DTYPES[precision])
     build = build_optimizer
     if reference:
         # Only here: another checkout, whose code is timed, may lack what it builds on.
@@ -99,7 +100,7 @@ def update_job(
             started = time.perf_counter()
             raw = next(batches)
             waited[0] += time.perf_counter() - started
-            loss, _ = task(to_device(raw, task.schemas, device))
+            loss, _ = task(to_device(raw, task.modalities, device))
             loss.backward()
             if config.optimizer.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(task.parameters(), config.optimizer.max_grad_norm)
@@ -182,7 +183,7 @@ def _with_modalities(config: CMVAEExperiment, synthetic: int | None) -> CMVAEExp
     return config.model_copy(update={"model": model})
 
 
-def _made_up_schemas(config: CMVAEExperiment, image_size: int) -> dict[str, ModalitySchema]:
+def _made_up_modalities(config: CMVAEExperiment, image_size: int) -> dict[str, Modality]:
     others = [
         name for name, it in config.model.modalities.items() if it.network not in (None, *IMAGE_NETWORKS)
     ]
@@ -190,20 +191,19 @@ def _made_up_schemas(config: CMVAEExperiment, image_size: int) -> dict[str, Moda
         raise UserError(
             f"{', '.join(others)}: no images, so that nothing can be made up; read shards instead"
         )
-    schema = ModalitySchema(kind="image", shape=(3, image_size, image_size), dtype="uint8")
-    return dict.fromkeys(config.model.modalities, schema)
+    modality = ImageModality(shape=(3, image_size, image_size))
+    return dict.fromkeys(config.model.modalities, modality)
 
 
-def _repeat_random(
-    config: CMVAEExperiment, schemas: Mapping[str, ModalitySchema]
-) -> Iterator[dict[str, Any]]:
+def _repeat_random(config: CMVAEExperiment, modalities: Mapping[str, Modality]) -> Iterator[dict[str, Any]]:
     size = config.train.batch_size
     batch: dict[str, Any] = {
-        name: torch.randint(256, (size, *schema.shape), dtype=torch.uint8) for name, schema in schemas.items()
+        name: torch.randint(256, (size, *modality.shape), dtype=torch.uint8)
+        for name, modality in modalities.items()
     }
     batch |= {
         "valid": torch.ones(size, dtype=torch.bool),
-        "mask": torch.ones(size, len(schemas), dtype=torch.bool),
+        "mask": torch.ones(size, len(modalities), dtype=torch.bool),
         "seed": config.seed,
         "place": range(size),
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from cmvae.data.index import ModalitySchema
+from cmvae.modalities import Modality
 from cmvae.models.networks.bag_of_words import BagOfWordsEncoder
 from cmvae.models.networks.caption import CaptionDecoder, CaptionEncoder, check_caption
 from cmvae.models.networks.encoder import TwoTrunkEncoder
@@ -21,14 +21,14 @@ from cmvae.utils.errors import UserError
 class NetworkFamily:
     """An encoder, a decoder and the check of what they can be used for.
 
-    `encoder` and `decoder` are built from (schema, width, shared_dim, private_dim). The encoder takes data
+    `encoder` and `decoder` are built from (modality, width, shared_dim, private_dim). The encoder takes data
     (B, *shape), see `cmvae.modalities`, and returns loc and raw scale of q(z|x), then of q(w|x); the decoder
     takes (B, D_z + D_w) and returns the likelihood's parameters, (B, *parameter shape).
     """
 
-    encoder: Callable[[ModalitySchema, int, int, int], TwoTrunkEncoder]
-    decoder: Callable[[ModalitySchema, int, int, int], nn.Module]
-    check: Callable[[ModalitySchema, str], None]
+    encoder: Callable[[Modality, int, int, int], TwoTrunkEncoder]
+    decoder: Callable[[Modality, int, int, int], nn.Module]
+    check: Callable[[Modality, str], None]
 
 
 NETWORKS: dict[str, NetworkFamily] = {
@@ -44,16 +44,16 @@ IMAGE_NETWORKS = ("resnet", "strided")
 """Those that take images and nothing else."""
 
 
-def network_family(name: str, schema: ModalitySchema, modality: str) -> NetworkFamily:
-    """The family called `name`, checked against the modality that it is for.
+def network_family(network: str, modality: Modality, name: str) -> NetworkFamily:
+    """The family called `network`, checked against the modality that it is for.
 
     Raises:
         UserError: there is no such family, or it does not fit the modality.
     """
-    if name not in NETWORKS:
+    if network not in NETWORKS:
         raise UserError(
-            f"model.modalities.{modality}.network: no network {name!r}; known are {', '.join(NETWORKS)}"
+            f"model.modalities.{name}.network: no network {network!r}; known are {', '.join(NETWORKS)}"
         )
-    family = NETWORKS[name]
-    family.check(schema, modality)
+    family = NETWORKS[network]
+    family.check(modality, name)
     return family

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmvae.data.index import ModalitySchema
+from cmvae.modalities import Modality
 from cmvae.modalities.text import SPECIAL_TOKENS
 from cmvae.models.networks.caption import TokenEmbedding, embedding_dim, num_private_features, private_trunk
 from cmvae.models.networks.encoder import TwoTrunkEncoder
@@ -38,8 +38,8 @@ class BagOfWords(nn.Module):
 class BagOfWordsEncoder(TwoTrunkEncoder):
     """Tokens (B, L) int64: z is read from a bag of words, w from the embedded text."""
 
-    def __init__(self, schema: ModalitySchema, width: int, shared_dim: int, private_dim: int) -> None:
-        num_tokens, hidden = len(schema.categories or ()), _HIDDEN * width
+    def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
+        num_tokens, hidden = modality.num_categories, _HIDDEN * width
         super().__init__(
             shared_trunk=nn.Sequential(
                 BagOfWords(num_tokens, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
@@ -49,7 +49,7 @@ class BagOfWordsEncoder(TwoTrunkEncoder):
                 nn.Unflatten(1, (1, -1)),
                 *private_trunk(width),
             ),
-            num_features=(hidden, num_private_features(schema.shape[0], width)),
+            num_features=(hidden, num_private_features(modality.shape[0], width)),
             shared_dim=shared_dim,
             private_dim=private_dim,
         )

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmvae.data.index import ModalitySchema
+from cmvae.modalities import Modality
 from cmvae.models.networks.encoder import TwoTrunkEncoder
 from cmvae.models.networks.one_pixel import Conv2d, ConvTranspose2d
 from cmvae.utils.errors import UserError
@@ -93,8 +93,8 @@ def num_private_features(length: int, width: int) -> int:
 class CaptionEncoder(TwoTrunkEncoder):
     """Tokens (B, L) int64; both trunks read one embedding, that of z goes deeper."""
 
-    def __init__(self, schema: ModalitySchema, width: int, shared_dim: int, private_dim: int) -> None:
-        (length,), dim = schema.shape, embedding_dim(width)
+    def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
+        (length,), dim = modality.shape, embedding_dim(width)
         rows = length // 2**_HALVINGS
         super().__init__(
             # (1, L, E) → (16·width, L/8, E/32) for z, (4·width, L/8, E/8) for w.
@@ -114,7 +114,7 @@ class CaptionEncoder(TwoTrunkEncoder):
             shared_dim=shared_dim,
             private_dim=private_dim,
         )
-        self.embedding = TokenEmbedding(len(schema.categories or ()), dim)
+        self.embedding = TokenEmbedding(modality.num_categories, dim)
 
     def prepare(self, x: Tensor) -> Tensor:
         """As `TwoTrunkEncoder.prepare`: (B, 1, L, E)."""
@@ -124,9 +124,9 @@ class CaptionEncoder(TwoTrunkEncoder):
 class CaptionDecoder(nn.Module):
     """Separate stems for z and w, joined at (L/8, E/8), then up to a vector a position and logits of it."""
 
-    def __init__(self, schema: ModalitySchema, width: int, shared_dim: int, private_dim: int) -> None:
+    def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
         super().__init__()
-        (length,), dim = schema.shape, embedding_dim(width)
+        (length,), dim = modality.shape, embedding_dim(width)
         lowest = (length // 2**_HALVINGS, dim // 2**_EMBEDDING_HALVINGS)
         self.latent_dims = (shared_dim, private_dim)
         # (D, 1, 1) → (16·width, L/8, E/32) → (4·width, L/8, E/8)
@@ -149,7 +149,7 @@ class CaptionDecoder(nn.Module):
             ConvTranspose2d(width, 1, 4, stride=2, padding=1),
             nn.ReLU(),
         )
-        self.logits = nn.Linear(dim, len(schema.categories or ()))
+        self.logits = nn.Linear(dim, modality.num_categories)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Concatenated (z, w), (B, D_z + D_w), to logits (B, L, vocabulary)."""
@@ -158,22 +158,22 @@ class CaptionDecoder(nn.Module):
         return self.logits(self.layers(joined).squeeze(1))
 
 
-def check_caption(schema: ModalitySchema, modality: str) -> None:
+def check_caption(modality: Modality, name: str) -> None:
     """Refuse what is not text, or of a length that does not halve three times.
 
     Raises:
         UserError: it does not fit.
     """
-    if schema.kind != "text":
+    if modality.kind != "text":
         raise UserError(
-            f"model.modalities.{modality}.network: 'caption' takes text, not a modality of kind "
-            f"{schema.kind}; leave network out for what fits it"
+            f"model.modalities.{name}.network: 'caption' takes text, not a modality of kind "
+            f"{modality.kind}; leave network out for what fits it"
         )
     step = 2**_HALVINGS
-    (length,) = schema.shape
+    (length,) = modality.shape
     if length % step:
         raise UserError(
-            f"modality {modality!r}: network 'caption' halves a text three times, so its length must be a "
+            f"modality {name!r}: network 'caption' halves a text three times, so its length must be a "
             f"multiple of {step}, not {length}. Pack the data with {step * math.ceil(length / step)} tokens "
-            f"a text, or set model.modalities.{modality}.network to mlp"
+            f"a text, or set model.modalities.{name}.network to mlp"
         )

@@ -9,26 +9,21 @@ src/models/encoder_decoder_blocks/resnet_cub_image.py.
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
-from functools import lru_cache
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cmvae.data.index import ModalitySchema
-from cmvae.models.networks.convolutions import LeakyReLU, add_to_borders, box_mean, conv_transpose2d
+from cmvae.modalities import Modality
+from cmvae.models.networks.convolutions import Conv3x3, LeakyReLU, PooledConv, UpsampledConv
 from cmvae.models.networks.encoder import TwoTrunkEncoder
-from cmvae.models.networks.one_pixel import Conv2d, conv2d
+from cmvae.models.networks.one_pixel import Conv2d
 from cmvae.utils.errors import UserError
 
 LEAKY_SLOPE = 0.2
 # A residual branch starts small, so that a block is near the identity at initialisation.
 RESIDUAL_SCALE = 0.1
-# With fewer a CPU is faster when it convolves before it pools.
-_FEWEST_FILTERS = 24
 
 _MIN_HALVINGS = 2
 # Images of up to so many pixels a side halve twice, as those of PolyMNIST.
@@ -55,13 +50,6 @@ def _filters(width: int, halvings: int) -> list[int]:
     return [width * min(2**stage, 4) for stage in range(halvings + 1)]
 
 
-class Conv3x3(Conv2d):
-    """A 3×3 convolution, (B, C_in, H, W) to (B, C_out, H, W)."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
-
 class ResidualBlock(nn.Module):
     """(B, C_in, H, W) to (B, C_out, H, W): shortcut + 0.1 · (lrelu, conv, lrelu, conv)."""
 
@@ -73,82 +61,6 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block."""
         return torch.add(self.shortcut(x), self.branch(x), alpha=RESIDUAL_SCALE)
-
-
-class UpsampledConv(Conv3x3):
-    """Nearest ×2, then a 3×3 convolution: (B, C_in, H, W) to (B, C_out, 2H, 2W), with 4/9 of the operations.
-
-    The four pixels of an upsampled one are equal, so that the weights that meet it can be summed beforehand:
-    the same numbers come from one transposed convolution of stride 2, whose 4×4 kernel is the flipped 3×3
-    one summed over its four shifts. The 3×3 kernel stays the parameter.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Upsample and convolve."""
-        flipped = rearrange(self.weight, "o i h w -> i o h w").flip(2, 3)
-        shifts = [(left, 1 - left, top, 1 - top) for left in (0, 1) for top in (0, 1)]
-        kernel = torch.stack([F.pad(flipped, shift) for shift in shifts]).sum(0)
-        return conv_transpose2d(x, kernel, cast(Tensor, self.bias), stride=2, padding=1)
-
-
-class PooledConv(Conv3x3):
-    """A 3×3 convolution, then means of 3×3 pixels at every other: (B, C_in, H, W) to (B, C_out, H/2, W/2).
-
-    On a CPU with a quarter of the operations, and the same numbers: a mean and a convolution may change
-    places, and of a convolution behind the mean only every other pixel is wanted. At the border they differ:
-    the mean that comes last counts no pixels above the image, where a convolution of means would find some.
-    So for the first row of the result the image's first row is taken from the lower weights and given to the
-    upper ones, and for the first column likewise. H and W must be even, or the last ones would want it, too.
-
-    With few filters the dozen small operations at the border take longer than what they save; on a GPU, where
-    each of them is a launch, the plain order is taken, too.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve and pool."""
-        if x.device.type != "cpu" or self.in_channels < _FEWEST_FILTERS:
-            return F.avg_pool2d(super().forward(x), 3, stride=2, padding=1)
-        means, top, left = box_mean(x)
-        weight, bias = self.weight / 9, cast(Tensor, self.bias) / 9
-        to_top = rearrange(weight[:, :, 0] - weight[:, :, 2], "o i k -> (k i) o")
-        to_left = rearrange(weight[..., 0] - weight[..., 2], "o i k -> (k i) o")
-        # Of nine pixels a mean counts six at an edge, but four in the corner, which is of both edges.
-        missing = torch.full((top.shape[1] // 2, 1), 3.0, dtype=bias.dtype)
-        missing[0] = 2
-        return add_to_borders(
-            conv2d(means, self.weight, self.bias, stride=2, padding=1),
-            _meet_weights(top, mean_last=True) @ to_top - missing * bias,
-            _meet_weights(left, mean_last=False) @ to_left - 3 * bias,
-        )
-
-
-def _meet_weights(line: Tensor, mean_last: bool) -> Tensor:
-    """Sums of the pixels that each of three weights meets for every other place of a line.
-
-    Args:
-        line: (B, L, C).
-        mean_last: a convolution, then sums of three; else sums of three, then a convolution.
-
-    Returns:
-        (B, L/2, 3 C)
-    """
-    met = _met_by_weights(line.shape[1], mean_last).to(line.dtype)
-    return rearrange(met @ line, "b (l k) c -> b l (k c)", k=3)
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _met_by_weights(length: int, mean_last: bool) -> Tensor:
-    """`_meet_weights` as a matrix of zeros and ones, (L/2 · 3, L)."""
-
-    def windows(lines: Tensor, stride: int) -> Tensor:
-        """Three neighbours along the first axis, zeros beyond its ends, as a last axis."""
-        beyond = [0, 0] * (lines.ndim - 1) + [1, 1]
-        return F.pad(lines, beyond).unfold(0, 3, stride)
-
-    neighbours = windows(torch.eye(length), 1)
-    met = windows(neighbours, 2).sum(-1) if mean_last else windows(neighbours.sum(-1), 2)
-    return rearrange(met, "l x k -> (l k) x")
 
 
 class PooledResidualBlock(nn.Module):
@@ -207,11 +119,7 @@ class ImageTrunk(nn.Module):
         *pooled, last = itertools.pairwise([filters[0], *filters])
         layers: list[nn.Module] = [Conv3x3(channels, filters[0])]
         layers += [*(PooledResidualBlock(*way) for way in pooled), ResidualBlock(*last)]
-        # Exports know the weights by the places that they had when pooling was a layer of its own.
-        places = [0, *range(1, 2 * len(layers) - 1, 2)]
-        self.layers = nn.Sequential(
-            OrderedDict((str(place), layer) for place, layer in zip(places, layers, strict=True))
-        )
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features in the order (h, w, c): with channels-last maps that is no copy."""
@@ -221,8 +129,8 @@ class ImageTrunk(nn.Module):
 class ImageEncoder(TwoTrunkEncoder):
     """Images (B, C, H, W) in [0, 1]."""
 
-    def __init__(self, schema: ModalitySchema, width: int, shared_dim: int, private_dim: int) -> None:
-        channels, height, width_px = schema.shape
+    def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
+        channels, height, width_px = modality.shape
         halvings = num_halvings(height, width_px)
         filters = _filters(width, halvings)
         num_features = filters[-1] * (height >> halvings) * (width_px >> halvings)
@@ -242,9 +150,9 @@ class ImageEncoder(TwoTrunkEncoder):
 class ImageDecoder(nn.Module):
     """Latents (B, D_z + D_w) to the likelihood's parameters for an image (B, C, H, W)."""
 
-    def __init__(self, schema: ModalitySchema, width: int, shared_dim: int, private_dim: int) -> None:
+    def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
         super().__init__()
-        channels, height, width_px = schema.shape
+        channels, height, width_px = modality.shape
         halvings = num_halvings(height, width_px)
         filters = _filters(width, halvings)
         self.height, self.width_px = height >> halvings, width_px >> halvings
@@ -263,29 +171,29 @@ class ImageDecoder(nn.Module):
         return self.layers(maps)
 
 
-def check_image_size(schema: ModalitySchema, modality: str) -> None:
+def check_image_size(modality: Modality, name: str) -> None:
     """Refuse images that these networks cannot halve often enough.
 
     Raises:
         UserError: the modality is no image, its height or width is not divisible by 4, or what is left where
             a side is odd is too large.
     """
-    if len(schema.shape) != 3 or schema.categories is not None:
+    if len(modality.shape) != 3 or modality.num_categories:
         raise UserError(
-            f"model.modalities.{modality}.network: 'resnet' takes maps of (channels, height, width), not a "
-            f"modality of kind {schema.kind}; leave network out for what fits it"
+            f"model.modalities.{name}.network: 'resnet' takes maps of (channels, height, width), not a "
+            f"modality of kind {modality.kind}; leave network out for what fits it"
         )
-    _, height, width_px = schema.shape
+    _, height, width_px = modality.shape
     if height % 4 or width_px % 4:
         raise UserError(
-            f"modality {modality!r}: network 'resnet' halves an image twice or more, so height and width "
+            f"modality {name!r}: network 'resnet' halves an image twice or more, so height and width "
             f"must be divisible by 4, not {height}×{width_px}. Resize the images when packing"
         )
     halvings = num_halvings(height, width_px)
     rows, columns = height >> halvings, width_px >> halvings
     if max(rows, columns) > _MAX_LOWEST:
         raise UserError(
-            f"modality {modality!r}: network 'resnet' halves an image while both sides are even and above "
+            f"modality {name!r}: network 'resnet' halves an image while both sides are even and above "
             f"{_LOWEST}, which leaves {rows}×{columns} of {height}×{width_px}; more than {_MAX_LOWEST} a "
             "side are too many. Resize the images when packing, for example to 64×64 or 128×128"
         )

@@ -13,10 +13,10 @@ import itertools
 from einops import rearrange
 from torch import Tensor, nn
 
-from cmvae.data.index import ModalitySchema
-from cmvae.models.networks.convolutions import LeakyReLU
+from cmvae.modalities import Modality
+from cmvae.models.networks.convolutions import Conv3x3, LeakyReLU
 from cmvae.models.networks.encoder import TwoTrunkEncoder
-from cmvae.models.networks.image import LEAKY_SLOPE, Conv3x3, ResidualBlock
+from cmvae.models.networks.image import LEAKY_SLOPE, ResidualBlock
 from cmvae.utils.errors import UserError
 
 _STEM_STRIDE = 4
@@ -66,8 +66,8 @@ class _FlattenMap(nn.Module):
 class StridedImageEncoder(TwoTrunkEncoder):
     """Images (B, C, H, W) in [0, 1]."""
 
-    def __init__(self, schema: ModalitySchema, width: int, shared_dim: int, private_dim: int) -> None:
-        channels, height, width_px = schema.shape
+    def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
+        channels, height, width_px = modality.shape
         filters = _filters(height, width_px, width)
         stride = _stride(filters)
         num_features = filters[-1] * (height // stride) * (width_px // stride)
@@ -87,9 +87,9 @@ class StridedImageEncoder(TwoTrunkEncoder):
 class StridedImageDecoder(nn.Module):
     """Latents (B, D_z + D_w) to the likelihood's parameters for an image (B, C, H, W)."""
 
-    def __init__(self, schema: ModalitySchema, width: int, shared_dim: int, private_dim: int) -> None:
+    def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
         super().__init__()
-        channels, height, width_px = schema.shape
+        channels, height, width_px = modality.shape
         filters = _filters(height, width_px, width)
         self.height, self.width_px = (side // _stride(filters) for side in (height, width_px))
         self.stem = nn.Linear(shared_dim + private_dim, filters[-1] * self.height * self.width_px)
@@ -112,22 +112,22 @@ class StridedImageDecoder(nn.Module):
         return self.layers(maps)
 
 
-def check_strided_size(schema: ModalitySchema, modality: str) -> None:
+def check_strided_size(modality: Modality, name: str) -> None:
     """Refuse what is no image, or one whose sides these networks cannot divide.
 
     Raises:
         UserError: it does not fit.
     """
-    if len(schema.shape) != 3 or schema.categories is not None:
+    if len(modality.shape) != 3 or modality.num_categories:
         raise UserError(
-            f"model.modalities.{modality}.network: 'strided' takes images, not a modality of kind "
-            f"{schema.kind}; leave network out for what fits it"
+            f"model.modalities.{name}.network: 'strided' takes images, not a modality of kind "
+            f"{modality.kind}; leave network out for what fits it"
         )
-    _, height, width_px = schema.shape
+    _, height, width_px = modality.shape
     stride = _stride(_filters(height, width_px, 1))
     if height % stride or width_px % stride:
         raise UserError(
-            f"modality {modality!r}: network 'strided' divides the sides of such an image by {stride}, so "
+            f"modality {name!r}: network 'strided' divides the sides of such an image by {stride}, so "
             f"height and width must be multiples of {stride}, not {height}×{width_px}. Resize the images "
             "when packing"
         )

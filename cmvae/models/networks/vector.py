@@ -10,8 +10,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmvae.data.index import ModalitySchema
-from cmvae.modalities import KINDS
+from cmvae.modalities import Modality
 from cmvae.models.networks.encoder import TwoTrunkEncoder
 
 
@@ -28,9 +27,9 @@ def _hidden_layers(in_features: int, width: int) -> nn.Sequential:
 class VectorEncoder(TwoTrunkEncoder):
     """Data (B, *shape), flattened, through two hidden layers of `width` units a trunk."""
 
-    def __init__(self, schema: ModalitySchema, width: int, shared_dim: int, private_dim: int) -> None:
-        num_categories = len(schema.categories or ())
-        in_features = math.prod(schema.shape) * (num_categories or 1)
+    def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
+        num_categories = modality.num_categories
+        in_features = math.prod(modality.shape) * (num_categories or 1)
         super().__init__(
             _hidden_layers(in_features, width),
             _hidden_layers(in_features, width),
@@ -50,9 +49,9 @@ class VectorEncoder(TwoTrunkEncoder):
 class VectorDecoder(nn.Module):
     """Latents (B, D_z + D_w) through two hidden layers to the likelihood's parameters."""
 
-    def __init__(self, schema: ModalitySchema, width: int, shared_dim: int, private_dim: int) -> None:
+    def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
         super().__init__()
-        self.parameter_shape = KINDS[schema.kind].parameter_shape(schema)
+        self.parameter_shape = modality.parameter_shape
         self.layers = _hidden_layers(shared_dim + private_dim, width)
         self.out = nn.Linear(width, math.prod(self.parameter_shape))
 
@@ -61,5 +60,5 @@ class VectorDecoder(nn.Module):
         return self.out(self.layers(latents)).unflatten(1, self.parameter_shape)
 
 
-def check_vector(schema: ModalitySchema, modality: str) -> None:
+def check_vector(modality: Modality, name: str) -> None:
     """Nothing to refuse: anything can be flattened."""

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmvae.data.index import ModalitySchema
+from cmvae.modalities import ImageModality, TextModality
 from cmvae.modalities.text import SPECIAL_TOKENS
 from cmvae.models.networks import network_family
 from cmvae.models.networks.convolutions import conv_transpose2d as with_plain_bias_gradient
@@ -135,15 +135,15 @@ def test_no_network_convolves_one_pixel(name, size, width, precision):
     torch.manual_seed(0)
     if name == "caption":
         words = (*SPECIAL_TOKENS, "a", "b", "c")
-        schema = ModalitySchema(kind="text", shape=size, dtype="int64", categories=words)
+        modality = TextModality(shape=size, categories=words)
         x = torch.randint(len(words), (4, *size))
     else:
-        schema = ModalitySchema(kind="image", shape=size, dtype="uint8")
+        modality = ImageModality(shape=size)
         x = torch.rand(4, *size)
-    networks = network_family(name, schema, "a")
+    networks = network_family(name, modality, "a")
     for network, inputs in (
-        (networks.encoder(schema, width, 4, 3), x),
-        (networks.decoder(schema, width, 4, 3), torch.randn(12, 7, requires_grad=True)),
+        (networks.encoder(modality, width, 4, 3), x),
+        (networks.decoder(modality, width, 4, 3), torch.randn(12, 7, requires_grad=True)),
     ):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision is not None):
             smaller = recorded(network, inputs)

@@ -2,18 +2,17 @@ from pathlib import Path
 
 import pytest
 
-from cmvae.commands.starter_config import likelihood_weight, write_starter_config
 from cmvae.config import CMVAEExperiment, check_against_shards, load_config
-from cmvae.data.index import ModalitySchema, ShardIndex, ShardSchema, SplitSchema
+from cmvae.data.index import ShardIndex, ShardSchema, SplitSchema
+from cmvae.modalities import BinaryModality, CategoricalModality, ImageModality, TextModality, VectorModality
+from cmvae.training.starter_config import likelihood_weight, write_starter_config
 
-SCHEMAS = {
-    "photo": ModalitySchema(kind="image", shape=(3, 64, 64), dtype="uint8"),
-    "caption": ModalitySchema(
-        kind="text", shape=(12,), dtype="int64", categories=("<pad>", "<eos>", "<unk>", "bird")
-    ),
-    "size": ModalitySchema(kind="vector", shape=(2,), dtype="float32", mean=(0, 0), std=(1, 1)),
-    "colour": ModalitySchema(kind="categorical", shape=(), dtype="int64", categories=("red", "blue")),
-    "answers": ModalitySchema(kind="binary", shape=(30,), dtype="uint8", columns=None),
+MODALITIES = {
+    "photo": ImageModality(shape=(3, 64, 64)),
+    "caption": TextModality(shape=(12,), categories=("<pad>", "<eos>", "<unk>", "bird")),
+    "size": VectorModality(shape=(2,), mean=(0, 0), std=(1, 1)),
+    "colour": CategoricalModality(categories=("red", "blue")),
+    "answers": BinaryModality(shape=(30,), columns=None),
 }
 
 
@@ -25,7 +24,7 @@ def make_index(num_train: int, class_names: tuple[str, ...] | None, name: str = 
     return ShardIndex(
         name=name,
         source={},
-        modalities=SCHEMAS,
+        modalities=MODALITIES,
         class_names=class_names,
         splits={"train": split(num_train), "test": split(5)},
     )
@@ -42,7 +41,7 @@ def test_the_config_is_one_and_fits_the_shards(tmp_path, num_train, shards):
     check_against_shards(config, index, str(path))
     assert config.name == "my_birds_2024"
     assert config.data.shards == shards
-    assert list(config.model.modalities) == list(SCHEMAS)
+    assert list(config.model.modalities) == list(MODALITIES)
     # The number of labels is what the model has to find: it is not asked.
     assert config.model.num_clusters == 20
     assert config.train.batch_size <= num_train
@@ -57,18 +56,18 @@ def test_without_labels_there_are_twenty_clusters(tmp_path):
 
 
 def test_a_modality_weighs_less_the_more_elements_it_has():
-    like_digits = ModalitySchema(kind="image", shape=(3, 16, 16), dtype="uint8")
+    like_digits = ImageModality(shape=(3, 16, 16))
     assert likelihood_weight(like_digits) == pytest.approx(1, abs=0.05)
     # In the published settings 3·64·64 pixels weigh 1/26 of a caption of 32 words, at comparable scales.
-    captions = SCHEMAS["caption"].model_copy(update={"shape": (32,)})
-    assert 1 / 60 < likelihood_weight(SCHEMAS["photo"]) / likelihood_weight(captions) < 1 / 15
-    assert likelihood_weight(SCHEMAS["size"]) == likelihood_weight(SCHEMAS["colour"]) == 50
+    captions = MODALITIES["caption"].model_copy(update={"shape": (32,)})
+    assert 1 / 60 < likelihood_weight(MODALITIES["photo"]) / likelihood_weight(captions) < 1 / 15
+    assert likelihood_weight(MODALITIES["size"]) == likelihood_weight(MODALITIES["colour"]) == 50
 
 
 def test_only_images_are_worth_another_precision(tmp_path):
     index = make_index(100, None)
-    without = {name: schema for name, schema in SCHEMAS.items() if name != "photo"}
-    for modalities, precision in ((SCHEMAS, "auto"), (without, "fp32")):
+    without = {name: modality for name, modality in MODALITIES.items() if name != "photo"}
+    for modalities, precision in ((MODALITIES, "auto"), (without, "fp32")):
         text = write_starter_config(index.model_copy(update={"modalities": modalities}), Path("s"))
         (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
         assert load_config(tmp_path / "c.yaml").train.mixed_precision == precision

@@ -6,8 +6,8 @@ import math
 import re
 from pathlib import Path
 
-from cmvae.data.index import ModalitySchema, ShardIndex
-from cmvae.modalities import KINDS
+from cmvae.data.index import ShardIndex
+from cmvae.modalities import Modality
 from cmvae.models.networks import network_family
 from cmvae.utils.errors import UserError
 
@@ -56,9 +56,9 @@ def write_starter_config(index: ShardIndex, shards: Path) -> str:
     cross_sources = "1" if aligns and len(index.modalities) > 2 else "all"
     alignment = _describe_alignment(index) if aligns else ""
     # Convolutions gain from bf16; small layers do not, and numbers would only lose digits.
-    has_images = any(schema.kind == "image" for schema in index.modalities.values())
+    has_images = any(modality.kind == "image" for modality in index.modalities.values())
     precision = "auto" if has_images else "fp32"
-    modalities = "\n".join(_describe(key, schema) for key, schema in index.modalities.items())
+    modalities = "\n".join(_describe(key, modality) for key, modality in index.modalities.items())
     return f"""\
 # {name}: a start for data that nobody has tuned yet, written by tools/make_shards.py.
 # If you know how many clusters there are, set clusters.num_clusters, or ask for them afterwards:
@@ -115,7 +115,7 @@ def needs_alignment(index: ShardIndex) -> bool:
     contrast would tell them apart sample by sample: on six views of UCI's digits it lowers the accuracy from
     0.97 to 0.84.
     """
-    hard = any(schema.kind in ("image", "text") for schema in index.modalities.values())
+    hard = any(modality.kind in ("image", "text") for modality in index.modalities.values())
     return hard and len(index.modalities) > 1
 
 
@@ -123,8 +123,8 @@ def _describe_alignment(index: ShardIndex) -> str:
     """The contrast's part of `objective`, with a line break."""
     photographs = [
         name
-        for name, schema in index.modalities.items()
-        if schema.kind == "image" and min(schema.shape[1:]) >= _LARGE_IMAGE
+        for name, modality in index.modalities.items()
+        if modality.kind == "image" and min(modality.shape[1:]) >= _LARGE_IMAGE
     ]
     augment = ", ".join(f"{name}: [flip, crop]" for name in photographs)
     return f"""\
@@ -135,33 +135,33 @@ def _describe_alignment(index: ShardIndex) -> str:
 """
 
 
-def likelihood_weight(schema: ModalitySchema) -> float:
+def likelihood_weight(modality: Modality) -> float:
     """s_n by which a modality is worth as many nats as any other, so that none drowns the rest."""
-    if schema.kind == "categorical":
-        nats = math.log(len(schema.categories or ()))
+    if modality.kind == "categorical":
+        nats = math.log(modality.num_categories)
     else:
-        nats = math.prod(schema.shape) * _NATS_PER_ELEMENT.get(schema.kind, 1.0)
+        nats = math.prod(modality.shape) * _NATS_PER_ELEMENT.get(modality.kind, 1.0)
     return float(f"{min(_TARGET_NATS / nats, _MAX_WEIGHT):.2g}")
 
 
-def _describe(name: str, schema: ModalitySchema) -> str:
-    family = KINDS[schema.kind].likelihoods[0]
+def _describe(name: str, modality: Modality) -> str:
+    family = modality.likelihoods[0]
     scale = ", scale: 0.75" if family in ("laplace", "normal") else ""
-    shape = "×".join(str(size) for size in schema.shape) or f"one of {len(schema.categories or ())}"
-    network = _network(schema)
+    shape = "×".join(str(size) for size in modality.shape) or f"one of {modality.num_categories}"
+    network = _network(modality)
     return f"""\
-    {name}:  # {schema.kind}, {shape}{f"{chr(10)}      network: {network}" if network else ""}
-      width: {_WIDTHS.get(schema.kind, _WIDTH)}
-      likelihood: {{family: {family}{scale}, weight: {likelihood_weight(schema):g}}}"""
+    {name}:  # {modality.kind}, {shape}{f"{chr(10)}      network: {network}" if network else ""}
+      width: {_WIDTHS.get(modality.kind, _WIDTH)}
+      likelihood: {{family: {family}{scale}, weight: {likelihood_weight(modality):g}}}"""
 
 
-def _network(schema: ModalitySchema) -> str | None:
+def _network(modality: Modality) -> str | None:
     """The family that learns fastest on a processor, where the modality fits it; None is that of its kind."""
-    name = _NETWORKS.get(schema.kind)
+    name = _NETWORKS.get(modality.kind)
     if name is None:
         return None
     try:
-        network_family(name, schema, name)
+        network_family(name, modality, name)
     except UserError:
         return None
     return name
