@@ -83,7 +83,7 @@ def run_training(
                     stopped_by = trainer.fit()
             if stopped_by is None:
                 folder = trainer.export()
-                accelerator.print(f"{folder}: exported. Next: python launch/evaluate.py {config.run_dir}")
+                accelerator.print(f"{folder}: exported. Next: cmvae evaluate {config.run_dir}")
             else:
                 accelerator.print(
                     f"{stopped_by.name}: saved at step {trainer.state.step}. Continue with --resume"

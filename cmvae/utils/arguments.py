@@ -29,12 +29,12 @@ def share_below_one(text: str) -> float:
     return value
 
 
-def names(text: str) -> list[str]:
-    """Names with commas between them, each taken once."""
+def comma_separated(text: str) -> tuple[str, ...]:
+    """Names with commas between them, in their order, each once."""
     parts = [name.strip() for name in text.split(",")]
     if not all(parts):
         raise argparse.ArgumentTypeError(f"{text!r}: write NAME, or several with commas, such as m0,m1")
-    return list(dict.fromkeys(parts))
+    return tuple(dict.fromkeys(parts))
 
 
 def command_parser(doc: str | None) -> argparse.ArgumentParser:
