@@ -1,116 +1,86 @@
-"""Experiment tracking with MLflow: on by default, on rank 0 only, and never a reason for a training to stop.
+"""Experiment tracking with MLflow: on by default, on rank 0 only, and never a reason for a run to stop.
 
-The tracking URI is MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` in the working folder, which is what a
-bare `mlflow ui` started there shows; artifacts then go to `mlruns/` beside it. Which run of MLflow a run
-folder belongs to stands in its `mlflow.json`, so that a resumed training and an evaluation go on in it.
+The tracking URI is MLFLOW_TRACKING_URI, or else `sqlite:///mlflow.db` in the working folder, which `mlflow
+ui` shows when it is started there; artifacts go to `mlruns/` beside it. The `mlflow.json` of a run folder
+names its MLflow run, so that a resumed training and an evaluation continue it.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import math
 import os
 import platform
-import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
-
-import numpy as np
-import numpy.typing as npt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Literal
 
 from cmvae.config import ExperimentConfig, RefinerExperiment, dump_yaml, flatten
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # slow to import
+    from matplotlib.figure import Figure
     from mlflow import MlflowClient
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+    from PIL.Image import Image
 
 RUN_RECORD_NAME = "mlflow.json"
 _LOGGER = logging.getLogger(__name__)
 _SQLITE = "sqlite:///"
-# After a failure nothing is sent for so many seconds, doubled with every further failure: a locked database
-# is given up after 20 s, a server that does not answer after half a minute, and a training cannot spare
-# that at every step.
+# Seconds without requests after a failure, doubled by every further one. A request to a locked database takes
+# 20 s to fail, and one to a server that does not answer 30 s, which a training cannot spend at every step.
 _FIRST_PAUSE = 60.0
-# MLflow refuses more parameters than this in one request.
-_MAX_PARAMS_PER_REQUEST = 100
-
-# How MLflow names the pictures of a series.
-_IMAGE_PATH = re.compile(r"(?P<series>images/[^+]*)\+step\+(?P<step>\d+)\+timestamp\+.*\.png")
+# Prefix of the tags that hold the last step of an image series.
+_LAST_STEP_TAG = "last_step."
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
-class Tracker(Protocol):
-    """Where the curves, pictures, texts and files of a run go. No method raises or blocks for long."""
+class Tracker:
+    """Receives the metrics, figures, texts and files of a run; this base class drops them.
+
+    No method raises or blocks for long.
+    """
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """One point of every curve named."""
+        """Log one point of every named metric."""
 
     def log_figure(self, figure: Figure, name: str) -> None:
-        """A figure as the artifact `figures/NAME.png`; a later one of the same name replaces it."""
+        """Log a figure as the artifact `figures/NAME.png`; replaces an earlier one."""
 
     def log_text(self, text: str, name: str, step: int | None = None) -> None:
-        """A text as the artifact `texts/NAME.txt`, or as `texts/NAME/step-STEP.txt`, one of a series.
+        """Log a text as `texts/NAME.txt`, or as `texts/NAME/step-STEP.txt`; replaces an earlier one."""
 
-        A later one of the same name and step replaces it.
-        """
-
-    def log_image(self, image: Figure | npt.NDArray[np.generic], key: str, step: int) -> None:
-        """One moment of the picture series `key`, shown with a slider over steps.
-
-        Args:
-            image: a figure, or pixels (H, W, 3), uint8 or floats in [0, 1].
-            key: name of the series.
-            step: optimizer steps so far.
-        """
+    def log_image(self, figure: Figure, key: str, step: int) -> None:
+        """Log a figure to the image series `key`, which MLflow shows with a slider over steps."""
 
     def log_artifact(self, path: Path) -> None:
         """Upload a small file."""
 
     def end(self, status: Status) -> None:
-        """Say how the run ended; nothing may be logged afterwards."""
+        """End the run with a status; nothing may be logged afterwards."""
 
 
-class NullTracker:
-    """A tracker that keeps nothing: for ranks other than 0 and for `tracking.enabled: false`."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Nothing."""
-
-    def log_figure(self, figure: Figure, name: str) -> None:
-        """Nothing."""
-
-    def log_text(self, text: str, name: str, step: int | None = None) -> None:
-        """Nothing."""
-
-    def log_image(self, image: Figure | npt.NDArray[np.generic], key: str, step: int) -> None:
-        """Nothing."""
-
-    def log_artifact(self, path: Path) -> None:
-        """Nothing."""
-
-    def end(self, status: Status) -> None:
-        """Nothing."""
+class NullTracker(Tracker):
+    """Tracker on ranks other than 0 and with `tracking.enabled: false`."""
 
 
-class MlflowTracker:
-    """A tracker that writes to one MLflow run; failures are told once and otherwise ignored.
+class MlflowTracker(Tracker):
+    """Tracker that writes to one MLflow run. It warns of the first failure and otherwise ignores failures.
 
     Args:
         client: a client of the run's tracking server.
         run_id: MLflow's id of the run.
-        monitor: the started monitor of CPU, memory and GPUs of a training; None where the run is only
-            added to, by an evaluation, whose end is not the end of the run.
-        repeats: whether what is logged may be there already, because the training goes on from a checkpoint
-            before the moment at which it was killed. Then it is not logged again.
+        monitor: the started system metrics monitor of a training; None for an evaluation, whose end is not
+            the end of the run.
+        repeats: whether steps may have been logged before, because the training resumes from a checkpoint.
+            They are not logged again.
     """
 
     def __init__(
@@ -126,7 +96,7 @@ class MlflowTracker:
         self._repeats = repeats
         self._last_steps: dict[str, int] = {}
         self._pause = _FIRST_PAUSE
-        self._silent_until = -np.inf
+        self._silent_until = -math.inf
         self._warned = False
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -137,18 +107,11 @@ class MlflowTracker:
         points = [Metric(key, float(value), now, step) for key, value in metrics.items()]
 
         def log() -> None:
-            # One call is one transaction: where its first point is, all of them are.
+            # One call is one transaction, so its first point stands for all of them.
             if not self._repeats or step > self._last_step(points[0].key):
                 self._client.log_batch(self.run_id, metrics=points)
 
         self._attempt(log)
-
-    def _last_step(self, key: str) -> int:
-        """The last step of a curve when this training began to go on with it, −1 if there is none."""
-        if key not in self._last_steps:
-            history = self._client.get_metric_history(self.run_id, key)
-            self._last_steps[key] = max((point.step for point in history), default=-1)
-        return self._last_steps[key]
 
     def log_figure(self, figure: Figure, name: str) -> None:
         """See `Tracker`."""
@@ -156,31 +119,20 @@ class MlflowTracker:
 
     def log_text(self, text: str, name: str, step: int | None = None) -> None:
         """See `Tracker`."""
-        # With zeros, so that MLflow's pages, which sort by name, show the steps in their order.
+        # Zero-padded, because MLflow's pages sort by name.
         path = f"texts/{name}.txt" if step is None else f"texts/{name}/step-{step:08d}.txt"
         self._attempt(lambda: self._client.log_text(self.run_id, text, path))
 
-    def log_image(self, image: Figure | npt.NDArray[np.generic], key: str, step: int) -> None:
+    def log_image(self, figure: Figure, key: str, step: int) -> None:
         """See `Tracker`."""
-        pixels = _render(image) if isinstance(image, Figure) else image
+        tag = f"{_LAST_STEP_TAG}{key}"
 
         def log() -> None:
-            if not self._repeats or step > self._last_step_of_images(key):
-                self._client.log_image(self.run_id, pixels, key=key, step=step)
+            if not self._repeats or step > self._last_step_of_images(tag):
+                self._client.log_image(self.run_id, _render(figure), key=key, step=step)
+                self._client.set_tag(self.run_id, tag, step)
 
         self._attempt(log)
-
-    def _last_step_of_images(self, key: str) -> int:
-        """The same of a series of pictures, whose steps MLflow keeps in the names of files alone."""
-        series = f"images/{key.replace('/', '~')}"
-        if series not in self._last_steps:
-            paths = [artifact.path for artifact in self._client.list_artifacts(self.run_id, "images")]
-            steps = [_IMAGE_PATH.fullmatch(path) for path in paths]
-            self._last_steps[series] = max(
-                (int(found["step"]) for found in steps if found is not None and found["series"] == series),
-                default=-1,
-            )
-        return self._last_steps[series]
 
     def log_artifact(self, path: Path) -> None:
         """See `Tracker`."""
@@ -192,6 +144,20 @@ class MlflowTracker:
             self._try(self._monitor.finish)
             self._try(lambda: self._client.set_terminated(self.run_id, status))
 
+    def _last_step(self, key: str) -> int:
+        """Last step of a metric before this training resumed it; −1 if there is none."""
+        if key not in self._last_steps:
+            history = self._client.get_metric_history(self.run_id, key)
+            self._last_steps[key] = max((point.step for point in history), default=-1)
+        return self._last_steps[key]
+
+    def _last_step_of_images(self, tag: str) -> int:
+        """The same for an image series, where MLflow keeps steps in the names of files only."""
+        if tag not in self._last_steps:
+            tags = self._client.get_run(self.run_id).data.tags
+            self._last_steps[tag] = int(tags.get(tag, -1))
+        return self._last_steps[tag]
+
     def _attempt(self, operation: Callable[[], object]) -> None:
         """Run an operation unless a failure is too recent."""
         if time.monotonic() >= self._silent_until:
@@ -201,49 +167,49 @@ class MlflowTracker:
         try:
             operation()
             self._pause = _FIRST_PAUSE
-        # Whatever MLflow, SQLAlchemy, the network or the disk raises is worth less than the training.
+        # No error of MLflow, SQLAlchemy, the network or the disk may end a training.
         except Exception as error:
             self._silent_until = time.monotonic() + self._pause
             self._pause *= 2
             if not self._warned:
                 self._warned = True
                 _LOGGER.warning(
-                    "MLflow does not take what is logged (%s). The run goes on, and what cannot be logged is "
-                    "lost; it is tried again from time to time, without further warnings",
+                    "Logging to MLflow failed (%s). The run continues; what cannot be logged is lost. "
+                    "Logging is tried again from time to time, without further warnings",
                     _first_line(error),
                 )
 
 
 @dataclass(frozen=True)
 class _RunRecord:
-    """What `mlflow.json` says."""
+    """Contents of `mlflow.json`."""
 
     tracking_uri: str
     run_id: str
 
 
 def open_tracker(config: ExperimentConfig, run_dir: Path, is_main: bool, task: str = "cmvae") -> Tracker:
-    """The tracker of a training: a new run of MLflow, or the one that `run_dir` already belongs to.
+    """Open the tracker of a training: a new MLflow run, or the one named by `run_dir/mlflow.json`.
 
-    A new run gets all settings as parameters, the YAML as `config.yaml`, and tags for task, world size
-    (from the launcher's WORLD_SIZE), host and git commit; it becomes a child of the run of `tracking.parent`,
-    else a refiner's run of its CMVAE's. In a resumed run tags and YAML are those of the last start; MLflow's
-    parameters cannot change, so a setting that did stands in a tag `resumed.KEY`; and points and pictures
-    that are there are not logged again.
+    The run gets all settings as parameters, the YAML as `config.yaml`, and tags for task, world size (from
+    the launcher's WORLD_SIZE), host and git commit. It becomes a child of the run of `tracking.parent`, or
+    else a refiner's run of its CMVAE's. When a training resumes, tags and YAML are updated; MLflow's
+    parameters cannot change, so a changed setting becomes a tag `resumed.KEY`. Points and images logged
+    before are not repeated.
 
     Args:
         config: the experiment.
         run_dir: folder of the run.
         is_main: whether this is rank 0.
-        task: what is trained.
+        task: name of the task.
     """
     return _guarded(config, is_main, lambda: _open_for_training(config, run_dir, task))
 
 
 def resume_tracker(config: ExperimentConfig, run_dir: Path, is_main: bool) -> Tracker:
-    """A tracker that adds to the run of a training, for its evaluation; `end` leaves the run's status alone.
+    """Open a tracker that adds an evaluation to the MLflow run of a training; `end` keeps the run's status.
 
-    Where `run_dir` belongs to no run of MLflow (any more), a new one is made.
+    If `run_dir` has no MLflow run, or no longer has one, a new run is created.
 
     Args:
         config: the experiment.
@@ -254,10 +220,10 @@ def resume_tracker(config: ExperimentConfig, run_dir: Path, is_main: bool) -> Tr
 
 
 def read_curve(run_dir: Path, metric: str) -> dict[int, float]:
-    """A curve of a run as MLflow has it, by step.
+    """Read a metric of a run from MLflow, step → value.
 
     Raises:
-        UserError: the run was not tracked, or has no such curve.
+        UserError: the run was not tracked, or has no such metric.
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -265,13 +231,13 @@ def read_curve(run_dir: Path, metric: str) -> dict[int, float]:
     path = run_dir / RUN_RECORD_NAME
     record = _read_record(path)
     if record is None:
-        raise UserError(f"{path}: missing: the run was not tracked. Train with tracking.enabled=true")
+        raise UserError(f"{path}: missing, because the run was not tracked. Train with tracking.enabled=true")
     try:
         points = MlflowClient(tracking_uri=record.tracking_uri).get_metric_history(record.run_id, metric)
     except MlflowException as error:
-        raise UserError(f"{path}: {record.tracking_uri} does not have it: {_first_line(error)}") from error
+        raise UserError(f"{path}: its run is not in {record.tracking_uri}: {_first_line(error)}") from error
     if not points:
-        raise UserError(f"{run_dir}: no curve {metric!r} in {record.tracking_uri}")
+        raise UserError(f"{run_dir}: no metric {metric!r} in {record.tracking_uri}")
     return {point.step: point.value for point in points}
 
 
@@ -280,11 +246,11 @@ def _guarded(config: ExperimentConfig, is_main: bool, opened: Callable[[], Track
         return NullTracker()
     try:
         return opened()
-    # A queue may start a training while the tracking server is down: better untracked than not at all.
+    # A job queue may start a training while the tracking server is down.
     except Exception as error:
         _LOGGER.warning(
-            "MLflow cannot be used (%s). This run goes on without it; set MLFLOW_TRACKING_URI, or "
-            "tracking.enabled=false to do without",
+            "MLflow is not available (%s). The run continues without it; set MLFLOW_TRACKING_URI, or disable "
+            "tracking with tracking.enabled=false",
             _first_line(error),
         )
         return NullTracker()
@@ -292,7 +258,7 @@ def _guarded(config: ExperimentConfig, is_main: bool, opened: Callable[[], Track
 
 def _open_for_training(config: ExperimentConfig, run_dir: Path, task: str) -> MlflowTracker:
     client, run_id, is_new = _continue_or_create_run(config, run_dir)
-    # The monitor takes a run for ended, and stops, as long as its status is that of an earlier end.
+    # The monitor stops when the status of the run is that of an earlier end.
     client.update_run(run_id, status="RUNNING")
     _describe(client, run_id, config)
     tags = {"task": task, "world_size": os.environ.get("WORLD_SIZE", "1"), "host": platform.node()}
@@ -300,7 +266,6 @@ def _open_for_training(config: ExperimentConfig, run_dir: Path, task: str) -> Ml
         client.set_tag(run_id, key, value)
     parent = _read_parent(config)
     if parent is not None:
-        # MLflow's pages show a run below its parent, with a link.
         client.set_tag(run_id, "mlflow.parentRunId", parent.run_id)
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -320,20 +285,20 @@ def _open_for_evaluation(config: ExperimentConfig, run_dir: Path) -> MlflowTrack
     client, run_id, is_new = _continue_or_create_run(config, run_dir)
     if is_new:
         _describe(client, run_id, config)
-        # No training will end this run; MLflow takes points and files for an ended run as well.
+        # No training will end this run; MLflow accepts points and files for an ended run as well.
         client.set_terminated(run_id)
     return MlflowTracker(client, run_id, monitor=None)
 
 
 def _continue_or_create_run(config: ExperimentConfig, run_dir: Path) -> tuple[MlflowClient, str, bool]:
     """A client, the id of the run, and whether the run is new."""
-    # Read by MLflow when it is imported. Its own log repeats every failure with a page of traceback, its
-    # usage statistics want the internet, and its patience with a server is measured in minutes a call.
+    # MLflow reads these on import. Its own log prints a traceback per failure, its usage statistics need the
+    # internet, and by default a call to a server takes minutes to fail.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    # MLflow takes two seconds to import, and is not wanted at all where tracking is off.
+    # Slow to import, and not needed where tracking is off.
     from mlflow import MlflowClient
 
     wanted_uri = os.environ.get("MLFLOW_TRACKING_URI")
@@ -345,7 +310,7 @@ def _continue_or_create_run(config: ExperimentConfig, run_dir: Path) -> tuple[Ml
             if _is_alive(client, record.run_id):
                 return client, record.run_id, False
         _LOGGER.warning(
-            "%s names the MLflow run %s, which is not (any more) in %s: a new run begins",
+            "%s names the MLflow run %s, which does not exist in %s. A new run is created",
             run_dir / RUN_RECORD_NAME,
             record.run_id,
             uri,
@@ -378,7 +343,7 @@ def _read_record(path: Path) -> _RunRecord | None:
     try:
         return _RunRecord(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        _LOGGER.warning("%s cannot be read, so that a new MLflow run begins", path)
+        _LOGGER.warning("%s cannot be read. A new MLflow run is created", path)
         return None
 
 
@@ -394,14 +359,13 @@ def _is_alive(client: MlflowClient, run_id: str) -> bool:
 
 
 def _describe(client: MlflowClient, run_id: str, config: ExperimentConfig) -> None:
-    """Log every setting: new ones as parameters, changed ones as tags, all as `config.yaml`."""
+    """Log the settings: new ones as parameters, changed ones as tags, all of them as `config.yaml`."""
     from mlflow.entities import Param
 
     logged = client.get_run(run_id).data.params
     settings = {key: str(value) for key, value in flatten(config).items()}
     new = [Param(key, value) for key, value in settings.items() if key not in logged]
-    for start in range(0, len(new), _MAX_PARAMS_PER_REQUEST):
-        client.log_batch(run_id, params=new[start : start + _MAX_PARAMS_PER_REQUEST])
+    client.log_batch(run_id, params=new)
     for key, value in settings.items():
         if logged.get(key, value) != value:
             client.set_tag(run_id, f"resumed.{key}", value)
@@ -409,16 +373,20 @@ def _describe(client: MlflowClient, run_id: str, config: ExperimentConfig) -> No
 
 
 def _git_tags() -> dict[str, str]:
-    """The commit of this source and whether it has changes; nothing where it is no git checkout."""
+    """The commit of this source and whether it has changes; empty outside a git checkout.
+
+    MLflow's own context would take the repository of the started script, which the installed command is not
+    in.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        # The arguments are constants, and which git is meant is the user's choice of PATH.
+        # The arguments are constants, and PATH decides which git runs.
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
         return done.stdout.strip()
 
     try:
-        # The first key is the one that MLflow's pages show as the run's version.
+        # MLflow's pages show the first key as the run's version.
         return {
             "mlflow.source.git.commit": git("rev-parse", "HEAD"),
             "git_dirty": str(bool(git("status", "--porcelain", "--untracked-files=no"))).lower(),
@@ -428,22 +396,24 @@ def _git_tags() -> dict[str, str]:
 
 
 def _absolute(uri: str) -> str:
-    """A tracking URI that means the same from every working folder."""
+    """The tracking URI with an absolute path, which is valid in every working folder."""
     if not uri.startswith(_SQLITE):
         return uri
     return _SQLITE + str(Path(uri.removeprefix(_SQLITE)).absolute())
 
 
 def _database_is_missing(uri: str) -> bool:
-    # Asked first because SQLite makes an empty database of any name that it is asked for.
+    # SQLite would create an empty database.
     return uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE).partition("?")[0]).is_file()
 
 
-def _render(figure: Figure) -> npt.NDArray[np.uint8]:
-    """Pixels (H, W, 3) of a figure."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+def _render(figure: Figure) -> Image:
+    """The pixels of a figure."""
+    import PIL.Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return PIL.Image.open(buffer).convert("RGB")
 
 
 def _first_line(error: Exception) -> str:

@@ -265,7 +265,7 @@ def main() -> int:
         check_along(groups, arguments.along)
     check_metrics(groups, arguments.metrics or ())
     # Slow to import; after the runs, so that a mistake in them shows at once.
-    from cmvae.visualize.figures import metric_comparison, metrics_along
+    from cmvae.visualize.comparisons import metric_comparison, metrics_along
 
     comparison = format_comparison(groups)
     values = {

@@ -70,7 +70,7 @@ def make_extractor(
                 f"{arguments.modality} reads {shape[1]}×{shape[2]}. Resize the pictures, or leave "
                 "--classifier out"
             )
-        return classifiers[arguments.modality].read(images[:, : shape[0]].to(device))[1]
+        return classifiers[arguments.modality].classify(images[:, : shape[0]].to(device))[1]
 
     return extract
 

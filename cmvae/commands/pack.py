@@ -60,8 +60,8 @@ def main() -> int:
     """Pack, print a summary and the next command."""
     arguments = parse_arguments()
     # Slow to import; after the flags, so that a mistake in them shows at once.
-    from cmvae.commands.starter_config import write_starter_config
     from cmvae.datasets.writer import write_shards
+    from cmvae.training.starter_config import write_starter_config
     from cmvae.utils.files import write_whole
     from cmvae.utils.progress import progress_bar
 

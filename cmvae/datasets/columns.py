@@ -1,6 +1,8 @@
-"""Rows of one modality, a class a kind: raw values in, what is stored out, statistics from train alone.
+"""Rows of one modality, one class per kind: raw values in, stored values out.
 
-The sources of people's own data are made of these: a table, a folder, captions of birds.
+The sources of users' own data consist of columns: tables, folders, data in memory, captions of birds. A
+column stores its values as a modality says. `fit_text`, `fit_vector` and so on make the modality of new data
+from its train split; data for a trained model takes the modality of the model instead.
 """
 
 from __future__ import annotations
@@ -56,33 +58,31 @@ class Column(Protocol):
 
 
 class ImageColumn:
-    """Photographs of any size: the largest square in the middle, resized.
+    """Image files of any size: the largest square in the middle, resized.
 
     Args:
-        paths: of every row, None where there is none.
-        places: what to call each row in a message: file, row and column.
-        size: height and width in pixels.
-        channels: 3, or 1 for grey.
+        paths: (N,) file of each row, None where it is missing.
+        places: (N,) name of each row for messages: file, row and column.
+        modality: size and number of channels.
 
     Raises:
-        UserError: a file is missing.
+        UserError: a file does not exist.
     """
 
-    def __init__(
-        self, paths: Sequence[Path | None], places: Sequence[str], size: int, channels: int = 3
-    ) -> None:
+    def __init__(self, paths: Sequence[Path | None], places: Sequence[str], modality: ImageModality) -> None:
         for path, place in zip(paths, places, strict=True):
             if path is not None and not path.is_file():
-                raise UserError(f"{place}: {path} is no file. Mend the path, or leave it empty: no image")
-        self.paths, self.places = paths, places
-        self.modality = ImageModality(shape=(channels, size, size), optional=None in paths)
+                raise UserError(
+                    f"{place}: {path}: no such file. Fix the path, or leave the cell empty: no image"
+                )
+        self.paths, self.places, self.modality = paths, places, modality
 
     def has(self, row: int) -> bool:
-        """As `Column.has`."""
+        """Whether the row has an image."""
         return self.paths[row] is not None
 
     def read(self, row: int) -> np.ndarray:
-        """As `Column.read`: (channels, size, size) uint8."""
+        """(channels, height, width) uint8."""
         path = self.paths[row]
         assert path is not None  # noqa: S101 (`has` was asked)
         try:
@@ -91,133 +91,215 @@ class ImageColumn:
             raise UserError(f"{self.places[row]}: {path}: {error}") from error
 
 
-class TextColumn:
-    """Sentences; the vocabulary is that of the train split.
+def fit_image(paths: Sequence[Path | None], size: int, channels: int = 3) -> ImageModality:
+    """Images of `size` × `size` pixels; 3 channels, or 1 for grey."""
+    return ImageModality(shape=(channels, size, size), optional=None in paths)
+
+
+class ArrayImageColumn:
+    """Images in memory, which keep their size.
 
     Args:
-        sentences: of every row, None where there is none.
-        train: rows of the train split.
-        min_count: rarer words become `<unk>`.
-        max_length: tokens of a sentence, its end included, a multiple of `LENGTH_STEP`; less where all of
-            train are shorter.
+        images: (N,) array of each row, None where it is missing: (height, width), (height, width, channels)
+            or (channels, height, width); uint8, or floating point in [0, 1].
+        places: (N,) name of each row for messages.
+        modality: size and number of channels.
     """
 
     def __init__(
-        self, sentences: Sequence[str | None], train: np.ndarray, min_count: int, max_length: int
+        self, images: Sequence[np.ndarray | None], places: Sequence[str], modality: ImageModality
     ) -> None:
-        self._words = [None if sentence is None else split_words(sentence) for sentence in sentences]
-        of_train = [words for words in (self._words[row] for row in train.tolist()) if words is not None]
-        longest = max((len(words) for words in of_train), default=0)
-        length = min(LENGTH_STEP * math.ceil((longest + 1) / LENGTH_STEP), max_length)
-        self._tokenizer = Tokenizer(build_vocabulary(of_train, min_count), length)
-        self.modality = TextModality(
-            shape=(self._tokenizer.length,),
-            categories=self._tokenizer.vocabulary,
-            optional=None in self._words,
-        )
+        self._images, self._places, self.modality = images, places, modality
 
     def has(self, row: int) -> bool:
-        """As `Column.has`."""
-        return self._words[row] is not None
+        """Whether the row has an image."""
+        return self._images[row] is not None
 
     def read(self, row: int) -> np.ndarray:
-        """As `Column.read`: (length,) int64."""
-        words = self._words[row]
-        assert words is not None  # noqa: S101 (`has` was asked)
-        return self._tokenizer.encode(words)
+        """(channels, height, width) uint8.
+
+        Raises:
+            UserError: the image has another size or other values.
+        """
+        image = channels_first(np.asarray(self._images[row]))
+        if image.shape != self.modality.shape:
+            raise UserError(f"{self._places[row]}: has shape {image.shape}, others {self.modality.shape}")
+        if image.dtype == np.uint8:
+            return image
+        if not np.issubdtype(image.dtype, np.floating) or not (image.min() >= 0 and image.max() <= 1):
+            raise UserError(
+                f"{self._places[row]}: {image.dtype} from {image.min()} to {image.max()}. Give uint8, or "
+                "floating point in [0, 1]"
+            )
+        return (image * 255).round().astype(np.uint8)
+
+
+def channels_first(image: np.ndarray) -> np.ndarray:
+    """An image as (channels, height, width); (height, width) is grey."""
+    if image.ndim == 2:
+        return image[None]
+    if image.ndim == 3 and image.shape[0] not in (1, 3) and image.shape[2] in (1, 3):
+        return image.transpose(2, 0, 1)
+    return image
+
+
+class TextColumn:
+    """Sentences as tokens of a vocabulary.
+
+    Args:
+        sentences: (N,) sentence of each row, None where it is missing.
+        modality: vocabulary and number of tokens.
+    """
+
+    def __init__(self, sentences: Sequence[str | None], modality: TextModality) -> None:
+        self._sentences, self.modality = sentences, modality
+        self._tokenizer = Tokenizer(modality.categories, modality.shape[0])
+
+    def has(self, row: int) -> bool:
+        """Whether the row has a sentence."""
+        return self._sentences[row] is not None
+
+    def read(self, row: int) -> np.ndarray:
+        """(length,) int64."""
+        sentence = self._sentences[row]
+        assert sentence is not None  # noqa: S101 (`has` was asked)
+        return self._tokenizer.encode(split_words(sentence))
+
+
+def fit_text(
+    sentences: Sequence[str | None], train: np.ndarray, min_count: int, max_length: int
+) -> TextModality:
+    """Vocabulary and length of the sentences of the train split.
+
+    Args:
+        sentences: (N,) sentence of each row, None where it is missing.
+        train: rows of the train split.
+        min_count: rarer words become `<unk>`.
+        max_length: maximum number of tokens, `<eos>` included, a multiple of `LENGTH_STEP`; fewer if all
+            sentences of the train split are shorter.
+    """
+    of_train = [split_words(text) for text in (sentences[row] for row in train.tolist()) if text is not None]
+    longest = max((len(words) for words in of_train), default=0)
+    length = min(LENGTH_STEP * math.ceil((longest + 1) / LENGTH_STEP), max_length)
+    vocabulary = build_vocabulary(of_train, min_count)
+    return TextModality(shape=(length,), categories=vocabulary, optional=None in sentences)
 
 
 class VectorColumn:
-    """Numbers, to be standardised by the train split's mean and deviation; constant dimensions keep theirs.
+    """Numbers in the units of the data.
 
     Args:
-        values: (N, D) float64; a row with NaN in it lacks the modality.
-        names: of the dimensions, if they have some.
-        train: rows of the train split.
-
-    Raises:
-        UserError: no row of train has it.
+        values: (N, D) float64; a row with NaN lacks the modality.
+        modality: names, means and standard deviations of the dimensions.
     """
 
-    def __init__(self, values: np.ndarray, names: Sequence[str] | None, train: np.ndarray) -> None:
-        self._values = values.astype(np.float32)
+    def __init__(self, values: np.ndarray, modality: VectorModality) -> None:
+        self._values, self.modality = values.astype(np.float32), modality
         self._has = ~np.isnan(values).any(axis=1)
-        of_train = values[train[self._has[train]]]
-        if len(of_train) == 0:
-            what = ", ".join(names) if names is not None else "a vector"
-            raise UserError(f"{what}: no row of the train split has all of its numbers; leave it out")
-        mean, std = of_train.mean(axis=0), of_train.std(axis=0)
-        constant = std <= CONSTANT * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
-        self.constant = tuple(
-            names[place] if names is not None else str(place) for place in np.flatnonzero(constant).tolist()
-        )
-        """Dimensions that do not vary over the train split."""
-        self.modality = VectorModality(
-            shape=values.shape[1:],
-            optional=not bool(self._has.all()),
-            columns=None if names is None else tuple(names),
-            mean=tuple(mean.tolist()),
-            std=tuple(np.where(constant, 1.0, std).tolist()),
-        )
 
     def has(self, row: int) -> bool:
-        """As `Column.has`."""
+        """Whether the row has all of its numbers."""
         return bool(self._has[row])
 
     def read(self, row: int) -> np.ndarray:
-        """As `Column.read`: (D,) float32 in the units of the data."""
+        """(D,) float32."""
         return self._values[row]
+
+
+def fit_vector(
+    values: np.ndarray, names: Sequence[str] | None, train: np.ndarray
+) -> tuple[VectorModality, tuple[str, ...]]:
+    """Means and standard deviations of the train split, and the dimensions that are constant there.
+
+    A constant dimension is not scaled: its standard deviation is stored as 1.
+
+    Args:
+        values: (N, D) float64; a row with NaN lacks the modality.
+        names: (D,) names of the dimensions, if they have names.
+        train: rows of the train split.
+
+    Raises:
+        UserError: no row of the train split has all of its numbers.
+    """
+    has = ~np.isnan(values).any(axis=1)
+    of_train = values[train[has[train]]]
+    if len(of_train) == 0:
+        what = ", ".join(names) if names is not None else "a vector"
+        raise UserError(f"{what}: no row of the train split has all of its numbers; leave it out")
+    mean, std = of_train.mean(axis=0), of_train.std(axis=0)
+    constant = std <= CONSTANT * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
+    modality = VectorModality(
+        shape=values.shape[1:],
+        optional=not bool(has.all()),
+        columns=None if names is None else tuple(names),
+        mean=tuple(mean.tolist()),
+        std=tuple(np.where(constant, 1.0, std).tolist()),
+    )
+    return modality, tuple(modality.column_names[index] for index in np.flatnonzero(constant).tolist())
 
 
 class BinaryColumn:
     """Yes and no.
 
     Args:
-        values: (N, D) float64 of 0 and 1; a row with NaN in it lacks the modality.
-        names: of the dimensions.
+        values: (N, D) float64 of 0 and 1; a row with NaN lacks the modality.
+        modality: names of the dimensions.
     """
 
-    def __init__(self, values: np.ndarray, names: Sequence[str]) -> None:
-        self._values = values
+    def __init__(self, values: np.ndarray, modality: BinaryModality) -> None:
+        self._values, self.modality = values, modality
         self._has = ~np.isnan(values).any(axis=1)
-        self.modality = BinaryModality(
-            shape=values.shape[1:],
-            columns=tuple(names),
-            optional=not bool(self._has.all()),
-        )
 
     def has(self, row: int) -> bool:
-        """As `Column.has`."""
+        """Whether the row has all of its values."""
         return bool(self._has[row])
 
     def read(self, row: int) -> np.ndarray:
-        """As `Column.read`: (D,) uint8."""
+        """(D,) uint8."""
         return self._values[row].astype(np.uint8)
+
+
+def fit_binary(values: np.ndarray, names: Sequence[str]) -> BinaryModality:
+    """Names of the dimensions (D,) of `values` (N, D), and whether some rows lack the modality."""
+    return BinaryModality(shape=values.shape[1:], columns=tuple(names), optional=bool(np.isnan(values).any()))
 
 
 class CategoricalColumn:
     """One of several names.
 
     Args:
-        names: of every row, None where there is none.
-        categories: all there are.
+        names: (N,) name of each row, None where it is missing; a name that is no category is missing, too.
+        modality: the categories.
     """
 
-    def __init__(self, names: Sequence[str | None], categories: Sequence[str]) -> None:
-        places = {name: place for place, name in enumerate(categories)}
-        self._places = [None if name is None else places[name] for name in names]
-        self.modality = CategoricalModality(
-            categories=tuple(categories),
-            optional=None in self._places,
-        )
+    def __init__(self, names: Sequence[str | None], modality: CategoricalModality) -> None:
+        self.modality = modality
+        places = {name: place for place, name in enumerate(modality.categories)}
+        self._places = [None if name is None else places.get(name) for name in names]
 
     def has(self, row: int) -> bool:
-        """As `Column.has`."""
+        """Whether the row has a category."""
         return self._places[row] is not None
 
     def read(self, row: int) -> np.ndarray:
-        """As `Column.read`: () int64."""
+        """() int64."""
         return np.array(self._places[row], dtype=np.int64)
+
+
+def fit_categorical(names: Sequence[str | None], what: str) -> CategoricalModality:
+    """All names as categories.
+
+    Args:
+        names: (N,) name of each row, None where it is missing.
+        what: file and column, for messages.
+
+    Raises:
+        UserError: there are fewer than two.
+    """
+    _, categories = number_classes([name for name in names if name is not None])
+    if len(categories) < 2:
+        raise UserError(f"{what}: has a single value, which carries no information. Leave it out")
+    return CategoricalModality(categories=categories, optional=None in names)
 
 
 @dataclass(frozen=True)

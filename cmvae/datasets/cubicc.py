@@ -20,7 +20,7 @@ import numpy as np
 
 from cmvae.data.index import SplitName
 from cmvae.datasets.base import random_stream
-from cmvae.datasets.columns import ColumnSource, ImageColumn, TextColumn
+from cmvae.datasets.columns import ColumnSource, ImageColumn, TextColumn, fit_image, fit_text
 from cmvae.datasets.download import add_download_arguments, fetch_and_unpack
 from cmvae.datasets.splits import Splits, draw_splits, fractions, fractions_text
 from cmvae.modalities import ImageModality, TextModality
@@ -229,7 +229,7 @@ def open_cub(
     rows = _CaptionRows([_read_captions(captions / path.parent.name / f"{path.stem}.txt") for path in paths])
     of_row = [paths[image] for image in rows.image_of_row.tolist()]
     return rows.source(
-        ImageColumn(of_row, [str(path) for path in of_row], IMAGE_SIZE),
+        ImageColumn(of_row, [str(path) for path in of_row], fit_image(of_row, IMAGE_SIZE)),
         [_strip_number(path.parent.name) for path in paths],
         [path.stem for path in paths],
         SPECIES,
@@ -337,7 +337,7 @@ class _CaptionRows:
         numbers = np.unique(np.array(subspecies), return_inverse=True)[1]
         rng = random_stream(seed, _SPLIT_STREAM)
         splits = draw_splits(self.image_of_row, shares, rng, labels=numbers[self.image_of_row])
-        captions = TextColumn(self.texts, splits["train"], MIN_COUNT, CAPTION_LENGTH)
+        captions = TextColumn(self.texts, fit_text(self.texts, splits["train"], MIN_COUNT, CAPTION_LENGTH))
         return ColumnSource(
             name="cubicc",
             columns={"image": images, "caption": captions},

@@ -14,7 +14,7 @@ import numpy as np
 from cmvae.data.index import SplitName
 from cmvae.datasets import digits
 from cmvae.datasets.base import SPLIT_NUMBERS, Sample, random_stream
-from cmvae.datasets.columns import TextColumn, VectorColumn
+from cmvae.datasets.columns import TextColumn, VectorColumn, fit_text, fit_vector
 from cmvae.datasets.digits import DigitsSource
 
 DESCRIPTION = "scikit-learn's digits as image, pixel statistics and sentence; needs no download"
@@ -81,9 +81,9 @@ class DigitsMixedSource:
         self.settings = self._pictures.settings
         self.partners = {split: partners[:2] for split, partners in self._pictures.partners.items()}
         """Of each split (2, number of samples): the originals of the image and of the statistics."""
-        self._statistics = VectorColumn(
-            pixel_statistics(self._pictures.grey), STATISTICS, self.partners["train"][1]
-        )
+        statistics = pixel_statistics(self._pictures.grey)
+        modality, _ = fit_vector(statistics, STATISTICS, self.partners["train"][1])
+        self._statistics = VectorColumn(statistics, modality)
         # A row a sample, one split after another.
         self._first_row: dict[SplitName, int] = {}
         sentences: list[str | None] = []
@@ -91,7 +91,7 @@ class DigitsMixedSource:
             self._first_row[split] = len(sentences)
             sentences += [self._write(seed, split, index) for index in range(size)]
         train = self._first_row["train"] + np.arange(self.split_sizes["train"])
-        self._captions = TextColumn(sentences, train, min_count=1, max_length=MAX_LENGTH)
+        self._captions = TextColumn(sentences, fit_text(sentences, train, min_count=1, max_length=MAX_LENGTH))
         self.modalities = {
             "image": self._pictures.modalities["m0"],
             "statistics": self._statistics.modality,

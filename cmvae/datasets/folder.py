@@ -19,11 +19,20 @@ from cmvae.datasets.columns import (
     ImageColumn,
     TextColumn,
     VectorColumn,
+    fit_image,
+    fit_text,
+    fit_vector,
     number_classes,
 )
 from cmvae.datasets.splits import draw_splits, fractions_text
 from cmvae.datasets.table import read_table
-from cmvae.datasets.user_data import add_shared_arguments, check_columns, check_keys, make_name
+from cmvae.datasets.user_data import (
+    add_shared_arguments,
+    check_columns,
+    check_keys,
+    make_name,
+    warn_of_constant,
+)
 from cmvae.utils.errors import UserError
 
 DESCRIPTION = "your own folder: one subfolder a modality (pictures, .txt or .npy), files paired by name"
@@ -68,12 +77,19 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
             )
         paths = [of_subfolder.get(stem) for stem in stems]
         if kind == "image":
-            columns[name] = ImageColumn(paths, places, arguments.image_size, arguments.channels)
+            columns[name] = ImageColumn(
+                paths, places, fit_image(paths, arguments.image_size, arguments.channels)
+            )
         elif kind == "text":
             texts = [None if path is None else _read_text(path) for path in paths]
-            columns[name] = TextColumn(texts, splits["train"], arguments.min_count, arguments.text_length)
+            columns[name] = TextColumn(
+                texts, fit_text(texts, splits["train"], arguments.min_count, arguments.text_length)
+            )
         else:
-            columns[name] = VectorColumn(_read_vectors(paths), None, splits["train"])
+            values = _read_vectors(paths)
+            modality, constant = fit_vector(values, None, splits["train"])
+            warn_of_constant(name, constant)
+            columns[name] = VectorColumn(values, modality)
     check_columns(columns, places)
     # A key ends at the first dot, and tar names are safest plain.
     keys = [re.sub(r"[^A-Za-z0-9_-]", "_", stem) for stem in stems]

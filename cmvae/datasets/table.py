@@ -25,6 +25,11 @@ from cmvae.datasets.columns import (
     ImageColumn,
     TextColumn,
     VectorColumn,
+    fit_binary,
+    fit_categorical,
+    fit_image,
+    fit_text,
+    fit_vector,
     number_classes,
     resolve_inside,
 )
@@ -35,6 +40,7 @@ from cmvae.datasets.user_data import (
     check_keys,
     make_name,
     read_split,
+    warn_of_constant,
 )
 from cmvae.utils.errors import UserError
 
@@ -337,20 +343,20 @@ def _make_column(
             None if cell is None else _resolve(table.path.parent, cell, place)
             for cell, place in zip(table.column(first), places, strict=True)
         ]
-        return ImageColumn(paths, places, arguments.image_size, arguments.channels)
+        return ImageColumn(paths, places, fit_image(paths, arguments.image_size, arguments.channels))
     if request.kind == "text":
-        return TextColumn(table.column(first), train, arguments.min_count, arguments.text_length)
+        cells = table.column(first)
+        return TextColumn(cells, fit_text(cells, train, arguments.min_count, arguments.text_length))
     if request.kind == "categorical":
         cells = table.column(first)
-        _, categories = number_classes([cell for cell in cells if cell is not None])
-        if len(categories) < 2:
-            raise UserError(f"{table.path}: column {first}: one value only tells nothing. Leave it out")
-        return CategoricalColumn(cells, categories)
+        return CategoricalColumn(cells, fit_categorical(cells, f"{table.path}: column {first}"))
     read = _read_number if request.kind == "vector" else _read_yes_or_no
     values = np.stack([table.convert(column, read) for column in request.columns], axis=1)
     if request.kind == "vector":
-        return VectorColumn(values, request.columns, train)
-    return BinaryColumn(values, request.columns)
+        modality, constant = fit_vector(values, request.columns, train)
+        warn_of_constant(str(request.name), constant)
+        return VectorColumn(values, modality)
+    return BinaryColumn(values, fit_binary(values, request.columns))
 
 
 def _resolve(folder: Path, text: str, place: str) -> Path:

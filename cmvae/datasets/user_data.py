@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cmvae.datasets.columns import LENGTH_STEP, Column, VectorColumn
+from cmvae.datasets.columns import LENGTH_STEP, Column
 from cmvae.datasets.splits import DEFAULT_FRACTIONS, fractions
 from cmvae.modalities import RESERVED_NAMES
 from cmvae.utils.arguments import positive_integer
@@ -130,11 +130,15 @@ def check_columns(columns: Mapping[str, Column], places: Sequence[str]) -> None:
         lacking = sum(not column.has(row) for row in range(len(places)))
         if lacking:
             print(f"note: {name} is missing in {lacking:,} of {len(places):,} samples", file=sys.stderr)
-        if isinstance(column, VectorColumn) and column.constant:
-            shown = ", ".join(column.constant[:_SHOWN])
-            more = f" and {len(column.constant) - _SHOWN} more" if len(column.constant) > _SHOWN else ""
-            print(
-                f"warning: {name}: {shown}{more} never vary in the train split and tell nothing; better "
-                "leave them out",
-                file=sys.stderr,
-            )
+
+
+def warn_of_constant(name: str, constant: Sequence[str]) -> None:
+    """Report on stderr the dimensions of a vector that are constant in the train split."""
+    if constant:
+        shown = ", ".join(constant[:_SHOWN])
+        more = f" and {len(constant) - _SHOWN} more" if len(constant) > _SHOWN else ""
+        print(
+            f"warning: {name}: {shown}{more} never vary in the train split and carry no "
+            "information. Leave them out",
+            file=sys.stderr,
+        )

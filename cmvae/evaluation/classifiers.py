@@ -95,7 +95,7 @@ class ImageClassifier(nn.Module):
         return self.head(features.relu()), features
 
     @torch.no_grad()
-    def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted classes (B,) int64 and features (B, F), fp32.
 
         Args:
@@ -338,7 +338,7 @@ def _measure_accuracy(classifier: ImageClassifier, images: Tensor, labels: Tenso
     right = 0
     for start in range(0, len(images), _EVALUATION_BATCH_SIZE):
         rows = slice(start, start + _EVALUATION_BATCH_SIZE)
-        predicted, _ = classifier.read(images[rows].to(device).float() / 255)
+        predicted, _ = classifier.classify(images[rows].to(device).float() / 255)
         right += int((predicted.cpu() == labels[rows]).sum())
     return right / max(1, len(images))
 

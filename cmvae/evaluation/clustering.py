@@ -13,15 +13,15 @@ import torch
 from cmvae.clustering import (
     clustering_metrics,
     confusion,
-    labels_of_groups,
+    label_by_group,
     mean_by_group,
 )
 from cmvae.evaluation.context import EvaluationContext
-from cmvae.evaluation.result import GroupResult
+from cmvae.evaluation.report import GroupResult
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.encoding import EncodedSplit, assign_split, encode_batch
 from cmvae.models.export import CLUSTER_RECORD_NAME, load_clusters
-from cmvae.visualize import figures
+from cmvae.visualize import plots
 from cmvae.visualize.previews import draw_cluster_samples, draw_latent_map
 
 AGREEMENT = ("acc", "nmi", "ari", "purity")
@@ -116,7 +116,7 @@ def group_agreement(model: CMVAE, split: EncodedSplit) -> dict[str, float]:
         split: encoded samples with groups, each with at least one modality, at least one with a label.
     """
     groups = split.numbered_groups()
-    labels = labels_of_groups(split.label, groups)
+    labels = label_by_group(split.label, groups)
     clusters, _ = model.assign_jointly(*mean_by_group(split.shared_loc, split.present, groups))
     return clustering_metrics(clusters[labels >= 0], labels[labels >= 0])
 
@@ -134,9 +134,9 @@ def _compare_numbers(model: CMVAE, export: Path, encoded: EncodedSplit, result: 
         f"clustering/selected/{name}": float(curve.selected) for name, curve in record.curves.items()
     }
     result.protocol["clustering.criterion"] = record.criterion if record.told is None else "told"
-    result.figures["cluster_numbers"] = figures.criterion_curves(record)
+    result.figures["cluster_numbers"] = plots.criterion_curves(record)
     if not hierarchy.is_pruned:
-        result.figures["cluster_tree"] = figures.cluster_tree(hierarchy, record.num_clusters)
+        result.figures["cluster_tree"] = plots.cluster_tree(hierarchy, record.num_clusters)
     if (encoded.label >= 0).any():
         whole = copy.deepcopy(model)
         whole.cluster_prior.take(hierarchy, int(hierarchy.num_clusters[0]))
@@ -208,6 +208,6 @@ def _draw(
     labelled = encoded.label >= 0
     if class_names is not None and labelled.any():
         counts, cluster_ids = confusion(assignments[labelled], encoded.label[labelled], len(class_names))
-        result.figures["confusion_matrix"] = figures.confusion_matrix(counts, class_names, cluster_ids)
+        result.figures["confusion_matrix"] = plots.confusion_matrix(counts, class_names, cluster_ids)
     else:
         result.left_out["figures/confusion_matrix"] = "there are no labels"

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cmvae.evaluation.context import EvaluationContext
-from cmvae.evaluation.result import GroupResult
+from cmvae.evaluation.report import GroupResult
 from cmvae.models.cmvae import CMVAE, Posterior
 from cmvae.models.objectives import cluster_log_prob, data_log_prob, mixture_log_prob
 from cmvae.utils.progress import progress_bar

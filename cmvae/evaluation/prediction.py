@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.metrics import r2_score
 
 from cmvae.evaluation.context import EvaluationContext
-from cmvae.evaluation.result import GroupResult
+from cmvae.evaluation.report import GroupResult
 from cmvae.evaluation.sampling import Pair, generate_pairs
 from cmvae.modalities import Modality, VectorModality
 

@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from cmvae.evaluation.context import EvaluationContext
-from cmvae.evaluation.result import GroupResult
+from cmvae.evaluation.report import GroupResult
 
 # Hundreds of samples for each of some ten classes and a hundred dimensions: more change the third decimal of
 # a linear classifier's accuracy, and cost minutes.

@@ -1,30 +1,61 @@
-"""What an evaluation leaves behind: metrics, protocol, pictures, texts, and a table for the terminal."""
+"""Results of an evaluation: metrics, protocol, figures and texts, as files and as a table."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cmvae.evaluation.result import REFINED, GroupResult
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import whole_folder
 
+if TYPE_CHECKING:  # slow to import
+    from matplotlib.figure import Figure
+
+REFINED = "refined/"
+"""Prefix of metrics of generated samples after refinement."""
+
+
+@dataclass
+class GroupResult:
+    """Results of one group of metrics; the same on every rank."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Metric → finite value."""
+    figures: dict[str, Figure] = field(default_factory=dict)
+    """File name without suffix → figure."""
+    protocol: dict[str, str | int | float | bool | None] = field(default_factory=dict)
+    """Parameters, seeds and numbers of samples, by dotted name."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Metric, or common prefix of metrics → why it was not computed."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """File name without suffix → text."""
+
+    def add(self, other: GroupResult) -> None:
+        """Add the results of another group."""
+        self.metrics |= other.metrics
+        self.figures |= other.figures
+        self.texts |= other.texts
+        self.protocol |= other.protocol
+        self.left_out |= other.left_out
+
 
 def write_report(folder: Path, result: GroupResult) -> None:
-    """Write a whole evaluation, which takes the place of an earlier one; or leave that as it was.
+    """Replace the evaluation in a folder; if that fails, an earlier one is kept.
 
-    `metrics.json` is one flat object of numbers, `protocol.json` says how they were computed and what was
-    left out for which reason, `figures/NAME.png` are the pictures, `texts/NAME.txt` what is to be read.
+    `metrics.json` is a flat object of numbers, `protocol.json` says how they were computed and why others
+    were left out, and `figures/NAME.png` and `texts/NAME.txt` show samples.
 
     Args:
         folder: usually `RUN_DIR/evaluation`.
-        result: everything that was computed.
+        result: all results.
 
     Raises:
-        ValueError: a metric is not finite, which JSON cannot say.
-        UserError: the folder cannot be written, say because the disk is full.
+        ValueError: a metric is not finite, which JSON cannot represent.
+        UserError: the folder cannot be written.
     """
     broken = [name for name, value in result.metrics.items() if not math.isfinite(value)]
     if broken:
@@ -41,8 +72,8 @@ def write_report(folder: Path, result: GroupResult) -> None:
             _write_json(partial / "metrics.json", {name: float(x) for name, x in result.metrics.items()})
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be written ({error.strerror or error}); what an earlier evaluation left there "
-            "is untouched. Make room or mend the permissions, then evaluate again"
+            f"{folder}: cannot be written ({error.strerror or error}); an earlier evaluation there is "
+            "unchanged. Free some space or fix the permissions, then evaluate again"
         ) from error
 
 
@@ -52,16 +83,13 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
 
 
 def format_report(result: GroupResult) -> str:
-    """The metrics as a table, then what was left out and why."""
+    """The metrics as a table, then the metrics left out with the reasons."""
     reasons = [f"left out: {name}: {reason}" for name, reason in result.left_out.items()]
     return "\n".join([format_table(result.metrics), *reasons])
 
 
 def format_table(metrics: Mapping[str, float]) -> str:
-    """The metrics as lines of text, sorted by name, the numbers below each other.
-
-    Where generations were refined, a metric's value after it stands beside the one before.
-    """
+    """The metrics as aligned lines of text, sorted by name; with a refiner, before and after refinement."""
     names = sorted(name for name in metrics if not name.startswith(REFINED))
     width = max(map(len, names), default=0)
     rows = [f"{name:<{width}}  {_format_number(metrics[name])}" for name in names]
@@ -73,5 +101,5 @@ def format_table(metrics: Mapping[str, float]) -> str:
 
 
 def _format_number(value: float) -> str:
-    """Counts without decimals, shares and nats with four."""
+    """Counts without decimals, other values with four."""
     return f"{value:10.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:10.4f}"

@@ -16,8 +16,7 @@ from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.likelihood import evaluate_likelihood
 from cmvae.evaluation.prediction import evaluate_prediction
 from cmvae.evaluation.probes import evaluate_probes
-from cmvae.evaluation.report import write_report
-from cmvae.evaluation.result import GroupResult
+from cmvae.evaluation.report import GroupResult, write_report
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.export import weights_sha256
 from cmvae.tracking import resume_tracker

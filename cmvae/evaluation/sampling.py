@@ -1,10 +1,11 @@
-"""Generations of an evaluation, on any number of ranks: every sample has its own noise.
+"""Generate the samples of an evaluation, on any number of ranks: every sample has its own noise.
 
-Conditional, for every sample of a split and every source that it has: z ~ q(z|x_source), w ~ p(w) for every
-target, also where the target is the source; of several sources, all of which a sample must have, each
-sample's z comes from one of them, drawn uniformly, which is the mixture that is the joint posterior.
-Unconditional: c ~ π over the selected clusters, z ~ p(z|c), w ~ p(w). What is generated is what
-`CMVAE.decode` gives.
+- Conditional, for every sample of a split that has the source: z ~ q(z|x_source), and w ~ p(w) for every
+  target, also where the target is the source. With several sources, z comes from one of them, drawn uniformly
+  per sample: the mixture that is the joint posterior.
+- Unconditional: c ~ π over the selected clusters, z ~ p(z|c), w ~ p(w).
+
+`CMVAE.decode` makes the samples.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from tqdm import tqdm
 
 from cmvae.clustering import IntArray
 from cmvae.evaluation.context import EvaluationContext
-from cmvae.evaluation.result import REFINED
+from cmvae.evaluation.report import REFINED
 from cmvae.models.cmvae import CMVAE, Latents
 from cmvae.utils.progress import progress_bar
 
-Reader = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-"""Data (B, *shape) by modality to whatever is read from it, (B, ...) by name."""
+Extract = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""Modality → data (B, *shape), to name → what is kept of it (B, ...)."""
 
 
 def encode_sources(model: CMVAE, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What `Generations.conditional` starts from.
+    """Encode a batch for `SampleGenerator.conditional`.
 
     Args:
-        model: in evaluation mode.
-        batch: on its device.
+        model: model in evaluation mode.
+        batch: batch on its device.
 
     Returns:
         `label` (B,), `loc/SOURCE` and `scale/SOURCE` (B, D_z) of q(z|x), `has/SOURCE` (B,) bool.
@@ -47,13 +48,18 @@ def encode_sources(model: CMVAE, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return encoded
 
 
-def having(encoded: Mapping[str, np.ndarray], modalities: Sequence[str]) -> IntArray:
-    """The rows of an encoded split that have all of some modalities."""
+def samples_with(encoded: Mapping[str, np.ndarray], modalities: Sequence[str]) -> IntArray:
+    """Rows of an encoded split that have all of the modalities."""
     return np.flatnonzero(np.all([encoded[f"has/{name}"] for name in modalities], axis=0))
 
 
-class Generations:
-    """Generates on all ranks and reads what it made, as it is and refined."""
+class SampleGenerator:
+    """Generates samples on all ranks and extracts values from them, before and after refinement.
+
+    Args:
+        context: model, settings and optionally a refiner.
+        progress: bar that counts the samples.
+    """
 
     def __init__(self, context: EvaluationContext, progress: tqdm) -> None:
         self._context, self._progress = context, progress
@@ -63,20 +69,20 @@ class Generations:
         encoded: Mapping[str, np.ndarray],
         sources: Sequence[str],
         targets: Sequence[str],
-        read: Reader,
+        extract: Extract,
         refine: bool,
     ) -> dict[str, np.ndarray]:
-        """Readings of what is generated from the mixture of the sources.
+        """Generate from the mixture of the sources.
 
         Args:
             encoded: a split, see `encode_sources`.
-            sources: what is generated from.
-            targets: what is generated.
-            read: what is wanted of it.
-            refine: whether a refiner, if there is one, shows its own version, too, below `refined/`.
+            sources: modalities to generate from.
+            targets: modalities to generate.
+            extract: what to keep of the generated data.
+            refine: whether to refine as well, if there is a refiner; the results are named `refined/…`.
 
         Returns:
-            By name, a row for each of `having(encoded, sources)`.
+            Name → values, one row per `samples_with(encoded, sources)`.
         """
         context = self._context
         stream = f"conditional/{'+'.join(sources)}"
@@ -84,7 +90,7 @@ class Generations:
             torch.from_numpy(np.stack([encoded[f"{part}/{source}"] for source in sources], axis=1))
             for part in ("loc", "scale")
         )  # (N, S, D_z)
-        chosen = torch.from_numpy(having(encoded, sources))
+        chosen = torch.from_numpy(samples_with(encoded, sources))
 
         def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
             rows = chosen[batch["position"].cpu()]
@@ -94,12 +100,12 @@ class Generations:
                 loc[rows, component].to(context.device), scale[rows, component].to(context.device)
             )
             latents = Latents(posterior.sample(shared_noise), {name: private[name] for name in targets})
-            return self._read(latents, stream, rows, read, refine)
+            return self._decode(latents, stream, rows, extract, refine)
 
         return self._collect(len(chosen), compute)
 
-    def unconditional(self, targets: Sequence[str], read: Reader) -> dict[str, np.ndarray]:
-        """Readings of the targets of `num_generated` joint generations."""
+    def unconditional(self, targets: Sequence[str], extract: Extract) -> dict[str, np.ndarray]:
+        """Generate the targets of `num_generated` joint samples; name → values, one row per sample."""
         context = self._context
         prior = context.model.cluster_prior
         cumulative = prior.log_weights.double().exp().cpu().cumsum(0)
@@ -111,28 +117,28 @@ class Generations:
             clusters = torch.searchsorted(cumulative, uniform, right=True).to(context.device)
             shared_noise, private = _draw_latents(context, "unconditional", rows)
             latents = Latents(prior.sample(clusters, shared_noise), {name: private[name] for name in targets})
-            return self._read(latents, "unconditional", rows, read, refine=True)
+            return self._decode(latents, "unconditional", rows, extract, refine=True)
 
         return self._collect(context.settings.num_generated, compute)
 
-    def _read(
-        self, latents: Latents, stream: str, positions: Tensor, read: Reader, refine: bool
+    def _decode(
+        self, latents: Latents, stream: str, positions: Tensor, extract: Extract, refine: bool
     ) -> dict[str, Tensor]:
         context = self._context
         values = context.model.decode(latents.shared, latents.private)
-        readings = read(values)
+        extracted = extract(values)
         if refine and context.dcmvae is not None:
             seeds = context.draw_seeds(f"{stream}/refine", positions)
             refined = context.dcmvae.refine(values, latents.shared, seeds=seeds)
-            readings |= {f"{REFINED}{key}": value for key, value in read(refined).items()}
-        return readings
+            extracted |= {f"{REFINED}{key}": value for key, value in extract(refined).items()}
+        return extracted
 
     def _collect(
         self, num_samples: int, compute: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
     ) -> dict[str, np.ndarray]:
         def count(batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
             computed = compute(batch)
-            # All ranks have equally much to do.
+            # All ranks have the same number of samples.
             self._progress.update(int(batch["valid"].sum()) * self._context.accelerator.num_processes)
             return computed
 
@@ -141,7 +147,7 @@ class Generations:
 
 @dataclass(frozen=True)
 class Pair:
-    """What was generated from one modality beside what is really there; n samples that have both."""
+    """One modality generated from another, and the real values; n samples that have both."""
 
     source: str
     target: str
@@ -152,24 +158,24 @@ class Pair:
 
 
 def generate_pairs(context: EvaluationContext, targets: Sequence[str]) -> Iterator[Pair]:
-    """Every target generated from every modality, self included, for every sample of the split that has both.
+    """Generate every target from every modality, self included, for the samples of the split that have both.
 
     Args:
         context: model, data and settings.
         targets: modalities to generate.
 
     Yields:
-        Pairs of at least one sample each; the same on every rank.
+        Pairs with at least one sample; the same on every rank.
     """
     model, settings = context.model, context.settings
 
-    def read(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def extract(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {f"value/{name}": values[name] for name in targets}
 
     encoded = context.collect(
-        context.batches(settings.split), lambda batch: encode_sources(model, batch) | read(batch)
+        context.batches(settings.split), lambda batch: encode_sources(model, batch) | extract(batch)
     )
-    rows = {source: having(encoded, [source]) for source in model.modality_names}
+    rows = {source: samples_with(encoded, [source]) for source in model.modality_names}
     with progress_bar(
         total=sum(map(len, rows.values())),
         desc=f"generate {', '.join(targets)}",
@@ -177,11 +183,11 @@ def generate_pairs(context: EvaluationContext, targets: Sequence[str]) -> Iterat
         disable=not context.accelerator.is_main_process,
         leave=False,
     ) as progress:
-        generations = Generations(context, progress)
+        generator = SampleGenerator(context, progress)
         for source, of_source in rows.items():
             if len(of_source) == 0:
                 continue
-            made = generations.conditional(encoded, (source,), targets, read, refine=False)
+            made = generator.conditional(encoded, (source,), targets, extract, refine=False)
             for target in targets:
                 both = encoded[f"has/{target}"][of_source]
                 if not both.any():
@@ -196,11 +202,11 @@ def generate_pairs(context: EvaluationContext, targets: Sequence[str]) -> Iterat
 def _draw_latents(
     context: EvaluationContext, stream: str, positions: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Noise of z (B, D_z), and w ~ p(w) (B, D_w) of every modality."""
+    """Noise of z (B, D_z), and modality → w ~ p(w) (B, D_w)."""
     model = context.model
     names, config = model.modality_names, model.config
     size = config.shared_dim + len(names) * config.private_dim
-    # One draw a sample: most of its cost is in seeding.
+    # One draw per sample: seeding is most of the cost.
     noise = context.draw_noise(f"{stream}/latents", positions, (size,))
     shared, private = noise.split([config.shared_dim, size - config.shared_dim], dim=1)
     w = model.private_prior.sample(rearrange(private, "b (m d) -> m b d", m=len(names)))

@@ -20,7 +20,7 @@ from torch import Tensor
 from cmvae.clustering import IntArray
 from cmvae.evaluation.classifiers import MIN_ACCURACY
 from cmvae.evaluation.context import EvaluationContext
-from cmvae.evaluation.result import GroupResult
+from cmvae.evaluation.report import GroupResult
 from cmvae.evaluation.sampling import Pair, generate_pairs
 from cmvae.modalities import Modality
 from cmvae.modalities.text import EOS, SPECIAL_TOKENS
@@ -47,7 +47,7 @@ class TextClassifier:
     accuracy: float
     """On the real texts of the split that is evaluated."""
 
-    def read(self, tokens: Tensor) -> Tensor:
+    def classify(self, tokens: Tensor) -> Tensor:
         """Classes (B,) int64 of data (B, length)."""
         classes = self.pipeline.predict(to_texts(self.modality.to_stored(tokens), self.modality))
         return torch.from_numpy(classes.astype(np.int64)).to(tokens.device)

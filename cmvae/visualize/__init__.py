@@ -1,1 +1,1 @@
-"""Figures: grids of samples, plots of results, previews of what a model generates."""
+"""Figures: grids of samples, plots of results, comparisons of experiments, previews of a model."""

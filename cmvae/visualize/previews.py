@@ -1,4 +1,4 @@
-"""What a model makes, as figures and texts: generates with it, then draws and writes."""
+"""Previews of a model: generate with it, then draw figures and write texts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from cmvae.modalities import Modality
 from cmvae.models.cmvae import CMVAE
-from cmvae.visualize import figures
-from cmvae.visualize.listing import cross_modal_listing
+from cmvae.models.encoding import EncodedSplit
+from cmvae.visualize import grids, plots
 
-if TYPE_CHECKING:  # it draws with this module
+if TYPE_CHECKING:  # diffusers takes seconds to import
     from cmvae.models.dcmvae import DCMVAE
-    from cmvae.models.encoding import EncodedSplit
+
+_TEXT_HEAD = "Real samples, and what is generated from each of their modalities (from itself: reconstructed)."
 
 
 @dataclass(frozen=True)
@@ -30,34 +31,55 @@ class CrossModal:
     generated: Mapping[tuple[str, str], np.ndarray]
     """(source, target) → (N, *shape), as stored."""
     present: Mapping[str, np.ndarray]
-    """Modality → (N,) bool."""
+    """Modality → (N,) bool, the samples that have it."""
     modalities: Mapping[str, Modality]
+    """The modalities by name."""
 
     def draw(self) -> Figure:
-        """As a figure."""
-        return figures.cross_modal_grid(
+        """The samples as a figure, see `grids.cross_modal_grid`."""
+        return grids.cross_modal_grid(
             self.inputs, self.generated, modalities=self.modalities, present=self.present
         )
 
     def write(self) -> str | None:
-        """As text, of the modalities that are read in words; None if there are none."""
-        return cross_modal_listing(
-            self.inputs, self.generated, modalities=self.modalities, present=self.present
-        )
+        """The modalities that have words, sample by sample, real and generated from each modality.
+
+        Returns:
+            Plain text, without what a missing modality would generate; None if no modality has words.
+        """
+        targets = [name for name in self.inputs if self.modalities[name].in_words]
+        if not targets:
+            return None
+        width = max(map(len, self.inputs)) + len("from ")
+        lines = [_TEXT_HEAD]
+        for sample in range(len(self.inputs[targets[0]])):
+            lines += ["", f"sample {sample + 1}"]
+            for target in targets:
+                describe = self.modalities[target].describe
+                is_there = self.present[target][sample]
+                texts = {"real": describe(self.inputs[target][sample]) if is_there else "(missing)"}
+                texts |= {
+                    f"from {source}": describe(self.generated[source, target][sample])
+                    for source in self.inputs
+                    if self.present[source][sample]
+                }
+                lines.append(f"  {target}")
+                lines += [f"    {title:<{width}}  {text}".rstrip() for title, text in texts.items()]
+        return "\n".join(lines) + "\n"
 
 
 def generate_cross_modal(
     model: CMVAE, inputs: Mapping[str, Tensor], mask: Tensor, generator: torch.Generator
 ) -> CrossModal:
-    """Generate every modality of some samples from every one.
+    """Generate every modality of some samples from every modality.
 
-    Only encodes and decodes, so that under ZeRO-3 all ranks may call it in the middle of a training.
+    Only encodes and decodes, so under ZeRO-3 all ranks may call it during training.
 
     Args:
         model: the model.
-        inputs: by modality, data (B, *shape).
+        inputs: modality → data (B, *shape).
         mask: (B, M) bool, the modalities that each sample has.
-        generator: random stream on the model's device.
+        generator: random generator on the model's device.
     """
     generated = {}
     for source, x in inputs.items():
@@ -76,13 +98,13 @@ def generate_cross_modal(
 def draw_refinements(
     dcmvae: DCMVAE, inputs: Mapping[str, Tensor], mask: Tensor, generator: torch.Generator
 ) -> Figure:
-    """Inputs, what the CMVAE generates from every modality, self included, and its images refined.
+    """Draw inputs, what the CMVAE generates from every modality (itself included), and its images refined.
 
     Args:
         dcmvae: the CMVAE and its refiner.
-        inputs: by modality, data (B, *shape).
+        inputs: modality → data (B, *shape).
         mask: (B, M) bool, the modalities that each sample has.
-        generator: random stream on the model's device.
+        generator: random generator on the model's device.
     """
     model = dcmvae.cmvae
     generated, refined = {}, {}
@@ -94,7 +116,7 @@ def draw_refinements(
             generated[source, target] = model.modalities[target].to_stored(blurred[target])
         for target in dcmvae.refiner.modality_names:
             refined[source, target] = model.modalities[target].to_stored(sharp[target])
-    return figures.cross_modal_grid(
+    return grids.cross_modal_grid(
         {name: model.modalities[name].to_stored(x) for name, x in inputs.items()},
         generated,
         refined,
@@ -104,25 +126,25 @@ def draw_refinements(
 
 
 def draw_cluster_samples(model: CMVAE, num_samples: int, generator: torch.Generator) -> Figure:
-    """Joint generations of every selected cluster, `num_samples` each."""
+    """Draw `num_samples` joint generations of every selected cluster."""
     clusters = model.cluster_prior.active.nonzero().flatten().tolist()
     samples = [model.generate(num_samples, cluster=c, generator=generator) for c in clusters]
     values = {
         name: np.stack([modality.to_stored(sample[name]) for sample in samples])
         for name, modality in model.modalities.items()
     }
-    return figures.sample_rows(values, [f"cluster {c}" for c in clusters], modalities=model.modalities)
+    return grids.sample_rows(values, [f"cluster {c}" for c in clusters], modalities=model.modalities)
 
 
 def draw_latent_map(split: EncodedSplit, assignments: np.ndarray, num_samples: int, seed: int) -> Figure:
-    """Z in two dimensions, of at most `num_samples` samples: each by the first modality that it has."""
+    """Draw z of the first `num_samples` samples in two dimensions, from the first modality that each has."""
     shown = slice(0, num_samples)
     first = split.present[shown].argmax(axis=1)
-    points = figures.project_2d(split.shared_loc[shown][np.arange(len(first)), first], seed)
+    points = plots.project_2d(split.shared_loc[shown][np.arange(len(first)), first], seed)
     labels = split.label[shown] if (split.label >= 0).any() else None
-    return figures.latent_map(points, assignments[shown], labels)
+    return plots.latent_map(points, assignments[shown], labels)
 
 
 def _by_modality(model: CMVAE, mask: Tensor) -> dict[str, np.ndarray]:
-    """A mask (B, M) as columns (B,) by modality."""
+    """A mask (B, M) as one column (B,) per modality."""
     return dict(zip(model.modality_names, mask.T.cpu().numpy(), strict=True))

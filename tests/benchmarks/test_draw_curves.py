@@ -34,7 +34,7 @@ def test_curves_are_drawn_and_compared_and_what_is_missing_is_named(make_run, tm
     for runs, told in (
         ([first, short], "c: has other points than a"),
         ([first, tmp_path / "untracked"], "untracked/mlflow.json: missing"),
-        ([first, second, "--metric=train/none"], "a: no curve 'train/none'"),
+        ([first, second, "--metric=train/none"], "a: no metric 'train/none'"),
     ):
         done = run_tool("benchmarks/draw_curves.py", *runs, "--out=none.png", folder=tmp_path)
         assert done.returncode == 2

@@ -51,7 +51,7 @@ def real_distance(shards, index, num_samples):
         features = {}
         for split in ("train", "test"):
             (batch,) = EvaluationLoader(shards, split=split, modalities=[name], batch_size=192)
-            _, read = classifier.read(batch[name][:num_samples].float() / 255)
+            _, read = classifier.classify(batch[name][:num_samples].float() / 255)
             features[split] = read[: int(batch["valid"].sum())].numpy()
         distances.append(FrechetDistance(features["test"]).to(features["train"]))
     return np.mean(distances)

@@ -117,7 +117,7 @@ def test_what_is_there_is_only_replaced_when_asked_and_only_if_it_was_generated(
     assert files(out) == {"m0": ["000000"]}
     code, _, err = call("generate", run, "--num", 1, "--out", run, "--overwrite")
     assert code == 2
-    assert "holds other things" in err
+    assert "was not written by this command" in err
     assert (run / "export/model.safetensors").is_file()
 
 

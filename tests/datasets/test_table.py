@@ -215,7 +215,7 @@ def test_other_separators_and_empty_cells(tmp_path):
         ("--vector weight", r"birds\.csv: row 2, .*row 9, .*and 4 more: nothing there in any modality"),
         ("--text colour --label colour", "--label colour: is a modality as well"),
         ("--text colour --categorical colour", "there already. Name them: --categorical NAME=colour"),
-        ("--image weight", r"row 3, column weight: .*1001.0 is no file"),
+        ("--image weight", r"row 3, column weight: .*1001.0: no such file"),
         ("--image *s*", "--image .*: means .*Give one at a time"),
         ("--text caption --text colour --key colour", r"row 5: 'red' is the key of .*row 2 as well"),
         ("--text colour --key caption", r"row 2, column caption: empty"),

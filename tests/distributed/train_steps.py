@@ -25,7 +25,7 @@ from cmvae.models.precision import autocast_dtype
 from cmvae.training.cmvae_task import CMVAETask
 from cmvae.training.optimization import build_optimizer, reinitialize_parameters
 from cmvae.training.step_checks import StopRequest, all_reduce_step_check
-from cmvae.utils.process_exit import leave
+from cmvae.utils.process_exit import exit_process
 
 
 def main() -> None:
@@ -104,4 +104,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    exit_process(0)

@@ -53,11 +53,11 @@ def test_trained_classifiers_read_the_test_split_as_the_index_says(quadrants_sha
         quadrants_shards, split="test", modalities=list(classifiers), batch_size=90
     ):
         for name, classifier in classifiers.items():
-            predicted, features = classifier.read(batch[name].float() / 255)
+            predicted, features = classifier.classify(batch[name].float() / 255)
             assert features.shape == (90, NUM_FEATURES)
             assert float((predicted == batch["label"]).double().mean()) == index.classifiers[name].accuracy
             # An index that says 1.0 of anything would pass the line above.
-            turned, _ = classifier.read(batch[name].float().flip(-1) / 255)
+            turned, _ = classifier.classify(batch[name].float().flip(-1) / 255)
             assert float((turned == batch["label"]).double().mean()) < 0.2
     assert min(entry.accuracy for entry in index.classifiers.values()) > 0.95
 
@@ -65,11 +65,11 @@ def test_trained_classifiers_read_the_test_split_as_the_index_says(quadrants_sha
 def test_reading_does_not_depend_on_the_batch_and_clips_as_a_picture_does(quadrants_shards):
     classifier = load_all(quadrants_shards)["m0"]
     images = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 3 - 1
-    predicted, features = classifier.read(images)
-    alone, features_alone = classifier.read(images[3:4])
+    predicted, features = classifier.classify(images)
+    alone, features_alone = classifier.classify(images[3:4])
     assert alone[0] == predicted[3]
     torch.testing.assert_close(features_alone[0], features[3], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(classifier.read(images.clamp(0, 1))[1], features)
+    torch.testing.assert_close(classifier.classify(images.clamp(0, 1))[1], features)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (3, 16, 16), (3, 28, 28), (1, 30, 50), (3, 64, 64)])
@@ -180,7 +180,7 @@ def test_features_tell_classes_apart(quadrants_shards):
     # Fréchet distances and neighbourhoods mean something only if images of a class are near each other.
     classifier = load_all(quadrants_shards)["m2"]
     (batch,) = EvaluationLoader(quadrants_shards, split="test", modalities=["m2"], batch_size=90)
-    _, features = classifier.read(batch["m2"].float() / 255)
+    _, features = classifier.classify(batch["m2"].float() / 255)
     distances = torch.cdist(features, features).fill_diagonal_(torch.inf)
     nearest = batch["label"][distances.argmin(1)]
     assert np.mean((nearest == batch["label"]).numpy()) > 0.95

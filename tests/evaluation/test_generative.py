@@ -21,11 +21,13 @@ from cmvae.config import EvaluationConfig, ModalityConfig, ModelConfig
 from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
 from cmvae.datasets.writer import write_shards
-from cmvae.evaluation import generative
+from cmvae.evaluation import feature_networks
 from cmvae.evaluation.classifiers import train_classifiers
 from cmvae.evaluation.context import EvaluationContext
-from cmvae.evaluation.generative import evaluate_generative
-from cmvae.evaluation.sampling import Generations
+from cmvae.evaluation.feature_networks import load_feature_networks
+from cmvae.evaluation.frechet import FrechetDistance
+from cmvae.evaluation.generative import evaluate_generative, read_reference
+from cmvae.evaluation.sampling import SampleGenerator
 from cmvae.models.cmvae import CMVAE, Posterior
 from cmvae.models.dcmvae import DCMVAE
 from cmvae.models.refiner import Refiner
@@ -140,9 +142,9 @@ def test_one_modality_that_always_errs_shows_in_its_row_and_column(oracle, evalu
 def test_of_several_sources_each_has_its_share(oracle, evaluation_context):
     oracle.say["m1"] = lambda classes: (classes + 1) % 4
     context = evaluation_context(oracle)
-    networks, _ = generative._load_networks(context, {"coherence"})
-    split = generative._read_split(context, networks)
-    generator = Generations(context, quiet())
+    networks, _ = load_feature_networks(context, {"coherence"})
+    split = read_reference(context, networks, {"coherence"}).extracted
+    generator = SampleGenerator(context, quiet())
     read = generator.conditional(split, ("m0", "m1"), ["m2"], networks.classify, refine=False)
     shift = (read["class/m2"] - split["label"]) % 4
     assert set(shift.tolist()) == {0, 1}
@@ -167,8 +169,8 @@ def test_unconditional_clusters_follow_their_weights_and_the_selection(oracle, e
         oracle.cluster_prior.logits[:] = torch.tensor([1.0, 1.0, 2.0, 4.0]).log()
     oracle.cluster_prior.active[1] = False
     context = evaluation_context(oracle, num_generated=2000)
-    networks, _ = generative._load_networks(context, {"coherence"})
-    read = Generations(context, quiet()).unconditional(NAMES, networks.classify)
+    networks, _ = load_feature_networks(context, {"coherence"})
+    read = SampleGenerator(context, quiet()).unconditional(NAMES, networks.classify)
     shares = np.bincount(read["class/m0"], minlength=4) / 2000
     assert shares[1] == 0
     np.testing.assert_allclose(shares[[0, 2, 3]], [1 / 7, 2 / 7, 4 / 7], atol=0.04)
@@ -211,13 +213,13 @@ def test_conditional_means_leave_self_out_where_they_say_so(oracle, evaluation_c
     oracle.draw["m0"] = lambda classes, w: torch.zeros_like(classes)
     metrics = evaluate_generative(evaluation_context(oracle), {"frechet"}).metrics
     context = evaluation_context(oracle)
-    networks, _ = generative._load_networks(context, {"frechet"})
-    split = generative._read_split(context, networks)
-    generator, values = Generations(context, quiet()), {}
+    networks, _ = load_feature_networks(context, {"frechet"})
+    split = read_reference(context, networks, {"frechet"}).extracted
+    generator, values = SampleGenerator(context, quiet()), {}
     for source in NAMES:
-        read = generator.conditional(split, (source,), NAMES, networks.read, refine=False)
+        read = generator.conditional(split, (source,), NAMES, networks.extract_features, refine=False)
         for target in NAMES:
-            reference = generative.FrechetDistance(split[f"classifier/{target}"])
+            reference = FrechetDistance(split[f"classifier/{target}"])
             values[source, target] = reference.to(read[f"classifier/{target}"])
     cross = [value for (source, target), value in values.items() if source != target]
     assert metrics["frechet/classifier/conditional"] == pytest.approx(np.mean(list(values.values())))
@@ -263,8 +265,8 @@ def test_inception_features_make_the_fid_also_without_labels(
             assert images.shape[1:] == (3, 8, 8)
             return images.double().mean((1, 2))[:, :4]
 
-    monkeypatch.setattr(generative, "INCEPTION_FEATURES", 4)
-    monkeypatch.setattr(generative, "load_inception", lambda weights, device: Halves())
+    monkeypatch.setattr(feature_networks, "INCEPTION_FEATURES", 4)
+    monkeypatch.setattr(feature_networks, "load_inception", lambda weights, device: Halves())
     index = ShardIndex.load(quadrants_shards).model_copy(update={"class_names": None})
     result = evaluate_generative(evaluation_context(oracle, index), ALL)
     assert set(result.metrics) == {"fid/unconditional", "fid/conditional", "fid/conditional_cross"}
@@ -355,9 +357,9 @@ def test_what_is_read_is_each_sample_refined_alone(untrained, evaluation_context
     """One by one: noise, z and w, the decoders, the refiner and the classifier."""
     refiner = make_refiner(SHAPES_OF_QUADRANTS, conditioning={"latent": True})
     context = evaluation_context(untrained, refiner=refiner, num_generated=40)
-    networks, _ = generative._load_networks(context, {"coherence"})
-    split = generative._read_split(context, networks)
-    generator = Generations(context, quiet())
+    networks, _ = load_feature_networks(context, {"coherence"})
+    split = read_reference(context, networks, {"coherence"}).extracted
+    generator = SampleGenerator(context, quiet())
     readings = generator.conditional(split, ("m1",), NAMES, networks.classify, refine=True)
     (batch,) = EvaluationLoader(context.shards, split="test", modalities=["m1"], batch_size=90)
     posterior = untrained.encode({"m1": batch["m1"] / 255})["m1"].shared
@@ -458,10 +460,10 @@ def test_distances_are_of_images_that_are_there(mixed_shards):
     assert {name for name in result.left_out if name.startswith("frechet/")} == {
         f"frechet/{name}" for name in MODALITIES if name != "photo"
     }
-    networks, _ = generative._load_networks(context, {"frechet"})
+    networks, _ = load_feature_networks(context, {"frechet"})
     there = [n for n in range(60) if "photo" in Mixed(0.2).sample("test", n).values]
     photos = torch.from_numpy(np.stack([Mixed(0.2).sample("test", n).values["photo"] for n in there])) / 255
-    reference = generative.FrechetDistance(networks.read({"photo": photos})["classifier/photo"].numpy())
+    reference = FrechetDistance(networks.extract_features({"photo": photos})["classifier/photo"].numpy())
     distances = []
     for source in MODALITIES:
         classes = torch.tensor(
@@ -470,7 +472,7 @@ def test_distances_are_of_images_that_are_there(mixed_shards):
         z = torch.zeros(len(classes), 4)
         z[:, 0] = 10 * classes
         drawn = model.decode(z, {"photo": z})
-        distances.append(reference.to(networks.read(drawn)["classifier/photo"].numpy()))
+        distances.append(reference.to(networks.extract_features(drawn)["classifier/photo"].numpy()))
     assert result.metrics["frechet/classifier/conditional"] == pytest.approx(np.mean(distances), rel=1e-3)
     # Without the photographs as a source.
     cross = result.metrics["frechet/classifier/conditional_cross"]
@@ -481,10 +483,10 @@ def test_distances_are_of_images_that_are_there(mixed_shards):
 def test_several_sources_are_those_that_a_sample_has_all_of(mixed_shards):
     model = MixedOracle()
     context = mixed_context(model, mixed_shards)
-    networks, _ = generative._load_networks(context, {"coherence"})
-    split = generative._read_split(context, networks)
+    networks, _ = load_feature_networks(context, {"coherence"})
+    split = read_reference(context, networks, {"coherence"}).extracted
     sources = ("sizes", "marks", "habitat")
-    readings = Generations(context, quiet()).conditional(
+    readings = SampleGenerator(context, quiet()).conditional(
         split, sources, ["photo"], networks.classify, refine=False
     )
     index = ShardIndex.load(mixed_shards)
@@ -502,5 +504,5 @@ def test_text_alone_has_coherence_and_no_distances(mixed_shards):
     result = evaluate_generative(dataclasses.replace(context, index=index), {"coherence", "frechet"})
     assert result.metrics["coherence/conditional"] == 1
     assert "train_classifiers.py" in result.left_out["coherence/photo"]
-    assert "two modalities whose class" in result.left_out["coherence/unconditional"]
+    assert "two modalities with a classifier" in result.left_out["coherence/unconditional"]
     assert not [name for name in result.metrics if not name.startswith("coherence/")]

@@ -9,8 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cmvae.evaluation.report import format_report, format_table, write_report
-from cmvae.evaluation.result import GroupResult
+from cmvae.evaluation.report import GroupResult, format_report, format_table, write_report
 from cmvae.utils.errors import UserError
 
 METRICS = {"clustering/num_clusters": 11.0, "clustering/acc": np.float32(0.5), "clustering/ari": 1.0}

@@ -115,7 +115,7 @@ def test_the_classifier_reads_words_and_says_how_well(data):
     # Words in the wrong order are read all the same.
     texts.append(["with", "wings", "blue"])
     tokens = torch.from_numpy(np.stack([encode_words(words) for words in texts]))
-    assert classifier.read(tokens).tolist() == [2, 0, 1, 2]
+    assert classifier.classify(tokens).tolist() == [2, 0, 1, 2]
 
 
 def test_texts_that_do_not_tell_their_class_are_no_measure(data):

@@ -1,9 +1,9 @@
-"""Run by test_store.py: moto's S3-compatible server on loopback, which fails as it is told to.
+"""moto's S3 server on loopback, with injected faults; started by test_remote.py.
 
     faulty_s3.py [FAULT …]
 
-Prints its port. The first requests for what is inside an object that ends in .tar get the faults, one after
-the other; the rest are answered by moto alone.
+Prints its port. The first GET requests for objects that end in .tar get the faults, in order. moto answers
+all other requests.
 """
 
 import sys
@@ -15,7 +15,7 @@ from werkzeug.test import run_wsgi_app
 
 
 class FaultyS3:
-    """moto's application; before it stands what fails."""
+    """moto's WSGI application behind a filter that injects the faults."""
 
     def __init__(self, faults):
         self.moto = DomainDispatcherApplication(create_backend_app)

@@ -17,13 +17,13 @@ from cmvae.training.optimization import EMA_NAME
 from cmvae.training.refiner_task import RefinerTask
 from cmvae.training.run import average_weights, run_training
 from cmvae.utils.errors import UserError
-from cmvae.visualize import figures
+from cmvae.visualize import grids
 
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
     """Pictures are made, but not laid out: that would take most of the time."""
-    monkeypatch.setattr(figures, "cross_modal_grid", lambda *_, **__: Figure())
+    monkeypatch.setattr(grids, "cross_modal_grid", lambda *_, **__: Figure())
 
 
 def train(config, **arguments):

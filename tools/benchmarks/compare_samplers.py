@@ -18,7 +18,7 @@ from cmvae.config import RefinerExperiment, SamplerConfig, check_against_shards,
 from cmvae.data.index import ShardIndex
 from cmvae.utils.arguments import positive_integer
 from cmvae.utils.errors import UserError
-from cmvae.utils.files import holds_earlier, whole_folder
+from cmvae.utils.files import holds_earlier_output, whole_folder
 from cmvae.utils.process_exit import run_main
 
 if TYPE_CHECKING:  # slow to import
@@ -201,7 +201,7 @@ def main() -> int:
     index = ShardIndex.load(config.data.shards)
     check_against_shards(config, index, str(arguments.run / "config.yaml"))
     index.split(config.evaluation.split, config.data.shards)
-    holds_earlier(out, RECORD_NAME, "a comparison")
+    holds_earlier_output(out, RECORD_NAME)
 
     from samplers import (
         FLOOR,

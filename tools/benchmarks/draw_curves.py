@@ -33,7 +33,7 @@ def main() -> int:
             raise UserError(f"{name}: has other points than {first}. Train both for as long")
         differences[name] = {step: abs(value - reference[step]) for step, value in curve.items()}
     # Slow to import; after the runs, so that a mistake in them shows at once.
-    from cmvae.visualize.figures import curve_comparison
+    from plots import curve_comparison
 
     figure = curve_comparison(curves, differences, arguments.metric, first)
     try:

@@ -12,7 +12,7 @@ from cmvae.config import CMVAEExperiment, RefinerExperiment, load_run_config
 from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
 from cmvae.distributed import start_evaluation_accelerator
-from cmvae.evaluation.result import GroupResult
+from cmvae.evaluation.report import GroupResult
 from cmvae.evaluation.run import evaluate_groups, load_context
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.dcmvae import DCMVAE

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from plots import distance_by_coherence, distance_by_steps
 from torch import Tensor
 
 from cmvae.config import RefinerExperiment, SamplerConfig
@@ -17,15 +18,10 @@ from cmvae.data.index import ShardIndex
 from cmvae.distributed import start_evaluation_accelerator
 from cmvae.evaluation.classifiers import NUM_FEATURES, load_classifiers
 from cmvae.evaluation.context import EvaluationContext
+from cmvae.evaluation.feature_networks import FeatureNetworks
 from cmvae.evaluation.frechet import refusal
-from cmvae.evaluation.generative import (
-    REFINED,
-    Networks,
-    Reference,
-    measure_floor,
-    measure_generations,
-    read_reference,
-)
+from cmvae.evaluation.generative import Reference, measure_floor, measure_generated, read_reference
+from cmvae.evaluation.report import REFINED
 from cmvae.evaluation.run import load_context
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.dcmvae import DCMVAE
@@ -33,7 +29,6 @@ from cmvae.models.export import weights_sha256
 from cmvae.models.precision import autocast_dtype, network_precision
 from cmvae.models.refiner import Refiner
 from cmvae.utils.errors import UserError
-from cmvae.visualize import figures
 
 FLOOR, UNREFINED = "real train images", "CMVAE alone"
 
@@ -54,7 +49,7 @@ class Measurement:
     sampler: SamplerConfig | None
     """None where nothing is refined."""
     metrics: Mapping[str, float]
-    """As of `measure_generations`, of what was refined if anything was; of the floor distances only."""
+    """As of `measure_generated`, of what was refined if anything was; of the floor distances only."""
     seconds: float
     """Wall time of generating, refining and reading."""
     images_per_second: float | None = None
@@ -99,7 +94,7 @@ def measure_samplers(
         context = replace(context, dcmvae=None)
         images = context.measured_by("generative")
         classifiers = load_classifiers(context.shards, index, images, context.device)
-        networks = Networks(images, classifiers, inception=None)
+        networks = FeatureNetworks(images, classifiers, inception=None)
         reference = read_reference(context, networks, {"coherence", "frechet"}, num_samples)
         started = time.perf_counter()
         floor = measure_floor(context, reference, "train")
@@ -185,10 +180,10 @@ def draw_samplers(measurements: Sequence[Measurement]) -> dict[str, Figure]:
             ]
             for line in lines
         }
-    drawn = {"distance_by_steps": figures.distance_by_steps(curves, references)}
+    drawn = {"distance_by_steps": distance_by_steps(curves, references)}
     if points:
         floors = {kind: references[kind][FLOOR] for kind in points}
-        drawn["distance_by_coherence"] = figures.distance_by_coherence(
+        drawn["distance_by_coherence"] = distance_by_coherence(
             points, unrefined_points, floors, (UNREFINED, FLOOR)
         )
     return drawn
@@ -230,7 +225,7 @@ class _TimedDCMVAE(DCMVAE):
 
 def _measure(context: EvaluationContext, reference: Reference, title: str, max_sources: int) -> Measurement:
     started = time.perf_counter()
-    metrics = measure_generations(context, reference, max_sources=max_sources).metrics
+    metrics = measure_generated(context, reference, max_sources=max_sources).metrics
     seconds = time.perf_counter() - started
     timed = context.dcmvae
     if not isinstance(timed, _TimedDCMVAE):

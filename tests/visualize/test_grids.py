@@ -1,32 +1,16 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mixed import MODALITIES, Mixed
-from sklearn.datasets import make_blobs
 
-from cmvae.clustering import clustering_metrics, merge_clusters
 from cmvae.modalities import ImageModality, Modality, TextModality
 from cmvae.modalities.text import SPECIAL_TOKENS
-from cmvae.models.export import ClusterRecord, CurveRecord
-from cmvae.visualize.figures import (
-    cluster_tree,
-    confusion_matrix,
-    criterion_curves,
-    cross_modal_grid,
-    latent_map,
-    metric_comparison,
-    metrics_along,
-    project_2d,
-    sample_rows,
-)
+from cmvae.visualize.grids import cross_modal_grid, sample_rows
 
 
 def pictures(figure: Figure) -> list[np.ndarray]:
@@ -174,114 +158,3 @@ def test_sample_rows_keep_samples_and_titles_in_their_rows() -> None:
     assert [label.get_text() for label in labels] == ["cluster 4", "cluster 7", "cluster 9"]
     # Each title beside the middle of its row.
     assert [label.get_position()[1] for label in labels] == pytest.approx([4.5, 13.5, 22.5], abs=0.5)
-
-
-def test_criterion_curves_stand_side_by_side_and_say_which_decides() -> None:
-    curve = CurveRecord(num_clusters=(5, 4, 3, 2), values=(0.1, 0.2, 0.6, 0.3), selected=3)
-    record = ClusterRecord(
-        criterion="silhouette", selected=3, told=None, curves={"entropy": curve, "silhouette": curve}
-    )
-    figure = criterion_curves(record)
-    figure.canvas.draw()
-    titles = [ax.get_title(loc="left") for ax in figure.axes]
-    assert titles == ["silhouette: 3, decides", "entropy: 3"]
-    for ax in figure.axes:
-        assert ax.lines[0].get_xydata().T.tolist() == [[5, 4, 3, 2], [0.1, 0.2, 0.6, 0.3]]
-
-
-def test_the_tree_names_its_clusters() -> None:
-    points = np.repeat(10.0 * np.eye(4), 5, axis=0) + np.random.default_rng(0).normal(size=(20, 4))
-    figure = cluster_tree(merge_clusters(points.astype(np.float32), 6), 4)
-    figure.canvas.draw()
-    names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
-    assert len(set(names)) == 4
-    assert all(name.isdigit() for name in names)
-
-
-def test_confusion_matrix_shows_counts_and_names() -> None:
-    counts = np.array([[5, 0, 1], [0, 4, 0], [0, 0, 0]])
-    figure = confusion_matrix(counts, ["zero", "one", "two"], np.array([7, 2, 11]))
-    (share,) = pictures(figure)
-    assert share.tolist() == [[5 / 6, 0, 1 / 6], [0, 1, 0], [0, 0, 0]]
-    ax = figure.axes[0]
-    assert {(text.get_position(), text.get_text()) for text in ax.texts} == {
-        ((0, 0), "5"),
-        ((2, 0), "1"),
-        ((1, 1), "4"),
-    }
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["7", "2", "11"]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["zero", "one", "two"]
-
-
-@pytest.mark.parametrize("num_categories", [3, 35])
-def test_latent_map_draws_every_point_of_every_category(num_categories: int) -> None:
-    points = np.random.default_rng(0).normal(size=(200, 2))
-    assignments = np.arange(200) % num_categories
-    figure = latent_map(points, assignments, labels=None)
-    figure.canvas.draw()
-    (ax,) = figure.axes
-    assert sum(len(collection.get_offsets()) for collection in ax.collections) == 200
-    colours = {tuple(collection.get_facecolor()[0]) for collection in ax.collections}
-    assert len(colours) == num_categories
-    assert len(latent_map(points, assignments, assignments // 2).axes) == 2
-
-
-def test_projection_keeps_clusters_apart_and_is_reproducible() -> None:
-    z, labels = make_blobs(n_samples=90, centers=3, n_features=16, cluster_std=0.5, random_state=0)
-    points = project_2d(z, seed=4)
-    assert points.shape == (90, 2)
-    centres = np.stack([points[labels == label].mean(axis=0) for label in range(3)])
-    nearest = np.linalg.norm(points[:, None] - centres, axis=2).argmin(axis=1)
-    assert clustering_metrics(nearest, labels)["acc"] == 1
-    np.testing.assert_array_equal(points, project_2d(z, seed=4))
-
-
-def test_pyplot_is_not_touched() -> None:
-    # pyplot keeps every figure alive and may look for a display.
-    script = "import sys, cmvae.visualize.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
-
-
-def test_a_comparison_shows_every_repeat_and_their_spread() -> None:
-    groups = {
-        "a": {"clustering/acc": [0.5, 0.7, 0.9], "probe/z/m0": [1.0]},
-        "b": {"clustering/acc": [0.6], "likelihood/joint": [-3.0, -5.0]},
-    }
-    figure = metric_comparison(groups)
-    figure.canvas.draw()
-    panels = {ax.get_title(loc="left"): ax for ax in figure.axes if ax.get_visible()}
-    assert list(panels) == ["clustering/acc", "likelihood/joint"]
-    acc = panels["clustering/acc"]
-    points = [line.get_xydata().tolist() for line in acc.lines if line.get_marker() == "o"]
-    assert points == [[[0.5, 0], [0.7, 0], [0.9, 0]], [[0.6, 1]]]
-    means = [container.lines[0].get_xydata().tolist() for container in acc.containers]
-    np.testing.assert_allclose(means, [[[0.7, 0]], [[0.6, 1]]])
-    (bar,) = acc.containers[0].lines[2][0].get_segments()
-    assert bar[:, 0] == pytest.approx([0.5, 0.9])
-    assert [label.get_text() for label in acc.get_yticklabels()] == ["a", "b"]
-    (ax,) = metric_comparison(groups, ["likelihood/joint"]).axes
-    assert ax.get_title(loc="left") == "likelihood/joint"
-    # What is no main metric is only drawn when there is nothing else.
-    (ax,) = metric_comparison({"a": {"probe/z/m0": [1.0]}}).axes
-    assert ax.get_title(loc="left") == "probe/z/m0"
-
-
-def test_metrics_along_a_setting_are_lines_through_the_means() -> None:
-    groups = {
-        0.5: {"clustering/acc": [0.6], "clustering/nmi": [0.5]},
-        0.0: {"clustering/acc": [0.8, 0.9, 1.0]},
-        0.2: {"clustering/acc": [0.7, 0.9]},
-    }
-    figure = metrics_along(groups, "missing", ["clustering/nmi", "clustering/acc"])
-    figure.canvas.draw()
-    nmi, acc = (ax for ax in figure.axes if ax.get_visible())
-    assert [ax.get_title(loc="left") for ax in (nmi, acc)] == ["clustering/nmi", "clustering/acc"]
-    assert acc.get_xlabel() == "missing"
-    (line,) = acc.containers
-    np.testing.assert_allclose(line.lines[0].get_xydata(), [[0, 0.9], [0.2, 0.8], [0.5, 0.6]])
-    bars = [bar[:, 1].tolist() for bar in line.lines[2][0].get_segments()]
-    np.testing.assert_allclose(bars, [[0.8, 1.0], [0.8 - 0.02**0.5, 0.8 + 0.02**0.5], [0.6, 0.6]])
-    points = [dots.get_xydata().tolist() for dots in acc.lines if dots.get_marker() == "o"]
-    assert points == [[[0, 0.8], [0, 0.9], [0, 1]], [[0.2, 0.7], [0.2, 0.9]], [[0.5, 0.6]]]
-    (only,) = nmi.containers
-    np.testing.assert_allclose(only.lines[0].get_xydata(), [[0.5, 0.5]])

@@ -1,9 +1,13 @@
-"""What is generated, as lines of text."""
+"""Previews as text; `test_grids` has them as figures."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 from mixed import MODALITIES, encode_words
 
-from cmvae.visualize.listing import cross_modal_listing
+from cmvae.visualize.previews import CrossModal
 
 NAMES = ("photo", "caption", "habitat")
 PHOTOS = np.zeros((2, 3, 8, 8), dtype=np.uint8)
@@ -30,7 +34,7 @@ def test_all_that_is_read_in_words_stands_below_each_other():
         "habitat": np.array([True, False]),
     }
     modalities = {name: MODALITIES[name] for name in NAMES}
-    text = cross_modal_listing(inputs, generated, modalities=modalities, present=present)
+    text = CrossModal(inputs, generated, present, modalities).write()
     assert text is not None
     assert text.endswith("\n")
     assert text.splitlines()[1:] == [
@@ -60,4 +64,11 @@ def test_all_that_is_read_in_words_stands_below_each_other():
 def test_pictures_alone_are_not_written_down():
     modalities, present = {"photo": MODALITIES["photo"]}, {"photo": np.array([True, True])}
     generated = {("photo", "photo"): PHOTOS}
-    assert cross_modal_listing({"photo": PHOTOS}, generated, modalities=modalities, present=present) is None
+    assert CrossModal({"photo": PHOTOS}, generated, present, modalities).write() is None
+
+
+def test_pyplot_is_not_touched() -> None:
+    # pyplot keeps every figure alive and may look for a display.
+    modules = "cmvae.visualize.comparisons, cmvae.visualize.previews"
+    script = f"import sys, {modules}; sys.exit('matplotlib.pyplot' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])

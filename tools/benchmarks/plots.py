@@ -1,0 +1,227 @@
+"""Figures of the instruments: curves of runs, and samplers of a refiner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.transforms import Bbox
+
+from cmvae.visualize.style import ACCENT, DPI, INK, lighten
+
+# What a refiner is for: this share of the CMVAE's distance at most, for so much of its coherence.
+DISTANCE_SHARE, COHERENCE_LOSS = 0.5, 0.03
+# Distances that differ by more than this factor are drawn on a logarithmic axis.
+_LARGE_FACTOR = 20
+
+
+def curve_comparison(
+    curves: Mapping[str, Mapping[int, float]],
+    differences: Mapping[str, Mapping[int, float]],
+    metric: str,
+    reference: str,
+) -> Figure:
+    """One curve of several runs, and below it how far each is from the first.
+
+    Args:
+        curves: name of the run → step → value.
+        differences: the same, the size of each run's difference.
+        metric: what is drawn.
+        reference: name of the run that the others are compared with.
+    """
+    figure = Figure(figsize=(6.4, 4.8), dpi=DPI, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    for axes, lines, title in (
+        (above, curves, metric),
+        (below, differences, f"distance to {reference}"),
+    ):
+        for number, name in enumerate(curves):
+            line = lines.get(name, {})
+            # Curves that lie on each other: the later ones dashed, for all to be seen.
+            style = ("-", "--", "-.", ":")[number % 4]
+            label = name if line else None
+            axes.plot(list(line), list(line.values()), style, color=f"C{number}", label=label, linewidth=1.2)
+        axes.set_title(title, fontsize=9, color=INK, loc="left")
+        axes.legend(fontsize=8, frameon=False)
+        lighten(axes)
+    # Runs that are equal at first, and later in the last digits, differ by orders of magnitude.
+    below.set_yscale("symlog", linthresh=1e-4)
+    below.set_xlabel("step")
+    return figure
+
+
+def distance_by_steps(
+    curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
+    references: Mapping[str, Mapping[str, float]],
+) -> Figure:
+    """Fréchet distances over the number of steps that a sampler takes, a panel a kind of generation.
+
+    Args:
+        curves: kind → name of the line → (number of steps, distance), by rising number of steps.
+        references: kind → name → distance of what takes no steps: a horizontal line each.
+    """
+    figure = Figure(figsize=(0.6 + 3.6 * len(curves), 4.0), dpi=DPI, layout="constrained")
+    axes = figure.subplots(1, len(curves), squeeze=False)[0]
+    for ax, (kind, lines) in zip(axes, curves.items(), strict=True):
+        for (name, line), style in zip(lines.items(), _line_styles(), strict=False):
+            ax.plot(*zip(*line, strict=True), label=name, linewidth=1.3, markersize=5, **style)
+        for (name, distance), (colour, dash) in zip(
+            references[kind].items(), ((ACCENT, "--"), (INK, ":")), strict=False
+        ):
+            ax.axhline(distance, color=colour, linestyle=dash, linewidth=1.3, label=name, zorder=1)
+        steps = sorted({steps for line in lines.values() for steps, _ in line})
+        ax.set_xscale("log")
+        ax.set_xticks(steps, [str(number) for number in steps])
+        ax.set_xticks([], minor=True)
+        ax.set_xlabel("steps", fontsize=9, color=INK)
+        ax.set_title(kind, fontsize=10, color=INK, loc="left")
+        lighten(ax)
+        _scale_distances(ax, [*references[kind].values(), *(y for line in lines.values() for _, y in line)])
+    axes[0].set_ylabel("Fréchet distance, classifier features", fontsize=9, color=INK)
+    _put_legend_below(figure, axes[0])
+    return figure
+
+
+def distance_by_coherence(
+    points: Mapping[str, Mapping[str, Sequence[tuple[str, float, float]]]],
+    unrefined: Mapping[str, tuple[float, float]],
+    floors: Mapping[str, float],
+    names: tuple[str, str],
+) -> Figure:
+    """What refinement gains and costs: Fréchet distance over coherence, a panel a kind of generation.
+
+    Shaded is where the distance is at most `DISTANCE_SHARE` of that without refinement, and at most
+    `COHERENCE_LOSS` of the coherence is lost.
+
+    Args:
+        points: kind → name of the line → (label, coherence, distance), in the order of the line.
+        unrefined: kind → (coherence, distance) without refinement.
+        floors: kind → distance of real images, which have no coherence: a horizontal line.
+        names: what the last two are called.
+    """
+    figure = Figure(figsize=(0.6 + 4.6 * len(points), 4.6), dpi=DPI, layout="constrained")
+    axes = figure.subplots(1, len(points), squeeze=False)[0]
+    labels = []
+    for ax, (kind, lines) in zip(axes, points.items(), strict=True):
+        for (name, line), style in zip(lines.items(), _line_styles(), strict=False):
+            texts, *values = zip(*line, strict=True)
+            ax.plot(*values, label=name, linewidth=0.8, markersize=6, **style)
+            labels += [(ax, text, (x, y), style["color"]) for text, x, y in zip(texts, *values, strict=True)]
+        coherence, distance = unrefined[kind]
+        ax.plot(coherence, distance, "*", color=ACCENT, markersize=15, label=names[0])
+        ax.axhline(floors[kind], color=INK, linestyle=":", linewidth=1.3, label=names[1], zorder=1)
+        lighten(ax)
+        _scale_distances(ax, [distance, floors[kind], *(y for line in lines.values() for _, _, y in line)])
+        _shade_goal(ax, coherence, distance)
+        ax.set_xlabel("coherence", fontsize=9, color=INK)
+        ax.set_title(kind, fontsize=10, color=INK, loc="left")
+    axes[0].set_ylabel("Fréchet distance, classifier features", fontsize=9, color=INK)
+    _put_legend_below(figure, axes[0])
+    _place_labels(figure, labels)
+    return figure
+
+
+def _line_styles() -> Iterator[dict[str, Any]]:
+    """Colours and markers of lines, without end and without repeating soon."""
+    # Without its red and grey, which are those of what the lines are compared with.
+    palette = [matplotlib.colormaps["tab10"](number) for number in (0, 1, 2, 4, 5, 6, 8, 9)]
+    for colour, marker in zip(cycle(palette), cycle("osD^v"), strict=False):
+        yield {"color": colour, "marker": marker}
+
+
+def _scale_distances(ax: Axes, distances: Sequence[float]) -> None:
+    """A vertical axis from zero, or a logarithmic one where the small distances would not be seen."""
+    if min(distances) > 0 and max(distances) > _LARGE_FACTOR * min(distances):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter("{x:g}")
+        return
+    # Zero is the best there is, not where the panel ends.
+    top = max(*distances, 1e-6)
+    ax.set_ylim(-0.03 * top, 1.1 * top)
+
+
+def _shade_goal(ax: Axes, coherence: float, distance: float) -> None:
+    """Shade what is good enough, seen from (coherence, distance); the limits are moved to show some of it."""
+    left, (low, high) = coherence - COHERENCE_LOSS, ax.get_ylim()
+    first, last = ax.get_xlim()
+    ax.set_xlim(min(first, left - COHERENCE_LOSS), max(last, min(1.0, coherence + COHERENCE_LOSS)))
+    goal = DISTANCE_SHARE * distance
+    low = min(low, 0.7 * goal)
+    ax.set_ylim(low, high)
+    ax.fill_between(
+        [left, ax.get_xlim()[1]],
+        low,
+        goal,
+        color="#52b788",
+        alpha=0.18,
+        linewidth=0,
+        zorder=0,
+        label=f"at most {DISTANCE_SHARE:.0%} of the distance, {100 * COHERENCE_LOSS:g} points less coherence",
+    )
+
+
+def _put_legend_below(figure: Figure, ax: Axes) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    # Inches: the line and the gaps, and a letter of this size.
+    column = 0.7 + 0.06 * max(map(len, labels))
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=max(1, int(figure.get_figwidth() / column)),
+        fontsize=8,
+        labelcolor=INK,
+        frameon=False,
+    )
+
+
+def _place_labels(
+    figure: Figure, labels: Sequence[tuple[Axes, str, tuple[float, float], tuple[float, ...]]]
+) -> None:
+    """Write labels beside their points, where they cover neither points nor each other if there is room.
+
+    Args:
+        figure: drawn but for the labels.
+        labels: axes, text, point in units of the data, colour.
+    """
+    figure.draw_without_rendering()
+    points = [ax.transData.transform(point) for ax, _, point, _ in labels]
+    pixels = figure.dpi / 72
+    taken = [Bbox.from_extents(*(point - 4 * pixels), *(point + 4 * pixels)) for point in points]
+    for ax, text, point, colour in labels:
+        best, least = None, float("inf")
+        for across, up in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):
+            label = ax.annotate(
+                text,
+                point,
+                (7 * across, 7 * up),
+                textcoords="offset points",
+                ha=("right", "center", "left")[across + 1],
+                va=("top", "center", "bottom")[up + 1],
+                fontsize=7,
+                color=colour,
+            )
+            label.set_in_layout(False)
+            box = label.get_window_extent()
+            inside = Bbox.intersection(box, ax.bbox)
+            overlaps = [Bbox.intersection(box, other) for other in taken]
+            cost = _area(box) - _area(inside) + sum(map(_area, overlaps))
+            if cost < least:
+                if best is not None:
+                    best[0].remove()
+                best, least = (label, box), cost
+            else:
+                label.remove()
+        if best is not None:
+            taken.append(best[1])
+
+
+def _area(box: Bbox | None) -> float:
+    return 0.0 if box is None else float(box.width * box.height)
