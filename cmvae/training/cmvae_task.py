@@ -33,7 +33,6 @@ from cmvae.models.objectives import (
 )
 from cmvae.training.task import Preview, Task
 from cmvae.utils.seeds import sample_generators
-from cmvae.visualize.previews import generate_cross_modal
 
 REFIT_SAMPLES = 2000
 """Train samples that a refit of the clusters sees."""
@@ -405,6 +404,9 @@ class CMVAETask(Task):
 
     def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Preview:
         """Inputs, reconstructions and cross-modal generations of the first samples of a batch."""
+        # matplotlib is imported when something is drawn.
+        from cmvae.visualize.previews import generate_cross_modal
+
         inputs = {name: batch[name][:num_samples] for name in self.model.modality_names}
         mask = batch["mask"][:num_samples]
         made = generate_cross_modal(self.model, inputs, mask, generator)
