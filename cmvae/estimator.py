@@ -217,8 +217,8 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
             if set(inputs) != set(self.model_.modality_names):
                 raise ValueError(f"score needs all modalities: {', '.join(self.model_.modality_names)}")
             valid = torch.from_numpy(mask.any(axis=1))
-            batch = {**inputs, "mask": torch.from_numpy(mask), "valid": valid, "seed": self.seed}
-            batch["place"] = range(count, count + len(mask))
+            batch = {**inputs, "mask": torch.from_numpy(mask), "valid": valid, "_seed": self.seed}
+            batch["_place"] = range(count, count + len(mask))
             with torch.no_grad():
                 _, report = task(batch)
             total += float(report["bound"][valid].sum())
