@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import yaml
 from sklearn.base import BaseEstimator, ClusterMixin, TransformerMixin
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from cmvae.clustering import joint_location
@@ -104,10 +104,11 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
             KeyboardInterrupt: the training was stopped with Ctrl-C.
         """
         with _errors_as_value_errors(), _global_random_state_kept(), quiet(not self.verbose):
-            values = self._read(X)
-            num_samples = len(next(iter(values.values())))
-            if num_samples < 2:
-                raise UserError(f"{num_samples} sample: a clustering needs at least 2 samples")
+            values = self._read(X, reset=True)
+            for name in self.kinds or {}:
+                if name not in values:
+                    raise UserError(f"kinds: no modality {name!r}; there are {', '.join(values)}")
+            self._kinds = {name: part.kind for name, part in values.items()}
             with _run_folder(self.run_dir) as folder:
                 self._train(values, groups, folder)
                 export = folder / "run" / "export"
@@ -115,8 +116,6 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
                 self._clusters = load_clusters(export)
             self._set_clusters()
         self.labels_ = self.predict(X)
-        if set(values) == {"x"} and not isinstance(X, Mapping):
-            self.n_features_in_ = np.shape(X)[1]
         return self
 
     def predict(self, X: Any) -> np.ndarray:
@@ -218,8 +217,8 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
             if set(inputs) != set(self.model_.modality_names):
                 raise ValueError(f"score needs all modalities: {', '.join(self.model_.modality_names)}")
             valid = torch.from_numpy(mask.any(axis=1))
-            batch = {**inputs, "mask": torch.from_numpy(mask), "valid": valid, "seed": self.seed}
-            batch["place"] = range(count, count + len(mask))
+            batch = {**inputs, "mask": torch.from_numpy(mask), "valid": valid, "_seed": self.seed}
+            batch["_place"] = range(count, count + len(mask))
             with torch.no_grad():
                 _, report = task(batch)
             total += float(report["bound"][valid].sum())
@@ -273,12 +272,14 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "model_")
 
-    def _read(self, data: Any) -> dict[str, Values]:
-        values = read_values(data, self.kinds or {}, self.columns or {})
-        for name in self.kinds or {}:
-            if name not in values:
-                raise UserError(f"kinds: no modality {name!r}; there are {', '.join(values)}")
-        return values
+    def _read(self, data: Any, reset: bool = False) -> dict[str, Values]:
+        """The modalities of `data`; `reset` where they are those of the training."""
+        if self.columns:
+            columns = self.columns if reset else self._present_columns(data)
+            return read_values(data, self.kinds or {} if reset else self._kinds, columns)
+        if not isinstance(data, Mapping) or hasattr(data, "toarray"):  # a sparse matrix may be a mapping
+            data = {"x": validate_data(self, data, reset=reset, ensure_all_finite="allow-nan")}
+        return read_values(data, self.kinds or {} if reset else self._kinds, {})
 
     def _present_columns(self, data: Any) -> dict[str, str | Sequence[str]]:
         """`columns` of the modalities that a data frame has."""
@@ -302,13 +303,22 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
             if groups is None
             else np.unique(np.asarray(groups), return_inverse=True)[1]
         )
+        # What is missing does not depend on the rows that statistics come from.
+        everyone = np.arange(num_samples)
+        has_some = np.zeros(num_samples, dtype=bool)
+        for name, part in values.items():
+            column = make_column(name, part, fit_modality(name, part, everyone, self.image_size))
+            has_some |= [column.has(row) for row in range(num_samples)]
+        kept = np.flatnonzero(has_some)
+        if len(kept) < 2:
+            raise UserError(f"{len(kept)} samples with a modality: a clustering needs at least 2")
         rng = np.random.default_rng(derive_seed(self.seed, "validation rows"))
-        splits = draw_splits(rows, (1 - self.validation_fraction, self.validation_fraction, 0.0), rng)
-        splits = {split: members for split, members in splits.items() if len(members)}
+        share = max(self.validation_fraction, 1 / len(kept))
+        drawn = draw_splits(rows[kept], (1 - share, share, 0.0), rng)
+        splits = {split: kept[members] for split, members in drawn.items() if len(members)}
         modalities = {
             name: fit_modality(name, part, splits["train"], self.image_size) for name, part in values.items()
         }
-        self._kinds = {name: part.kind for name, part in values.items()}
         columns = {name: make_column(name, part, modalities[name]) for name, part in values.items()}
         source = ColumnSource(
             name="memory",
@@ -351,7 +361,7 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         """Batches of data (B, *shape) by modality, and which samples have which of them, (B, modalities)."""
         check_is_fitted(self)
         with _errors_as_value_errors():
-            values = read_values(data, self._kinds, self._present_columns(data))
+            values = self._read(data)
             unknown = [name for name in values if name not in self.model_.modalities]
             if unknown:
                 known = ", ".join(self.model_.modalities)

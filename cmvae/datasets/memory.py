@@ -64,8 +64,7 @@ def read_values(
     """Modalities of data in memory.
 
     Args:
-        data: by modality an array, a list, a series or a data frame; with `columns` one data frame; or one
-            array (N, D), which is the vector `x`.
+        data: by modality an array, a list, a series or a data frame; with `columns` one data frame.
         kinds: kinds of modalities whose values do not show it.
         columns: by modality the name of a column of the data frame, or a list of names.
 
@@ -82,12 +81,8 @@ def read_values(
             name: data[chosen if isinstance(chosen, str) else list(chosen)]
             for name, chosen in columns.items()
         }
-    elif isinstance(data, Mapping):
-        parts = dict(data)
-    elif _is_frame(data):
-        raise UserError("a data frame needs columns={MODALITY: [COLUMN, …]}, or give a dict of data frames")
     else:
-        parts = {"x": data}
+        parts = dict(data)
     if not parts:
         raise UserError("there is no modality. Give a dict with at least one")
     values = {name: _read(name, part, kinds.get(name)) for name, part in parts.items()}

@@ -57,7 +57,7 @@ def evaluate_baselines(
     standardised by the train split; categories one-hot.
 
     Args:
-        location: what tools/make_shards.py wrote, a folder or a URL.
+        location: what `cmvae pack` wrote, a folder or a URL.
         split: whose labels the clusters are compared with.
         seeds: how many times k-means is fitted, with the seeds 0 to `seeds` − 1.
         num_clusters: None tells it how many classes there are.

@@ -167,7 +167,7 @@ class CMVAETask(Task):
         counted = mask.any(1)
         valid = batch["valid"] & counted
         present = (mask | ~counted[:, None]).T  # (M, B)
-        generators = sample_generators(batch["seed"], batch["place"], valid.device)
+        generators = sample_generators(batch["_seed"], batch["_place"], valid.device)
         # A precision that a launcher enabled around this call is for networks, not for densities.
         with torch.autocast(valid.device.type, enabled=False):
             if self.training and self.pretraining:
@@ -176,7 +176,7 @@ class CMVAETask(Task):
                 )
                 return _mean(alignment, valid), {"alignment": alignment.detach()}
             posteriors = self.model.encode(inputs)
-            noise = self.draw_noise(generators, batch["seed"])
+            noise = self.draw_noise(generators, batch["_seed"])
             bound, report = self._bound(inputs, posteriors, present, noise)
             if not self.training:
                 report |= {**self._cluster_report(posteriors), "present": mask}

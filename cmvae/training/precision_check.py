@@ -82,7 +82,7 @@ def _first_samples(config: ExperimentConfig, task: Task) -> dict[str, Any]:
         num_samples=size,
         on_error=config.data.on_error,
     )
-    return next(iter(loader)) | {"seed": config.seed, "place": range(size)}
+    return next(iter(loader)) | {"_seed": config.seed, "_place": range(size)}
 
 
 def _find_fault(task: Task, raw: Mapping[str, Any], device: torch.device) -> str | None:

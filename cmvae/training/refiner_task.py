@@ -152,7 +152,7 @@ class RefinerTask(Task):
         # A precision that a launcher enabled around this call is for networks alone.
         with torch.autocast(valid.device.type, enabled=False):
             images = {name: inputs[name] for name in self.refiner.modality_names}
-            generators = sample_generators(batch["seed"], batch["place"], mask.device)
+            generators = sample_generators(batch["_seed"], batch["_place"], mask.device)
             noise = self.draw_noise(images, sources, generators)
             reconstructions, shared = self._reconstruct(inputs, noise)
             losses = self._denoise(images, reconstructions, shared, noise)

@@ -84,8 +84,8 @@ class Task(nn.Module, ABC):
 
         Args:
             batch: by modality data (B, *shape), see `cmvae.modalities`; `mask` (B, M), false where a sample
-                lacks a modality; `valid` (B,), false where a sample only pads the batch; `seed`, an int that
-                is the same on all ranks; and `place`, B ints, the places of the samples in the global batch.
+                lacks a modality; `valid` (B,), false where a sample only pads the batch; `_seed`, an int that
+                is the same on all ranks; and `_place`, B ints, the places of the samples in the global batch.
                 All noise is a function of the last two, see `cmvae.utils.seeds.sample_generators`.
         """
 

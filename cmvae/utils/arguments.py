@@ -29,14 +29,14 @@ def fraction_below_one(text: str) -> float:
     return value
 
 
-def names(text: str) -> list[str]:
+def comma_separated(text: str) -> tuple[str, ...]:
     """Parse names separated by commas, without repetitions."""
     parts = [name.strip() for name in text.split(",")]
     if not all(parts):
         raise argparse.ArgumentTypeError(
             f"{text!r}: give one name, or several separated by commas, such as m0,m1"
         )
-    return list(dict.fromkeys(parts))
+    return tuple(dict.fromkeys(parts))
 
 
 def command_parser(doc: str | None) -> argparse.ArgumentParser:

@@ -70,7 +70,7 @@ def main() -> None:
             if missing in model.modality_names:
                 raw["mask"][len(raw["mask"]) // 2 :, model.modality_names.index(missing)] = False
             part = {name: value[mine] for name, value in raw.items()}
-            part |= {"seed": step, "place": range(mine.start, mine.stop)}
+            part |= {"_seed": step, "_place": range(mine.start, mine.stop)}
             batch = to_device(part, task.modalities, accelerator.device)
             with accelerator.accumulate(module):
                 loss, report = module(batch)

@@ -33,6 +33,17 @@ def run_command(
     )
 
 
+def run_cmvae(command: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run `cmvae COMMAND` in a folder."""
+    return run_command([sys.executable, "-m", "cmvae.commands", command, *arguments], folder)
+
+
+def run_without_torch(command: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run `cmvae COMMAND` where importing torch is an error."""
+    program = "import sys; sys.modules['torch'] = None; from cmvae.commands.__main__ import main; main()"
+    return run_command([sys.executable, "-c", program, command, *arguments], folder)
+
+
 def run_tool(tool: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run `tools/TOOL` in `folder`, outside the checkout."""
     return run_command([sys.executable, ROOT / "tools" / tool, *arguments], folder)
