@@ -32,7 +32,7 @@ def test_curves_are_drawn_and_compared_and_what_is_missing_is_named(make_run, tm
     assert "b − a: at most 1.00e+00, 2.0e-02 of the value, at step 2" in done.stdout
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     for runs, told in (
-        ([first, short], "c: has other points than a"),
+        ([first, short], "c: has other steps than a"),
         ([first, tmp_path / "untracked"], "untracked/mlflow.json: missing"),
         ([first, second, "--metric=train/none"], "a: no metric 'train/none'"),
     ):
