@@ -1,23 +1,23 @@
-# make demo       the main job on embedded real data, in a virtual environment of its own
-# make test       all tests but the longest: kills, hangs and cuts, see docs/reliability.md
-# make test-faults    those
+# make demo                     pack, train and evaluate on handwritten digits, in a virtual environment
+# make test                     all tests except the longest, which kill and hang processes
+# make test-faults              those too, see docs/reliability.md
 # make polymnist DATA=folder    the published PolyMNIST experiment
 # make cubicc DATA=folder       the published CUBICC experiment, birds with captions
-# make lint, make format        what CI checks; what mends most of it
+# make lint, make format        the checks of CI; fix most of what they report
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# What a config leaves to the command line, e.g. make demo ARGS="seed=1 train.max_steps=500".
+# Overrides of the config, e.g. make demo ARGS="seed=1 train.max_steps=500".
 ARGS ?=
-# The same for the refiner.
+# Overrides of the config of the refiner.
 REFINER_ARGS ?=
 
 .PHONY: demo polymnist cubicc test test-faults lint format
 
-# A stamp is newer than what it was installed from, or it is installed again. Byte code is compiled for what is
-# imported, when it is: for all that is installed it takes longer than anything else here but the download. Where the
-# environment says that it is not to be kept, every process would compile torch again, for four seconds.
+# The package is installed again if the stamp files are older than pyproject.toml or constraints.txt. --no-compile:
+# compiling everything takes longer than any other step except the download, so modules are compiled when they are
+# imported. PYTHONDONTWRITEBYTECODE would make every process compile torch again, which takes four seconds.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet --disable-pip-version-check --no-compile \
 	--constraint constraints.txt --editable
@@ -35,7 +35,7 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt
 shards/digits/index.json: | $(VENV)/installed
 	$(BIN)/python tools/make_shards.py digits --out shards/digits
 
-# What generations are read with; kept with the packed data, and trained once.
+# Evaluation needs the classifiers for coherence. They are trained once and kept beside the shards.
 shards/digits/classifiers/m0.safetensors: shards/digits/index.json
 	$(BIN)/python tools/train_classifiers.py shards/digits
 
@@ -47,7 +47,8 @@ demo: $(VENV)/installed shards/digits/classifiers/m0.safetensors
 	@echo
 	@echo "compare runs: $(BIN)/mlflow ui"
 
-# DATA holds the released PolyMNIST/ folder, or mnist.npz and polymnist_backgrounds/ with a photograph a modality.
+# DATA contains the released folder PolyMNIST/, or mnist.npz and polymnist_backgrounds/ with one photograph per
+# modality.
 POLYMNIST_INPUT = $(if $(wildcard $(DATA)/PolyMNIST/.),--released "$(DATA)/PolyMNIST",--mnist "$(DATA)/mnist.npz" --backgrounds "$(DATA)/polymnist_backgrounds")
 
 polymnist: $(VENV)/installed
@@ -59,7 +60,7 @@ polymnist: $(VENV)/installed
 	$(BIN)/accelerate launch launch/train.py configs/polymnist_refiner.yaml --resume $(REFINER_ARGS)
 	$(BIN)/python launch/evaluate.py runs/polymnist_refiner
 
-# DATA holds the released CUBICC/ folder or is it, or holds CUB-200-2011 with its captions.
+# DATA is or contains the released folder CUBICC/, or contains CUB-200-2011 with its captions.
 CUBICC_INPUT = $(shell if test -f "$(DATA)/images.pt"; then echo '--released "$(DATA)"'; \
 	elif test -f "$(DATA)/CUBICC/images.pt"; then echo '--released "$(DATA)/CUBICC"'; else echo '--cub "$(DATA)"'; fi)
 
@@ -72,7 +73,7 @@ cubicc: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# What kills, hangs and cuts trainings: a part of it, the quick ones, is in `make test`.
+# All tests of these folders, also the long ones.
 test-faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m 'faults or not faults' tests/faults tests/training tests/distributed
 

@@ -1,5 +1,6 @@
 """CMVAE: multimodal generative clustering.
 
+`MultimodalClusterer` clusters data in memory in the way of scikit-learn.
 `from cmvae import CMVAE; model = CMVAE.from_pretrained("runs/NAME/export")`, then `model.encode`,
 `model.decode`, `model.assign` and `model.generate`. `DCMVAE.from_pretrained` adds the refiner:
 `model.refine(model.cmvae.generate(16))`.
@@ -10,10 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cmvae.estimator import MultimodalClusterer as MultimodalClusterer
     from cmvae.models.cmvae import CMVAE as CMVAE
     from cmvae.models.dcmvae import DCMVAE as DCMVAE
 
-__all__ = ["CMVAE", "DCMVAE"]
+__all__ = ["CMVAE", "DCMVAE", "MultimodalClusterer"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +28,8 @@ def __getattr__(name: str) -> Any:
         from cmvae.models.dcmvae import DCMVAE
 
         return DCMVAE
+    if name == "MultimodalClusterer":
+        from cmvae.estimator import MultimodalClusterer
+
+        return MultimodalClusterer
     raise AttributeError(f"module 'cmvae' has no attribute {name!r}")

@@ -269,7 +269,7 @@ class DataConfig(_Settings):
     """Which shards are read, and how."""
 
     shards: Resumable[Annotated[str, BeforeValidator(_path_to_str)]]
-    """Folder that tools/make_shards.py wrote, or the URL of a copy of it: `https://`, `s3://`, …"""
+    """Folder that `cmvae pack` wrote, or the URL of a copy of it: `https://`, `s3://`, …"""
     num_workers: Resumable[int] = Field(default=1, ge=0)
     """Reader processes a rank; the order of samples does not depend on it."""
     shuffle_window: PositiveInt = 4096
@@ -341,7 +341,7 @@ MetricGroup = Literal[
 
 
 class EvaluationConfig(_Settings):
-    """Validation, cluster selection and `launch/evaluate.py`, which takes these keys as they are."""
+    """Validation, cluster selection and `cmvae evaluate`, which takes these keys as they are."""
 
     batch_size: PositiveInt = 256
     split: Literal["train", "validation", "test"] = "test"
@@ -465,7 +465,7 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> ExperimentC
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
-        raise UserError(f"{path}: missing, so {run_dir} is no run. Train one with launch/train.py")
+        raise UserError(f"{path}: missing, so {run_dir} is no run. Train one with cmvae train CONFIG")
     return load_config(path, overrides)
 
 

@@ -216,7 +216,7 @@ def test_the_published_experiments_have_the_published_objective_and_selection():
 def test_a_refiner_reads_the_modalities_of_its_cmvae(tmp_path):
     run = tmp_path / "cmvae"
     config = load_config(REFINER, [f"cmvae={run}"])
-    with pytest.raises(UserError, match=rf"mine\.yaml: cmvae: {run}/config\.yaml: missing.*launch/train\.py"):
+    with pytest.raises(UserError, match=rf"mine\.yaml: cmvae: {run}/config\.yaml: missing.*cmvae train"):
         check_against_shards(config, index_with("m0", "m1", "m2"), "mine.yaml")
     run.mkdir()
     save_config(load_config(DIGITS), run / "config.yaml")

@@ -1,13 +1,13 @@
-"""What the model says about clusters: which sample is in which, how many there are, and how good they are.
+"""Clusters as pure functions of numpy arrays: assignment, number of clusters, hierarchy and scores.
 
-Pure functions of numpy arrays. CMVAE is Palumbo et al., ICLR 2024.
+"The paper" is CMVAE (Palumbo et al., ICLR 2024).
 """
 
 from cmvae.clustering.arrays import BoolArray, FloatArray, IntArray
 from cmvae.clustering.assignment import (
     confidence,
     joint_location,
-    labels_of_groups,
+    label_by_group,
     mean_by_group,
     number_groups,
     responsibilities,
@@ -33,7 +33,7 @@ __all__ = [
     "confusion",
     "find_cluster_means",
     "joint_location",
-    "labels_of_groups",
+    "label_by_group",
     "mean_by_group",
     "merge_clusters",
     "merge_pieces",

@@ -1,4 +1,4 @@
-"""Names of array types."""
+"""Types of arrays, for annotations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From densities to clusters: responsibilities, votes, and where several modalities put a sample together."""
+"""From densities to clusters: responsibilities, votes, joint locations of modalities, groups of samples."""
 
 from __future__ import annotations
 
@@ -8,45 +8,46 @@ from scipy.special import logsumexp
 from cmvae.clustering.arrays import BoolArray, FloatArray, IntArray
 
 _MEDIAN_STEPS = 30
-# Distances are at least this, so that a location that equals the median has a finite weight.
-_SHORTEST = 1e-3
+# Lower bound of distances: a location that equals the median still has a finite weight.
+_MIN_DISTANCE = 1e-3
 
 
 def joint_location(shared_loc: FloatArray, present: BoolArray) -> FloatArray:
-    """Where the modalities of a sample put it together: the geometric median of their locations.
+    """Geometric median of the locations of each sample's modalities.
 
-    The point with the least sum of distances. With one or two modalities it is their mean. With more, one
-    that lies apart counts less than in a mean, as in a vote: a view that cannot tell two classes apart draws
-    the mean towards the wrong one. Found by Weiszfeld's iteration from the mean.
+    The geometric median has the smallest sum of distances to the locations; of one or two, it is their mean.
+    An outlier moves it less than the mean: a modality that cannot separate two classes would pull the mean
+    towards the wrong class. Computed by Weiszfeld's algorithm, starting from the mean.
 
     Args:
         shared_loc: (N, M, D) locations of q(z|x_m).
-        present: (N, M) bool, the modalities that a sample has; at least one of each sample.
+        present: (N, M) bool, the modalities that a sample has; at least one per sample.
 
     Returns:
-        (N, D), of the dtype of `shared_loc`.
+        (N, D), with the dtype of `shared_loc`.
     """
     location = _weighted_mean(shared_loc, present)
     if shared_loc.shape[1] < 3:
         return location
     for _ in range(_MEDIAN_STEPS):
         distances = np.linalg.norm(shared_loc - location[:, None], axis=2)
-        location = _weighted_mean(shared_loc, present / np.maximum(distances, _SHORTEST))
+        location = _weighted_mean(shared_loc, present / np.maximum(distances, _MIN_DISTANCE))
     return location
 
 
 def mean_by_group(
     shared_loc: FloatArray, present: BoolArray, groups: IntArray
 ) -> tuple[FloatArray, BoolArray]:
-    """One sample for each group: the mean of each modality over the members that have it.
+    """Average the samples of each group, per modality over the samples that have it.
 
     Args:
-        shared_loc: (N, M, D).
-        present: (N, M) bool.
-        groups: (N,) numbers from 0 to G − 1, each of which has a member.
+        shared_loc: (N, M, D) locations of q(z|x_m).
+        present: (N, M) bool, the modalities that a sample has.
+        groups: (N,) group of each sample, from 0 to G − 1 without gaps.
 
     Returns:
-        (G, M, D) and (G, M), as the arguments; zeros where no member has a modality.
+        Means (G, M, D), zero where no sample of the group has the modality, and a mask (G, M) of those that
+        have a mean.
     """
     counts = np.zeros((groups.max() + 1, present.shape[1]))
     sums = np.zeros((*counts.shape, shared_loc.shape[2]))
@@ -56,13 +57,13 @@ def mean_by_group(
 
 
 def number_groups(groups: IntArray) -> IntArray:
-    """Number groups from 0, as `mean_by_group` takes them; samples without one are groups of their own.
+    """Number groups from 0 without gaps. Each sample without a group becomes a group of its own.
 
     Args:
-        groups: (N,) any numbers, negative for samples without a group.
+        groups: (N,) any integers, negative for samples without a group.
 
     Returns:
-        (N,) numbers from 0 to G − 1. Those of the groups come first, then those of samples without one.
+        (N,) from 0 to G − 1: first the groups, then the samples without a group.
     """
     alone = groups < 0
     names, numbers = np.unique(groups[~alone], return_inverse=True)
@@ -72,15 +73,15 @@ def number_groups(groups: IntArray) -> IntArray:
     return numbered
 
 
-def labels_of_groups(labels: IntArray, groups: IntArray) -> IntArray:
-    """The most frequent label of each group's members, of several that are as frequent the lowest.
+def label_by_group(labels: IntArray, groups: IntArray) -> IntArray:
+    """Most frequent label of each group; the lowest one in a tie.
 
     Args:
-        labels: (N,), −1 where there is none.
-        groups: (N,) numbers from 0 to G − 1, each of which has a member.
+        labels: (N,), −1 for samples without a label.
+        groups: (N,) group of each sample, from 0 to G − 1 without gaps.
 
     Returns:
-        (G,), −1 where no member has a label.
+        (G,), −1 where no sample of the group has a label.
     """
     labelled = labels >= 0
     counts = np.zeros((groups.max() + 1, max(labels.max(), 0) + 1), dtype=np.int64)
@@ -89,7 +90,7 @@ def labels_of_groups(labels: IntArray, groups: IntArray) -> IntArray:
 
 
 def _weighted_mean(shared_loc: FloatArray, weights: FloatArray | BoolArray) -> FloatArray:
-    """(N, D): the mean over modalities with weights (N, M)."""
+    """Weighted mean over modalities, (N, D); weights (N, M)."""
     shares = weights / weights.sum(axis=1, keepdims=True)
     mean: FloatArray = np.einsum("nmd,nm->nd", shared_loc, shares).astype(shared_loc.dtype)
     return mean
@@ -101,17 +102,17 @@ def responsibilities(log_density: FloatArray, log_weights: FloatArray, active: B
     Args:
         log_density: (N, M, C) log p(z_nm | c), in nats.
         log_weights: (C,) log π_c; π is renormalised over the active clusters.
-        active: (C,) bool, the clusters that exist.
+        active: (C,) bool, the clusters in use.
 
     Returns:
-        (N, M, C) float64; sums to one over clusters, zero where a cluster is not active.
+        (N, M, C) float64. Sums to one over clusters; zero for inactive clusters.
 
     Raises:
-        ValueError: shapes disagree, a value is not finite, or no cluster is active.
+        ValueError: shapes do not match, a value is not finite, or no cluster is active.
     """
     check_densities(log_density, log_weights)
     if active.shape != log_weights.shape or not active.any():
-        raise ValueError(f"active must be a mask over {log_weights.shape[0]} clusters with at least one set")
+        raise ValueError(f"active must be a mask of {log_weights.shape[0]} clusters with at least one active")
     posterior = np.zeros(log_density.shape)
     posterior[..., active], _ = posterior_and_evidence(
         log_density[..., active].astype(np.float64), log_weights[active].astype(np.float64)
@@ -120,15 +121,14 @@ def responsibilities(log_density: FloatArray, log_weights: FloatArray, active: B
 
 
 def vote(responsibilities: FloatArray, present: BoolArray | None = None) -> IntArray:
-    """One cluster a sample: the mode of what its modalities choose.
+    """Assign each sample to the cluster that most of its modalities choose.
 
-    Where several clusters have the most votes, the most confident among the modalities that voted for one
-    of them decides. With two modalities the mode says nothing when they disagree, so that this rule makes
-    the more confident one decide.
+    In a tie, the most confident modality among those that chose a tied cluster decides. So when two
+    modalities disagree, the more confident one decides.
 
     Args:
-        responsibilities: (N, M, C).
-        present: (N, M) bool, which modalities a sample has and may vote; None if all.
+        responsibilities: (N, M, C) p(c|z) per modality.
+        present: (N, M) bool, the modalities that a sample has, which vote; None if it has all.
 
     Returns:
         (N,) cluster ids.
@@ -146,12 +146,12 @@ def vote(responsibilities: FloatArray, present: BoolArray | None = None) -> IntA
 def confidence(
     responsibilities: FloatArray, assignments: IntArray, present: BoolArray | None = None
 ) -> FloatArray:
-    """How much the modalities agree with the vote: their mean responsibility of the sample's cluster.
+    """Mean responsibility of the assigned cluster over the modalities of each sample.
 
     Args:
-        responsibilities: (N, M, C).
+        responsibilities: (N, M, C) p(c|z) per modality.
         assignments: (N,) cluster ids, from `vote`.
-        present: as of `vote`; at least one of each sample.
+        present: (N, M) bool, the modalities that a sample has, at least one per sample; None if it has all.
 
     Returns:
         (N,) in [0, 1].
@@ -161,17 +161,17 @@ def confidence(
 
 
 def posterior_and_evidence(log_density: FloatArray, log_weights: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """p(c | z) (N, M, C) and log p(z) (N, M) under renormalised weights."""
+    """p(c | z), (N, M, C), and log p(z), (N, M), with the weights renormalised."""
     log_joint = log_density + (log_weights - logsumexp(log_weights))
     log_evidence = logsumexp(log_joint, axis=2)
     return np.exp(log_joint - log_evidence[:, :, None]), log_evidence
 
 
 def check_densities(log_density: FloatArray, log_weights: FloatArray) -> None:
-    """Refuse densities and weights that do not fit each other.
+    """Check that densities and weights are finite and have matching shapes.
 
     Raises:
-        ValueError: shapes disagree, or a value is not finite.
+        ValueError: shapes do not match, or a value is not finite.
     """
     if log_density.ndim != 3 or log_weights.shape != log_density.shape[2:]:
         raise ValueError(
@@ -179,4 +179,4 @@ def check_densities(log_density: FloatArray, log_weights: FloatArray) -> None:
             f"not {log_density.shape} and {log_weights.shape}"
         )
     if not (np.isfinite(log_density).all() and np.isfinite(log_weights).all()):
-        raise ValueError("log_density and log_weights must be finite; did the training diverge?")
+        raise ValueError("log_density and log_weights must be finite: the training may have diverged")

@@ -1,6 +1,6 @@
-"""One answer from several runs on the same samples: how far they agree, which to take, what they agree on.
+"""Compare several runs on the same samples without labels: their agreement, the best run, their consensus.
 
-Nothing here needs labels. Samples without a cluster are −1 in a run.
+Cluster ids are −1 for samples without a cluster.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ import numpy as np
 from cmvae.clustering.arrays import FloatArray, IntArray
 
 NO_CLUSTER = -1
-_NO_PARTNER = -2
+_UNMATCHED = -2
 
-TRUSTWORTHY = 0.5
-"""Mean pairwise adjusted Rand index below which no run is to be trusted.
+MIN_AGREEMENT = 0.5
+"""Mean pairwise adjusted Rand index below which the runs should not be trusted.
 
-Five runs whose mistakes are independent of each other come to it with 15 % wrong in ten clusters, 10 % in
-three and 7 % in two. Mistakes that the runs share do not show in it.
+Five runs with independent errors reach it when 15 % of the samples are wrong with ten clusters, 10 % with
+three and 7 % with two. Errors that all runs share do not lower the index.
 """
 
 
 @dataclass(frozen=True)
 class Consensus:
-    """What several runs say about each sample."""
+    """Clusters that most of several runs agree on."""
 
     clusters: IntArray
-    """(N,) cluster ids of the reference run; −1 where no run has the sample in a cluster of the reference."""
+    """(N,) cluster ids of the chosen run; −1 where no run assigns the sample to one of its clusters."""
     confidence: FloatArray
-    """(N,) share of the runs that agree, among those that have the sample in a cluster; 0 where none has."""
+    """(N,) share of the runs that agree, among those that assign the sample to a cluster; 0 if none does."""
 
 
 def pairwise_agreement(labelings: IntArray) -> FloatArray:
-    """Adjusted Rand index between every two runs, over the samples that both have in a cluster.
+    """Adjusted Rand index of each pair of runs, over the samples that both assign to a cluster.
 
-    A run that has put all of them into one cluster has found nothing, and agrees with no other: 0, where the
-    index itself calls two such runs equal.
+    A run with all samples in one cluster has found nothing: its index with every other run is set to 0,
+    because the index of two such runs would be 1.
 
     Args:
         labelings: (R, N) cluster ids, −1 for none.
@@ -63,82 +63,84 @@ def pairwise_agreement(labelings: IntArray) -> FloatArray:
 
 
 def mean_agreement(agreement: FloatArray) -> FloatArray:
-    """The mean agreement of each run with the others, (R,).
+    """Mean agreement of each run with the others, (R,).
 
     Args:
-        agreement: (R, R) as of `pairwise_agreement`, of at least two runs.
+        agreement: (R, R) from `pairwise_agreement`; R is at least 2.
     """
     num_runs = len(agreement)
     return (agreement.sum(axis=1) - np.diagonal(agreement)) / (num_runs - 1)
 
 
 def choose_run(agreement: FloatArray, bounds: FloatArray) -> int:
-    """The run to take: the one that agrees most with the others; of equal ones that with the highest bound.
+    """Index of the run that agrees most with the others; in a tie, the one with the highest bound.
 
-    Two runs always agree equally with each other, so that of two the bound decides.
+    Two runs always tie, so the bound decides between them.
 
     Args:
-        agreement: (R, R) as of `pairwise_agreement`, of at least two runs.
-        bounds: (R,) each run's bound on validation data.
+        agreement: (R, R) from `pairwise_agreement`; R is at least 2.
+        bounds: (R,) bound of each run on validation data.
     """
-    # Sums of the same numbers in another order are equal but for rounding.
+    # Rounded, because sums of the same numbers in another order differ in the last digits.
     means = mean_agreement(agreement).round(9)
     return int(np.lexsort((bounds, means))[-1])
 
 
 def describe_disagreement(mean_pairwise: float) -> str | None:
-    """A sentence that warns of runs that disagree too much, or None.
+    """Warning for runs that disagree too much, or None.
 
     Args:
-        mean_pairwise: the mean adjusted Rand index over all pairs of runs.
+        mean_pairwise: mean adjusted Rand index over all pairs of runs.
     """
-    if mean_pairwise >= TRUSTWORTHY:
+    if mean_pairwise >= MIN_AGREEMENT:
         return None
     return (
-        f"The runs disagree: their mean pairwise ARI is {mean_pairwise:.2f}, below {TRUSTWORTHY:.1f}. Trust "
-        "none of them. Train longer (train.max_steps), tell the number of clusters if it is known "
-        "(clusters.num_clusters), or look whether the modalities share groups at all"
+        f"The runs disagree: their mean pairwise ARI is {mean_pairwise:.2f}, below {MIN_AGREEMENT:.1f}. "
+        "Trust none of them. Train longer (train.max_steps), set the number of clusters if you know it "
+        "(clusters.num_clusters), or check whether the modalities share any clusters"
     )
 
 
 def match_clusters(labels: IntArray, reference: IntArray) -> IntArray:
-    """Rename the clusters of a run as those of a reference that share most samples with them, one to one.
+    """Rename the clusters of a run to those of a reference, by the best one-to-one matching.
+
+    The best matching is the one in which matched clusters share the most samples.
 
     Args:
         labels: (N,) cluster ids of the run, −1 for none.
         reference: (N,) cluster ids of the reference, −1 for none.
 
     Returns:
-        (N,) ids of the reference; −1 where the run has no cluster, −2 where its cluster has no partner.
+        (N,) cluster ids of the reference; −1 where the run has no cluster, −2 where its cluster is unmatched.
     """
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics.cluster import contingency_matrix
 
-    renamed = np.where(labels < 0, NO_CLUSTER, _NO_PARTNER)
+    renamed = np.where(labels < 0, NO_CLUSTER, _UNMATCHED)
     both = (labels >= 0) & (reference >= 0)
     if not both.any():
         return renamed
     shared = contingency_matrix(labels[both], reference[both])
     own_ids, reference_ids = np.unique(labels[both]), np.unique(reference[both])
     for own, partner in zip(*linear_sum_assignment(shared, maximize=True), strict=True):
-        # Clusters that share nothing are no partners, even if they are what is left.
+        # The matching also pairs leftover clusters that share no sample: they stay unmatched.
         if shared[own, partner] > 0:
             renamed[labels == own_ids[own]] = reference_ids[partner]
     return renamed
 
 
-def vote_of_runs(labelings: IntArray, chosen: int) -> Consensus:
-    """The cluster that most runs put each sample in, under the names of the chosen run.
+def find_consensus(labelings: IntArray, chosen: int) -> Consensus:
+    """Assign each sample to the cluster that most runs choose, with the cluster ids of the chosen run.
 
-    Every run's clusters are matched with those of the chosen run; a cluster without a partner, as where a run
-    has more of them, votes for no cluster and still counts in the confidence. A tie goes to the chosen run,
-    else to the first of the runs. Memory grows with R · N.
+    The clusters of every run are first matched with those of the chosen run. An unmatched cluster, for
+    example of a run with more clusters, votes for no cluster and lowers the confidence. In a tie the chosen
+    run decides, or else the first of the tied runs. Memory grows with R · N.
 
     Args:
         labelings: (R, N) cluster ids, −1 for none.
-        chosen: which run gives the names.
+        chosen: index of the run whose cluster ids are used.
     """
-    # The chosen run first: a later vote has to be stronger to replace it.
+    # The chosen run comes first: a later cluster must have more votes to replace its cluster.
     order = [chosen, *(run for run in range(len(labelings)) if run != chosen)]
     votes = np.stack([match_clusters(labelings[run], labelings[chosen]) for run in order])
     clusters = np.full(votes.shape[1], NO_CLUSTER, dtype=np.int64)

@@ -1,7 +1,7 @@
-"""How many clusters there are: criteria that need no labels, each a curve over the sets of a hierarchy.
+"""Criteria that select the number of clusters without labels.
 
-All look at the same encodings, so that their curves can be compared. The paper's own criterion, which looks
-at the trained mixture instead, is `selection.select_clusters`.
+Each criterion is a curve over the numbers of clusters, computed from the same encodings, so that the curves
+can be compared. The paper's criterion uses the trained mixture instead, see `selection.select_clusters`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from cmvae.clustering.arrays import BoolArray, FloatArray, IntArray
 from cmvae.clustering.hierarchy import ClusterHierarchy, merge_clusters
 
 STABLE = 0.8
-"""Prediction strength from which a set of clusters counts as stable (Tibshirani and Walther, 2005)."""
+"""Prediction strength from which clusters count as stable (Tibshirani and Walther, 2005)."""
 _HALVINGS = 5
-_LARGEST_SILHOUETTE = 4000
+_MAX_SILHOUETTE_SAMPLES = 4000
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A criterion for every number of clusters, and the number that it selects."""
+    """Values of a criterion for every number of clusters, and the number that it selects."""
 
     num_clusters: IntArray
     """(S,) descending."""
@@ -32,15 +32,15 @@ class Curve:
 
 
 def silhouette_curve(hierarchy: ClusterHierarchy, locations: FloatArray) -> Curve:
-    """The mean silhouette (Rousseeuw, 1987); the highest is selected.
+    """Mean silhouette (Rousseeuw, 1987); the number with the highest value is selected.
 
     Args:
-        hierarchy: sets of clusters.
-        locations: (N, D); of more than 4,000 the first 4,000 are taken, as time grows with their square.
+        hierarchy: the clusters of every number.
+        locations: (N, D); only the first 4,000 are used, because time grows with N².
     """
     from sklearn.metrics import pairwise_distances, silhouette_score
 
-    points = locations[:_LARGEST_SILHOUETTE]
+    points = locations[:_MAX_SILHOUETTE_SAMPLES]
     distances = pairwise_distances(points)
     np.fill_diagonal(distances, 0)
 
@@ -55,19 +55,20 @@ def silhouette_curve(hierarchy: ClusterHierarchy, locations: FloatArray) -> Curv
 
 
 def stability_curve(locations: FloatArray, max_clusters: int, seed: int = 0) -> Curve:
-    """Prediction strength (Tibshirani and Walther, 2005): do halves of the data find the same clusters?
+    """Prediction strength (Tibshirani and Walther, 2005): do both halves of the data give the same clusters?
 
-    Clusters are found in each half. The strength of a set is that of its weakest cluster: the share of its
-    pairs that the clusters of the other half keep together, a mean over both directions and several random
-    halvings. Selected is the largest set with a strength of at least `STABLE`, or the strongest. Fewer than
-    four samples say nothing, and two clusters are selected.
+    The data is split into random halves, and each half is clustered. The strength of a cluster is the share
+    of its pairs of samples that the clusters of the other half also put together. The curve shows the
+    strength of the weakest cluster, averaged over both directions and several splits. The largest number
+    with a strength of at least `STABLE` is selected, or else the number with the highest strength. With
+    fewer than four samples, two clusters are selected.
 
     Args:
         locations: (N, D).
-        max_clusters: C.
-        seed: of the halvings.
+        max_clusters: largest number of clusters.
+        seed: seed of the splits and of k-means.
     """
-    if len(locations) < 4:  # a half of fewer than two samples has no clusters
+    if len(locations) < 4:  # a half needs two samples
         return Curve(np.array([2]), np.array([0.0]), 2)
     rng = np.random.default_rng(seed)
     curves = []
@@ -88,21 +89,23 @@ def stability_curve(locations: FloatArray, max_clusters: int, seed: int = 0) -> 
     values = np.mean([curve[len(curve) - shortest :] for curve in curves], axis=0)
     sizes = np.arange(shortest + 1, 1, -1)
     stable = values >= STABLE
-    # The sizes descend: the first stable one is the largest.
+    # Sizes are descending, so the first stable one is the largest.
     selected = sizes[stable.argmax()] if stable.any() else sizes[values.argmax()]
     return Curve(sizes, values, int(selected))
 
 
 def agreement_curve(hierarchy: ClusterHierarchy, shared_loc: FloatArray, present: BoolArray) -> Curve | None:
-    """Adjusted Rand index between the clusters that two modalities choose, a mean over pairs of modalities.
+    """Adjusted Rand index between the clusters from two modalities, averaged over pairs of modalities.
+
+    The number with the highest value is selected.
 
     Args:
-        hierarchy: sets of clusters.
-        shared_loc: (N, M, D).
-        present: (N, M) bool, which modalities a sample has.
+        hierarchy: the clusters of every number.
+        shared_loc: (N, M, D) locations of q(z|x_m).
+        present: (N, M) bool, the modalities that a sample has.
 
     Returns:
-        The curve, whose highest value is selected; None where no two samples have the same two modalities.
+        The curve; None if no pair of modalities is present in at least two samples.
     """
     from sklearn.metrics import adjusted_rand_score
 
@@ -129,7 +132,7 @@ def _highest(hierarchy: ClusterHierarchy, criterion: Callable[[int], float]) -> 
 
 
 def _strength(own: IntArray, other: IntArray) -> float:
-    """Of each cluster in `own` the share of pairs that `other` keeps together; the lowest share."""
+    """Lowest share, over the clusters of `own`, of pairs of samples that are also together in `other`."""
     shares = []
     for cluster in np.unique(own):
         sizes = np.unique(other[own == cluster], return_counts=True)[1]

@@ -1,6 +1,6 @@
-"""How well clusters agree with labels that they have not seen.
+"""Agreement of clusters with labels.
 
-scikit-learn and scipy.optimize take as long to import as torch: the functions that need them import them.
+scikit-learn and scipy.optimize take as long to import as torch, so only the functions that need them do.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from cmvae.clustering.arrays import IntArray
 
 
 def clustering_metrics(assignments: IntArray, labels: IntArray) -> dict[str, float]:
-    """How well a clustering agrees with labels that it has not seen.
+    """Score a clustering against labels.
 
     Args:
         assignments: (N,) cluster ids.
         labels: (N,) class ids.
 
     Returns:
-        `num_clusters` (how many are used), `acc` (accuracy under the best one-to-one matching of clusters
-        to classes; samples of unmatched clusters count as wrong), `nmi` (normalised by the arithmetic
-        mean), `ari`, `purity` (accuracy when every cluster stands for its most frequent class).
+        `num_clusters`, the number of clusters in use; `acc`, the accuracy under the best one-to-one matching
+        of clusters to classes, where samples of unmatched clusters count as wrong; `nmi`, normalised by the
+        arithmetic mean of the entropies; `ari`, the adjusted Rand index; `purity`, the accuracy if each
+        cluster predicts its most frequent class.
     """
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
@@ -38,7 +39,7 @@ def clustering_metrics(assignments: IntArray, labels: IntArray) -> dict[str, flo
 
 
 def confusion(assignments: IntArray, labels: IntArray, num_classes: int) -> tuple[IntArray, IntArray]:
-    """Samples of every class in every used cluster, the clusters ordered by the class they match.
+    """Confusion matrix of classes and clusters, with clusters in the order of their matched classes.
 
     Args:
         assignments: (N,) cluster ids.
@@ -46,10 +47,9 @@ def confusion(assignments: IntArray, labels: IntArray, num_classes: int) -> tupl
         num_classes: number of rows.
 
     Returns:
-        counts: (num_classes, U), U the number of used clusters. The columns are first the clusters with a
-            class in the best one-to-one matching, in the order of the classes, then the others, the
-            largest first.
-        cluster_ids: (U,) which cluster each column is.
+        counts: (num_classes, U) number of samples; U is the number of clusters in use. The clusters of the
+            best one-to-one matching come first, in the order of the classes, then the others, largest first.
+        cluster_ids: (U,) cluster id of each column.
 
     Raises:
         ValueError: a label is negative or not below `num_classes`.
@@ -57,7 +57,7 @@ def confusion(assignments: IntArray, labels: IntArray, num_classes: int) -> tupl
     from scipy.optimize import linear_sum_assignment
 
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"labels must be in 0..{num_classes - 1}; leave out samples without one")
+        raise ValueError(f"labels must be in 0..{num_classes - 1}; leave out samples without a label")
     cluster_ids, columns = np.unique(assignments, return_inverse=True)
     counts = np.zeros((num_classes, len(cluster_ids)), dtype=np.int64)
     np.add.at(counts, (labels, columns), 1)

@@ -1,4 +1,4 @@
-"""The paper's selection of the number of clusters, by penalised normalised entropy."""
+"""The paper's selection of the number of clusters by penalised normalised entropy."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from cmvae.clustering.assignment import check_densities, posterior_and_evidence
 
 @dataclass(frozen=True)
 class Selection:
-    """Outcome of the entropy-based selection: the kept clusters, and the curve behind the choice.
+    """Result of the selection: the clusters that are kept, and the criterion for every number of clusters.
 
-    Point s of the curve stands for a set of `num_clusters[s]` clusters: the first for all C, every next one
-    for the set before it without `dropped[s]`, the last for two clusters.
+    Set 0 has all C clusters, set s + 1 is set s without cluster `dropped[s]`, and the last set has two.
     """
 
     active: BoolArray
-    """(C,) the clusters that are kept."""
+    """(C,) bool, the clusters that are kept."""
     num_clusters: IntArray
-    """(S,) sizes of the sets, C, C − 1, …, 2."""
+    """(S,) number of clusters of each set: C, C − 1, …, 2."""
     criterion: FloatArray
-    """(S,) penalised normalised entropy, `entropy_term` + `likelihood_term`; the smallest wins."""
+    """(S,) penalised normalised entropy, `entropy_term` + `likelihood_term`; the minimum is selected."""
     entropy_term: FloatArray
-    """(S,) β · mean of H[p(c|z)] over its largest possible value, in [0, β]."""
+    """(S,) β · mean of H[p(c|z)], divided by its largest possible value; in [0, β]."""
     likelihood_term: FloatArray
-    """(S,) −mean of log p(z) / dim z, in nats a dimension."""
+    """(S,) −mean of log p(z) / dim z, in nats per dimension."""
     dropped: IntArray
-    """(S − 1,) ids of the clusters in the order in which they were dropped."""
+    """(S − 1,) cluster ids in the order in which they were dropped."""
 
 
 def select_clusters(
@@ -41,37 +40,42 @@ def select_clusters(
     shared_dim: int,
     normaliser: Literal["active", "initial"] = "active",
 ) -> Selection:
-    """Entropy-based selection of the number of clusters (CMVAE, "penalised normalised entropy").
+    """Select the number of clusters by the penalised normalised entropy of the paper.
 
-    For a set of clusters the criterion is β · mean H[p(c|z)] / log(number of clusters) −
-    mean log p(z) / dim z, means over samples and modalities, π renormalised. From all C clusters, the one
-    of the lowest mass is dropped again and again; its mass is the sum over modalities of p(c|z) of the
-    samples that the modality assigns to it. The set with the smallest criterion is kept, a single cluster
-    excluded. Dropping clusters does not change the encodings, so that one encoding pass is enough.
+    The criterion of a set of clusters is
+    β · mean H[p(c|z)] / log(number of clusters) − mean log p(z) / dim z, with means over samples and
+    modalities, and π renormalised. Starting from all C clusters, the cluster with the lowest mass is dropped
+    until two are left; the mass of a cluster is the sum of p(c|z) over the samples and modalities that are
+    assigned to it. The set with the smallest criterion is kept. Encodings do not depend on the set, so one
+    encoding pass is enough.
 
-    "Number of clusters" is read in two ways. "active", the default, counts the clusters of the set that some
-    sample is assigned to: an empty cluster is then always better dropped, as it only keeps weight from the
-    others. "initial" is always C: the released code adds 1e-20 to every probability before it counts those
-    that are not zero. On well-separated clusters both select the same. Where clusters overlap they differ:
-    with the larger normaliser the entropy weighs less and the likelihood more at first, but merging clusters
-    costs nothing in the normaliser, so that "initial" can merge true clusters, at worst down to two.
+    `normaliser` defines the number of clusters in the criterion:
+
+    - "active": the clusters of the set with at least one assigned sample. Dropping an empty cluster then
+      always improves the criterion, because its weight goes to the others.
+    - "initial": always C, as in the released code, which adds 1e-20 to every probability before it counts
+      those that are not zero.
+
+    On well-separated clusters both select the same number. If clusters overlap, the larger normaliser of
+    "initial" gives the entropy less weight at first, but it does not shrink with the set, so "initial" can
+    merge true clusters, in the worst case down to two.
 
     Args:
         log_density: (N, M, C) log p(z_nm | c) on validation data, in nats.
         log_weights: (C,) log π_c.
         beta: β of the objective.
-        shared_dim: dimensions of z.
-        normaliser: which clusters the largest possible entropy counts, at least two.
+        shared_dim: dimension of z.
+        normaliser: definition of the number of clusters; "active" counts at least two.
 
     Raises:
-        ValueError: shapes disagree, a value is not finite, or there are fewer than two clusters.
+        ValueError: shapes do not match, a value is not finite, or there are fewer than two clusters.
     """
     check_densities(log_density, log_weights)
     total = log_weights.shape[0]
     if total < 2:
         raise ValueError("selection needs at least two clusters")
     remaining = np.arange(total)
-    # A copy that shrinks: every step then costs in proportion to the clusters that are left.
+    # Copies that shrink, so that the cost of a step is proportional to the number of remaining clusters.
     log_density, log_weights = log_density.astype(np.float64), log_weights.astype(np.float64)
     entropy_terms, likelihood_terms, dropped = [], [], []
     while True:
@@ -82,7 +86,7 @@ def select_clusters(
         likelihood_terms.append(-log_evidence.mean() / shared_dim)
         if len(remaining) == 2:
             break
-        # Several clusters may have no samples at all; among them the one with the least weight goes.
+        # Several clusters may have no samples; the one with the smallest weight is dropped first.
         lowest = np.lexsort((log_weights, mass))[0]
         dropped.append(remaining[lowest])
         remaining = np.delete(remaining, lowest)
@@ -102,7 +106,7 @@ def select_clusters(
 
 
 def _mass(posterior: FloatArray) -> FloatArray:
-    """Mass of each cluster (C,): summed confidence of what is assigned to it, over samples and modalities."""
+    """Mass of each cluster, (C,): sum of p(c|z) over the samples and modalities that are assigned to it."""
     mass = np.zeros(posterior.shape[2])
     np.add.at(mass, posterior.argmax(axis=2), posterior.max(axis=2))
     return mass

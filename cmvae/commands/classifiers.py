@@ -1,25 +1,27 @@
-"""Train what coherence and distances are read with: python tools/train_classifiers.py shards/NAME."""
+"""Train the image classifiers that evaluation reads generated images with, one per modality.
+
+    cmvae classifiers shards/digits
+
+Once per packed data set: they are trained on its labelled train split and saved beside the shards,
+in classifiers/. Coherence and the distances in classifier features need them.
+"""
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from cmvae.data.index import ShardIndex
 from cmvae.data.remote import is_remote
-from cmvae.utils.arguments import non_negative_integer, positive_integer
+from cmvae.utils.arguments import command_parser, non_negative_integer, positive_integer
 from cmvae.utils.errors import UserError
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description="Train one small image classifier a modality on the labelled train split, once per "
-        "packed data set, and save them beside the shards. Evaluation reads generated images with them."
-    )
-    parser.add_argument("folder", help="what tools/make_shards.py wrote, for example shards/digits")
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = command_parser(__doc__)
+    parser.add_argument("folder", help="what `cmvae pack` wrote, for example shards/digits")
     parser.add_argument(
         "--epochs", type=positive_integer, metavar="N", help="default: about 30,000 images, at least 5 epochs"
     )
@@ -31,11 +33,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="channels of the first convolution (default: 16)",
     )
     parser.add_argument("--seed", type=non_negative_integer, default=0, help="default: 0")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def main() -> int:
-    """Train, and print what each classifier is worth."""
+    """Train, and print the accuracy of each classifier."""
     arguments = parse_arguments()
     started = time.perf_counter()
     # A wrong folder is reported before the slow imports.

@@ -1,16 +1,16 @@
-"""Clusters of packed data by a trained run, as a table.
+"""Assign packed data to the clusters of a trained run, and write a CSV table.
 
-    python launch/cluster.py runs/NAME shards/OTHER --out assignments.csv [--split all] [--num-clusters K]
-        [--modalities photo,caption] [--by-group]
+    cmvae cluster runs/digits shards/digits --out clusters.csv
+    cmvae cluster runs/digits shards/digits --out three.csv --num-clusters 3 --modalities m0,m1
 
-The data needs no labels; of modalities that the run does not know nothing is read, and where it lacks some of
-the run's modalities the others decide. Starts from the run's export. Columns: key, split, cluster and
-confidence by all modalities together, then MODALITY_cluster and MODALITY_confidence; empty where a sample
-lacks the modality. Rows are sorted by key: those of a table of one's own stand as they do there.
+The data needs no labels. Modalities that the run does not know are not read; where the data lacks
+some of the run's modalities, the others decide. Columns: key, split, cluster and confidence by all
+modalities together, then MODALITY_cluster and MODALITY_confidence; a cell is empty where a sample
+lacks the modality. Rows are sorted by key, which for a table is the order of its rows.
 
-With --by-group the samples of one group (`make_shards.py table --group`, the captions of one bird) get one
-cluster. There is still one row per sample, with the group in a column after split. MODALITY_cluster is then
-what the modality says of the group, empty where no member has it.
+With --by-group the samples of one group (`cmvae pack table --group`, the captions of one bird) get
+one cluster. There is still one row per sample, with the group in a column after split.
+MODALITY_cluster is then what the modality says about the group, empty where no member has it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 
 from cmvae.config import CMVAEExperiment, load_cmvae_run
 from cmvae.data.index import ShardIndex
-from cmvae.utils.arguments import positive_integer
+from cmvae.utils.arguments import comma_separated, command_parser, positive_integer
 from cmvae.utils.errors import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Clusters of packed data by a trained run, as a table.")
+    parser = command_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/digits")
     parser.add_argument("shards", help="packed data, e.g. shards/digits, or its URL")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="the table to write")
@@ -37,29 +37,19 @@ def parse_arguments() -> argparse.Namespace:
         "--num-clusters",
         type=positive_integer,
         metavar="K",
-        help="so many clusters, from the same model (default: as many as its export selected)",
+        help="number of clusters, from the same model (default: what its export selected)",
     )
     parser.add_argument(
         "--modalities",
-        type=_names,
+        type=comma_separated,
         metavar="NAME[,NAME…]",
-        help="read clusters from these alone (default: all of the run's that the data has)",
+        help="assign from these alone (default: all of the run that the data has)",
     )
     parser.add_argument(
         "--by-group", action="store_true", help="one cluster for all samples of one group, decided together"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file --out")
     return parser.parse_args()
-
-
-def _names(text: str) -> list[str]:
-    """Type of --modalities: names with commas between them, each taken once."""
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: write NAME, or several with commas, such as photo,caption"
-        )
-    return list(dict.fromkeys(names))
 
 
 def check_out(path: Path, overwrite: bool) -> None:
@@ -117,7 +107,7 @@ def check_groups(index: ShardIndex, splits: Sequence[str], arguments: argparse.N
     if not any(index.split(split, arguments.shards).num_groups for split in splits):
         raise UserError(
             f"--by-group: {arguments.shards}: no sample of {', '.join(splits)} has a group. Pack the data "
-            "again with this version and its groups (tools/make_shards.py table … --group COLUMN; cubicc has "
+            "again with this version and its groups (cmvae pack table … --group COLUMN; cubicc has "
             "them by itself), or leave out --by-group"
         )
 

@@ -1,4 +1,11 @@
-"""Compare evaluated runs over seeds: python tools/compare.py runs/A runs/B."""
+"""Compare evaluated runs; those that differ only in seed and name are taken together.
+
+    cmvae compare runs/digits runs/digits-1 runs/digits-2
+    cmvae compare runs/beta-* --along objective.beta --metric clustering/acc
+
+Prints a table of means and standard deviations, settings and protocols that differ, and writes it
+with a figure to runs/comparison/ (or --out).
+"""
 
 from __future__ import annotations
 
@@ -15,8 +22,10 @@ from typing import Any
 
 from cmvae.config import flatten, load_run_config
 from cmvae.data.index import ShardIndex
+from cmvae.utils.arguments import command_parser
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
+from cmvae.utils.tables import markdown_table
 
 # What does not make an experiment, or the protocol of its evaluation, another one.
 REPEAT_SETTINGS = frozenset({"name", "output_dir", "seed"})
@@ -50,11 +59,9 @@ class Group:
         return [run.metrics[metric] for run in self.runs if metric in run.metrics]
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description="Compare evaluated runs; those that differ only in seed and name are taken together."
-    )
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = command_parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="runs/NAME", help="folders of evaluated runs")
     parser.add_argument(
         "--along",
@@ -76,7 +83,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="FOLDER",
         help="for comparison.md and comparison.png (default: runs/comparison)",
     )
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def read_run(folder: Path) -> Run:
@@ -89,17 +96,15 @@ def read_run(folder: Path) -> Run:
     settings = {key: value for key, value in flatten(config).items() if key not in REPEAT_SETTINGS}
     path = folder / "evaluation" / "metrics.json"
     if not path.is_file():
-        raise UserError(f"{path}: missing. Evaluate the run first: python launch/evaluate.py {folder}")
+        raise UserError(f"{path}: missing. Evaluate the run first: cmvae evaluate {folder}")
     metrics = _read_object(path, folder)
     if not metrics:
-        raise UserError(
-            f"{path}: holds no metric. Evaluate the run again: python launch/evaluate.py {folder}"
-        )
+        raise UserError(f"{path}: holds no metric. Evaluate the run again: cmvae evaluate {folder}")
     for name, value in metrics.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
             raise UserError(
                 f"{path}: {name}: {value!r} is no finite number. Evaluate the run again: "
-                f"python launch/evaluate.py {folder}"
+                f"cmvae evaluate {folder}"
             )
     return Run(folder, config.seed, settings, metrics, _read_protocol(folder))
 
@@ -119,13 +124,12 @@ def _read_object(path: Path, folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path}: cannot be read as JSON: {error}. Evaluate the run again: "
-            f"python launch/evaluate.py {folder}"
+            f"{path}: cannot be read as JSON: {error}. Evaluate the run again: cmvae evaluate {folder}"
         ) from error
     if not isinstance(content, dict):
         raise UserError(
             f"{path}: holds {type(content).__name__}, not an object. Evaluate the run again: "
-            f"python launch/evaluate.py {folder}"
+            f"cmvae evaluate {folder}"
         )
     return content
 
@@ -217,14 +221,14 @@ def format_comparison(groups: Sequence[Group]) -> str:
     parts = [
         "# Comparison",
         "Mean ± standard deviation over seeds; (n) where only some of the runs have the metric.",
-        _format_table(["metric", *titles], rows),
+        markdown_table(["metric", *titles], rows),
     ]
     for title, rows in (
         ("Settings that differ", _differences(groups, lambda run: run.settings)),
         ("Protocol that differs", _differences(groups, lambda run: run.protocol)),
     ):
         if rows:
-            parts += [f"## {title}", _format_table(["key", *titles], rows)]
+            parts += [f"## {title}", markdown_table(["key", *titles], rows)]
     members = [f"- {group.title}: {', '.join(str(run.folder) for run in group.runs)}" for group in groups]
     parts += ["## Runs", "\n".join(members)]
     return "\n\n".join(parts) + "\n"
@@ -248,15 +252,6 @@ def _differences(groups: Sequence[Group], read: Callable[[Run], Mapping[str, Any
         if len(set(chain.from_iterable(values))) > 1:
             rows.append([key, *(", ".join(dict.fromkeys(cell)) for cell in values)])
     return rows
-
-
-def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns also line up in a terminal."""
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    padded.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def main() -> int:

@@ -4,8 +4,9 @@
     cmvae evaluate runs/digits metrics=[clustering,coherence] split=validation
     cmvae evaluate runs/digits --launch ddp --num-processes 4
 
-Starts from the export of the run, writes runs/NAME/evaluation/ (metrics.json, protocol.json, figures/) and
-adds all of it to the run in MLflow. Several ranks share the work; the metrics are the same.
+Starts from the export of the run, writes runs/NAME/evaluation/ (metrics.json, protocol.json,
+figures/) and adds all of it to the run in MLflow. Several ranks share the work; the metrics are the
+same.
 """
 
 from __future__ import annotations

@@ -1,25 +1,30 @@
-"""Fréchet distance between two folders of pictures: python tools/frechet.py FOLDER OTHER."""
+"""Fréchet distance between two folders of images.
+
+    cmvae frechet FOLDER OTHER                                        # FID, in the features of Inception-v3
+    cmvae frechet FOLDER OTHER --classifier shards/digits --modality m0
+
+With --classifier it is the same distance in the features of a data set's own classifier, which is
+not FID.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmvae.data.index import ShardIndex
+from cmvae.utils.arguments import command_parser
 from cmvae.utils.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description="FID between two sets of pictures; with --classifier the same distance in the features "
-        "of a data set's own classifier, which is no FID."
-    )
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = command_parser(__doc__)
     for name in ("folder", "other"):
         parser.add_argument(
             name, type=Path, help="a folder of PNG or JPEG files, or a shard folder: its test images"
@@ -37,7 +42,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="PATH",
         help="torch-fidelity's weights of Inception-v3 (default: fetched over the network)",
     )
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def make_extractor(

@@ -1,13 +1,14 @@
-r"""Generate with a trained run, to files.
+"""Generate with a trained run, to files.
 
-    python launch/generate.py runs/NAME [--num 64] [--cluster C | --cluster all] [--to MODALITY,…]
-    python launch/generate.py runs/NAME --given MODALITY[,MODALITY] [--split test] [--to MODALITY,…]
+    cmvae generate runs/digits --num 64                     # from the prior
+    cmvae generate runs/digits --cluster all --num 8        # 8 samples per cluster
+    cmvae generate runs/digits --given m0 --to m1,m2        # from one modality of packed samples
 
-Unconditionally, of one or every cluster, or from some modalities of packed samples; w always from its prior.
-The run of a refiner generates with its CMVAE and refines.
-Starts from the run's export and writes below `runs/NAME/generated` or `--out`: of images `MODALITY/NAME.png`,
-of other modalities `MODALITY.csv` (name, then text or numbers in the data's own units), `grid.png` of all and
-`generation.json`. Samples that have none of the given modalities are left out.
+w always comes from its prior. The run of a refiner generates with its CMVAE and refines. Starts
+from the export of the run and writes to runs/NAME/generated/ (or --out): MODALITY/NAME.png for
+images, MODALITY.csv for other modalities (name, then text or numbers in the data's own units),
+grid.png with the first samples and generation.json. Samples that have none of the given modalities
+are left out.
 """
 
 from __future__ import annotations
@@ -19,15 +20,13 @@ from typing import Literal
 
 from cmvae.config import load_run_config, read_modalities
 from cmvae.data.index import ShardIndex
-from cmvae.utils.arguments import positive_integer
+from cmvae.utils.arguments import comma_separated, command_parser, positive_integer
 from cmvae.utils.errors import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Generate with a trained run: images to PNG files, text and numbers to tables."
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/digits")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, e.g. refiner.sampler.num_steps=50"
@@ -37,9 +36,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--cluster", type=_cluster, metavar="C", help="of cluster C, or of all one by one")
-    source.add_argument("--given", type=_names, metavar="MODALITY,…", help="from these, of the first samples")
+    source.add_argument(
+        "--given", type=comma_separated, metavar="MODALITY,…", help="from these, of the first samples"
+    )
     parser.add_argument("--split", metavar="SPLIT", help="split of the samples for --given (default: test)")
-    parser.add_argument("--to", type=_names, metavar="MODALITY,…", help="what to write (default: all)")
+    parser.add_argument(
+        "--to", type=comma_separated, metavar="MODALITY,…", help="what to write (default: all)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: generated in the run's folder")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier generations in --out")
@@ -55,11 +58,6 @@ def _cluster(text: str) -> int | Literal["all"]:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a cluster nor all")
     return int(text)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """Names in the order given, each once."""
-    return tuple(dict.fromkeys(text.split(",")))
 
 
 def check_names(flag: str, names: Sequence[str], modalities: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from cmvae.data.remote import Location
 from cmvae.modalities import Modality
 from cmvae.models.cmvae import CMVAE
 from cmvae.utils.errors import UserError
-from cmvae.utils.files import holds_earlier, whole_folder
+from cmvae.utils.files import holds_earlier_output, whole_folder
 from cmvae.utils.progress import progress_bar
 from cmvae.visualize.grids import sample_rows
 
@@ -210,7 +210,7 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
     Raises:
         UserError: there is something.
     """
-    if holds_earlier(folder, RECORD_NAME, "generations") and not overwrite:
+    if holds_earlier_output(folder, RECORD_NAME) and not overwrite:
         raise UserError(
             f"--out {folder}: holds earlier generations. Add --overwrite to replace them, or give another "
             "folder"

@@ -1,16 +1,23 @@
-"""Look into packed data: python tools/inspect_shards.py shards/NAME."""
+"""Print, verify and draw what a shard folder holds.
+
+    cmvae inspect shards/digits
+    cmvae inspect https://host/digits --no-verify
+
+Prints splits, modalities, classes and missing modalities, compares the checksums of all shards with
+the index, and draws a contact sheet.
+"""
 
 from __future__ import annotations
 
 import argparse
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cmvae.data.index import ShardIndex, ShardSchema
 from cmvae.data.remote import Location, is_remote
+from cmvae.utils.arguments import command_parser
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import sha256_of
 
@@ -29,12 +36,10 @@ class Tally:
     """Samples that lack each modality."""
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Print, verify and draw what is in a shard folder.")
-    parser.add_argument(
-        "location", help="what tools/make_shards.py wrote, for example shards/digits, or its URL"
-    )
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = command_parser(__doc__)
+    parser.add_argument("location", help="what `cmvae pack` wrote, for example shards/digits, or its URL")
     parser.add_argument(
         "--no-verify",
         action="store_true",
@@ -44,9 +49,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--sheet",
         type=Path,
         metavar="PATH",
-        help="contact sheet (default: contact_sheet.png in the folder; of a URL in this one)",
+        help="contact sheet (default: contact_sheet.png in the shard folder, for a URL in the current one)",
     )
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def describe(index: ShardIndex) -> str:
@@ -150,7 +155,7 @@ def check_sum(folder: Path, shard: ShardSchema) -> None:
     if found != shard.sha256:
         raise UserError(
             f"{path}: its SHA-256 is {found}, its index says {shard.sha256}. The shard was "
-            "changed or damaged: pack the data set again with tools/make_shards.py"
+            "changed or damaged: pack the data set again with cmvae pack"
         )
 
 

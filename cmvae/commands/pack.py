@@ -1,22 +1,29 @@
-"""Pack a data set into shards: python tools/make_shards.py SOURCE --out shards/NAME."""
+"""Pack a data set into shards that training reads.
+
+    cmvae pack digits --out shards/digits
+    cmvae pack table data.csv --out shards/mine --config mine.yaml --image photo --text caption
+    cmvae pack table --help
+
+With a data set that has no shipped experiment comes a config that trains on it as it is, see
+--config.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from cmvae.data.index import ShardIndex
 from cmvae.datasets import SOURCES
-from cmvae.utils.arguments import non_negative_integer, positive_integer
+from cmvae.utils.arguments import command_parser, non_negative_integer, positive_integer
 from cmvae.utils.errors import UserError
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line; flags of a source are known to its sub-command only."""
-    parser = argparse.ArgumentParser(description="Pack a data set into shards that training reads.")
+def parse_arguments() -> argparse.Namespace:
+    """The command line; the flags of a source are known to its subcommand only."""
+    parser = command_parser(__doc__)
     commands = parser.add_subparsers(dest="source", metavar="SOURCE", required=True)
     for name, module in SOURCES.items():
         command = commands.add_parser(name, help=module.DESCRIPTION, description=module.DESCRIPTION)
@@ -29,32 +36,32 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             type=positive_integer,
             default=os.cpu_count() or 1,
             metavar="N",
-            help="writer processes; the bytes do not depend on it (default: all processors)",
+            help="writer processes; the shards do not depend on it (default: one per processor)",
         )
         command.add_argument(
             "--shard-size",
             type=positive_integer,
             default=1000,
             metavar="N",
-            help="samples of a shard (default: 1000)",
+            help="samples per shard (default: 1000)",
         )
         command.add_argument(
             "--limit",
             type=positive_integer,
             metavar="N",
-            help="for a quick trial: N train samples, and of the other splits as large a part",
+            help="for a quick trial: N train samples, and the same share of the other splits",
         )
         command.add_argument("--force", action="store_true", help="replace a data set that is in --out")
         module.add_arguments(command)
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def main() -> int:
     """Pack, print a summary and the next command."""
     arguments = parse_arguments()
     # Slow to import; after the flags, so that a mistake in them shows at once.
-    from cmvae.commands.starter_config import write_starter_config
     from cmvae.datasets.writer import write_shards
+    from cmvae.training.starter_config import write_starter_config
     from cmvae.utils.files import write_whole
     from cmvae.utils.progress import progress_bar
 
@@ -89,12 +96,11 @@ def main() -> int:
             config.parent.mkdir(parents=True, exist_ok=True)
             write_whole(config, starter.encode())
     print_summary(index, time.perf_counter() - started)
-    print(f"Look at it: python tools/inspect_shards.py {arguments.out}")
-    if config is not None:
-        print(
-            "Train on it: accelerate launch --config_file configs/accelerate/cpu.yaml launch/train.py "
-            f"{config}" + (f" data.shards={arguments.out}" if known_config is not None else "")
-        )
+    print(f"Look at it: cmvae inspect {arguments.out}")
+    if known_config is not None:
+        print(f"Train on it: cmvae train {known_config.stem} data.shards={arguments.out}")
+    elif config is not None:
+        print(f"Train on it: cmvae train {config}")
     return 0
 
 

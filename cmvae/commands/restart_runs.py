@@ -14,9 +14,9 @@ from cmvae.clustering.consensus import (
     NO_CLUSTER,
     choose_run,
     describe_disagreement,
+    find_consensus,
     mean_agreement,
     pairwise_agreement,
-    vote_of_runs,
 )
 from cmvae.config import CMVAEExperiment, flatten, is_resumable, load_run_config
 from cmvae.data.index import ShardIndex
@@ -160,7 +160,7 @@ def find_answer(runs: Sequence[CMVAEExperiment], index: ShardIndex, folder: Path
     agreements = mean_agreement(agreement)
     restarts = [_describe(run, float(mean)) for run, mean in zip(complete, agreements, strict=True)]
     chosen = choose_run(agreement, np.array([restart.bound for restart in restarts]))
-    consensus = vote_of_runs(labelings, chosen)
+    consensus = find_consensus(labelings, chosen)
     answer = Answer(
         runs=restarts,
         failed=[run.seed for run in runs if not is_complete(run)],

@@ -1,16 +1,19 @@
-r"""Train one experiment from several seeds, and give one answer without labels.
+"""Train one experiment from several seeds, and choose one run without labels.
 
-    python launch/restarts.py configs/NAME.yaml [key=value …] [--restarts 5] [--parallel P] [--overwrite]
+    cmvae restarts digits --restarts 5
+    cmvae restarts configs/mine.yaml train.max_steps=500 --parallel 2
 
-Each run is a process of its own, as `launch/train.py` with seed=… makes it, P at a time: on GPUs one each,
-else as many as there are cores, which they share. Folder: `output_dir`, else `runs/NAME-restarts`. In it are
-the runs, named after their seeds; `SEED.log`, what each run said; `restarts.json`, how the runs compare,
-which to take, and a warning if they disagree; and `consensus.csv`, the cluster of each sample that most runs
-agree about, with the share that does. In MLflow the runs are children of one run, which has these two files.
+Each run is a process of its own, as `cmvae train` with another seed, --parallel at a time: on GPUs
+one each, else one per core. Folder: output_dir, else runs/NAME-restarts/. It holds the runs, named
+after their seeds; SEED.log, the output of each run; restarts.json, how the runs compare, which to
+take, and a warning if they disagree; and consensus.csv, the cluster of each sample that most runs
+agree about, with the share of runs that does. In MLflow the runs are children of one run, which has
+these two files.
 
-Given again after a stop or a kill, the command trains what is not complete from the newest checkpoint, and
-leaves the rest. Exit codes: 0 all runs complete; 1 some failed, and the others were compared; 2 something
-that you can mend; 75 stopped by SIGTERM and 130 by Ctrl-C, after checkpoints.
+Given again after a stop or a kill, the command resumes what is not complete and leaves the rest.
+
+Exit codes: 0 all runs complete; 1 some failed, and the others were compared; 2 an error to fix; 75
+stopped by SIGTERM and 130 by Ctrl-C, after checkpoints.
 """
 
 from __future__ import annotations
@@ -36,14 +39,14 @@ from cmvae.commands.restart_runs import (
     plan_restarts,
     restarts_folder,
 )
+from cmvae.commands.shipped import find_experiment
 from cmvae.config import CMVAEExperiment, check_against_shards, load_config
 from cmvae.data.index import ShardIndex
-from cmvae.utils.arguments import positive_integer
+from cmvae.utils.arguments import command_parser, positive_integer
 from cmvae.utils.errors import UserError
+from cmvae.utils.process_exit import stopped_code
 from cmvae.utils.processes import Job, divide_machine, run_jobs
 
-# Of sysexits.h, as launch/train.py: a failure for now, after which to try again.
-EX_TEMPFAIL = 75
 _TAIL_BYTES = 4096
 
 
@@ -84,10 +87,8 @@ def last_line(log: Path) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Train an experiment from several seeds, and give one answer without labels."
-    )
-    parser.add_argument("config", help="the experiment, a YAML file in configs/")
+    parser = command_parser(__doc__)
+    parser.add_argument("config", help="a YAML file, or the name of a shipped experiment, e.g. digits")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings to change, e.g. train.batch_size=64"
     )
@@ -98,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
         "--parallel",
         type=positive_integer,
         metavar="P",
-        help="runs at a time (default: one a GPU, without GPUs one a core)",
+        help="runs at a time (default: one per GPU, without GPUs one per core)",
     )
     parser.add_argument("--overwrite", action="store_true", help="delete what earlier runs left, train anew")
     arguments = parser.parse_intermixed_args()
@@ -114,7 +115,7 @@ def check_experiment(arguments: argparse.Namespace) -> tuple[CMVAEExperiment, Sh
         UserError: settings or data do not fit each other, or it is a refiner's experiment, or the folder
             is that of a single run.
     """
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(find_experiment(arguments.config), arguments.overrides)
     if not isinstance(config, CMVAEExperiment):
         raise UserError(f"{arguments.config}: a refiner finds no clusters. Give the experiment of a CMVAE")
     index = ShardIndex.load(config.data.shards)
@@ -158,7 +159,7 @@ def report(answer: Answer, folder: Path) -> None:
         print(f"failed: {', '.join(f'seed {seed}, {folder}/{seed}.log' for seed in answer.failed)}")
     if answer.warning is not None:
         print(answer.warning)
-    print(f"chosen: {answer.chosen}. Next: python launch/evaluate.py {answer.chosen}")
+    print(f"chosen: {answer.chosen}. Next: cmvae evaluate {answer.chosen}")
     print(f"consensus: {folder / CONSENSUS_NAME}; how the runs compare: {folder / RESTARTS_NAME}")
 
 
@@ -183,7 +184,7 @@ def main() -> int:
     stopped_by = train_all(runs, arguments, folder)
     if stopped_by is not None:
         print(f"{stopped_by.name}: stopped. Give the same command to go on", file=sys.stderr)
-        return EX_TEMPFAIL if stopped_by == signal.SIGTERM else 128 + stopped_by
+        return stopped_code(stopped_by)
     answer = find_answer(runs, index, folder)
     tracker.log_metrics({"restarts/mean_pairwise_ari": answer.mean_pairwise_ari}, step=0)
     for name in (RESTARTS_NAME, CONSENSUS_NAME):

@@ -5,12 +5,12 @@
     cmvae train digits --launch zero2 --num-processes 2
     accelerate launch --config_file configs/accelerate/ddp.yaml launch/train.py configs/digits.yaml
 
-Settings, data and run folder are checked in the first second. A run that was stopped goes on with --resume; a
-worker that torchrun restarts (accelerate launch --max_restarts N) does so by itself.
+Settings, data and run folder are checked in the first second. A run that was stopped goes on with
+--resume; a worker that torchrun restarts (accelerate launch --max_restarts N) does so by itself.
 
-Exit codes: 0 trained and exported; 2 an error to fix; 75 stopped by SIGTERM after a checkpoint, to be queued
-again with --resume; 130 the same by Ctrl-C; 70 a rank did not respond. `accelerate launch` turns every code
-but 0 into 1.
+Exit codes: 0 trained and exported; 2 an error to fix; 75 stopped by SIGTERM after a checkpoint, to
+be queued again with --resume; 130 the same by Ctrl-C; 70 a rank did not respond. `accelerate
+launch` turns every code but 0 into 1.
 """
 
 from __future__ import annotations

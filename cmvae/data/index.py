@@ -104,7 +104,7 @@ class ShardIndex(_Schema):
     """Names of the labels 0, 1, …; null where the data has no labels."""
     splits: dict[SplitName, SplitSchema]
     classifiers: dict[ModalityName, ClassifierSchema] = {}
-    """By modality; tools/train_classifiers.py adds them to an index that is already there."""
+    """By modality; `cmvae classifiers` adds them to an index that is already there."""
 
     @classmethod
     def load(cls, location: Location) -> ShardIndex:
@@ -122,7 +122,7 @@ class ShardIndex(_Schema):
             where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise UserError(
                 f"{location}/{INDEX_NAME}: {where}: {first['msg']}. Pack the data set again with this "
-                "version of tools/make_shards.py"
+                "version of cmvae pack"
             ) from error
 
     def split(self, name: str, location: Location) -> SplitSchema:
@@ -168,16 +168,16 @@ def _missing_index(location: Location) -> str:
     if is_remote(location):
         return (
             f"{location}: has no {INDEX_NAME}. Give the address of a copy of a whole shard folder, as "
-            "tools/make_shards.py writes it"
+            "cmvae pack writes it"
         )
     if not Path(location).is_dir():
         return (
             f"{location}: no such shard folder. Pack a data set first, "
-            f"for example: python tools/make_shards.py digits --out {location}"
+            f"for example: cmvae pack digits --out {location}"
         )
     return (
         f"{location}/{INDEX_NAME}: missing, so {location} is no finished shard folder (packing may have been "
-        f"interrupted). Run tools/make_shards.py again with --out {location}"
+        f"interrupted). Run cmvae pack again with --out {location}"
     )
 
 

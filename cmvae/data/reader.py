@@ -66,7 +66,7 @@ class TrainingLoader:
     have `batches_per_epoch` full batches. Reader processes start with the first epoch and stay.
 
     Args:
-        location: what tools/make_shards.py wrote, a folder or a URL.
+        location: what `cmvae pack` wrote, a folder or a URL.
         split: which split.
         modalities: the modalities to read.
         batch_size: B, samples of a batch on this rank.
@@ -130,7 +130,7 @@ class EvaluationLoader:
     All ranks have `len(loader)` batches of B samples. What fills up the last ones has `valid` False.
 
     Args:
-        location: what tools/make_shards.py wrote, a folder or a URL.
+        location: what `cmvae pack` wrote, a folder or a URL.
         split: which split.
         modalities: the modalities to read.
         batch_size: B, samples of a batch on this rank.
@@ -173,7 +173,7 @@ class SplitReader:
     """Raw and decoded samples of one split.
 
     Args:
-        location: what tools/make_shards.py wrote, a folder or a URL.
+        location: what `cmvae pack` wrote, a folder or a URL.
         split: which split.
         modalities: the modalities to read.
         on_error: `error` raises all that is wrong; `skip` returns what is wrong with samples.
@@ -537,5 +537,5 @@ def _missing(path: str) -> UserError:
 def _damaged(path: str, what: str) -> UserError:
     return UserError(
         f"{path}: {what}. The shard is damaged or of another packing than its index: "
-        f"see tools/inspect_shards.py {path.rpartition('/')[0]}, or pack the data set again"
+        f"see cmvae inspect {path.rpartition('/')[0]}, or pack the data set again"
     )

@@ -24,7 +24,7 @@ from cmvae.utils.errors import UserError
 from cmvae.utils.files import sha256_of
 
 Location = str | Path
-"""A folder that tools/make_shards.py wrote, or the URL of a copy of it."""
+"""A folder that `cmvae pack` wrote, or the URL of a copy of it."""
 
 CACHE_VARIABLE: Final = "CMVAE_CACHE"
 CACHE_GIGABYTES_VARIABLE: Final = "CMVAE_CACHE_GIGABYTES"
@@ -99,7 +99,7 @@ def open_file(location: Location, name: str, *, num_bytes: int | None, sha256: s
         location: of the data set.
         name: of the file in it.
         num_bytes: its size, for which room is made; None if it is small.
-        sha256: what the index says. Of a local file it is not verified: tools/inspect_shards.py does that.
+        sha256: what the index says. Of a local file it is not verified: `cmvae inspect` does that.
 
     Raises:
         FileNotFoundError: there is none.

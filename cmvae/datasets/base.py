@@ -63,7 +63,7 @@ class Source(Protocol):
 
 
 class SourceModule(Protocol):
-    """What a module in `cmvae.datasets` offers to `tools/make_shards.py`."""
+    """What a module in `cmvae.datasets` offers to `cmvae pack`."""
 
     @property
     def DESCRIPTION(self) -> str:  # noqa: N802 (a constant of the module)

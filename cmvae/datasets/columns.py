@@ -96,6 +96,53 @@ def fit_image(paths: Sequence[Path | None], size: int, channels: int = 3) -> Ima
     return ImageModality(shape=(channels, size, size), optional=None in paths)
 
 
+class ArrayImageColumn:
+    """Images in memory, which keep their size.
+
+    Args:
+        images: (N,) array of each row, None where it is missing: (height, width), (height, width, channels)
+            or (channels, height, width); uint8, or floating point in [0, 1].
+        places: (N,) name of each row for messages.
+        modality: size and number of channels.
+    """
+
+    def __init__(
+        self, images: Sequence[np.ndarray | None], places: Sequence[str], modality: ImageModality
+    ) -> None:
+        self._images, self._places, self.modality = images, places, modality
+
+    def has(self, row: int) -> bool:
+        """Whether the row has an image."""
+        return self._images[row] is not None
+
+    def read(self, row: int) -> np.ndarray:
+        """(channels, height, width) uint8.
+
+        Raises:
+            UserError: the image has another size or other values.
+        """
+        image = channels_first(np.asarray(self._images[row]))
+        if image.shape != self.modality.shape:
+            raise UserError(f"{self._places[row]}: has shape {image.shape}, others {self.modality.shape}")
+        if image.dtype == np.uint8:
+            return image
+        if not np.issubdtype(image.dtype, np.floating) or not (image.min() >= 0 and image.max() <= 1):
+            raise UserError(
+                f"{self._places[row]}: {image.dtype} from {image.min()} to {image.max()}. Give uint8, or "
+                "floating point in [0, 1]"
+            )
+        return (image * 255).round().astype(np.uint8)
+
+
+def channels_first(image: np.ndarray) -> np.ndarray:
+    """An image as (channels, height, width); (height, width) is grey."""
+    if image.ndim == 2:
+        return image[None]
+    if image.ndim == 3 and image.shape[0] not in (1, 3) and image.shape[2] in (1, 3):
+        return image.transpose(2, 0, 1)
+    return image
+
+
 class TextColumn:
     """Sentences as tokens of a vocabulary.
 

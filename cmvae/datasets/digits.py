@@ -16,7 +16,7 @@ from cmvae.data.index import SplitName
 from cmvae.datasets.base import SPLIT_NUMBERS, Sample, random_stream
 from cmvae.datasets.pairing import invert_under, pair_within_classes
 from cmvae.modalities import ImageModality
-from cmvae.utils.arguments import share_below_one
+from cmvae.utils.arguments import fraction_below_one
 from cmvae.utils.errors import UserError
 
 DESCRIPTION = "scikit-learn's 1,797 digits in three colour modalities of 3×16×16, or more; needs no download"
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--missing",
-        type=share_below_one,
+        type=fraction_below_one,
         default=0.0,
         metavar="SHARE",
         help="each modality of a train or validation sample is left out with this probability, at least one "

@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group",
         metavar="COLUMN",
         help="rows with the same value there belong together: they are drawn into the same split, and "
-        "launch/cluster.py --by-group gives them one cluster",
+        "cmvae cluster --by-group gives them one cluster",
     )
     parser.add_argument(
         "--key", metavar="COLUMN", help="names of the samples in all outputs (default: row-000002, …)"

@@ -177,7 +177,7 @@ def train_classifiers(
     The validation split is not used. Nothing is written before all are trained; the index comes last.
 
     Args:
-        folder: what tools/make_shards.py wrote, with labels.
+        folder: what `cmvae pack` wrote, with labels.
         device: where to train.
         width: channels of the first convolution.
         epochs: passes over the train split; None sees about 30,000 images.
@@ -368,4 +368,4 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _command(location: Location) -> str:
-    return f"python tools/train_classifiers.py {location}"
+    return f"cmvae classifiers {location}"

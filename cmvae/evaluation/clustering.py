@@ -13,7 +13,7 @@ import torch
 from cmvae.clustering import (
     clustering_metrics,
     confusion,
-    labels_of_groups,
+    label_by_group,
     mean_by_group,
 )
 from cmvae.evaluation.context import EvaluationContext
@@ -116,7 +116,7 @@ def group_agreement(model: CMVAE, split: EncodedSplit) -> dict[str, float]:
         split: encoded samples with groups, each with at least one modality, at least one with a label.
     """
     groups = split.numbered_groups()
-    labels = labels_of_groups(split.label, groups)
+    labels = label_by_group(split.label, groups)
     clusters, _ = model.assign_jointly(*mean_by_group(split.shared_loc, split.present, groups))
     return clustering_metrics(clusters[labels >= 0], labels[labels >= 0])
 

@@ -28,7 +28,7 @@ MetricName = Literal["generative", "text", "prediction"]
 NAME_PATTERN = r"[a-z][a-z0-9_]*"
 # Members of a tar sample that are not modalities, and keys of a batch that are not modalities.
 RESERVED_NAMES = frozenset(
-    {"cls", "group", "group_name", "key", "label", "mask", "place", "position", "seed", "skipped", "valid"}
+    {"cls", "group", "group_name", "key", "label", "mask", "position", "skipped", "valid"}
 )
 
 

@@ -321,11 +321,14 @@ class CMVAE(nn.Module):
             (N,) clusters and (N,) p(c | z) of them at the joint locations.
         """
         present = present | ~present.any(axis=1, keepdims=True)
+        probabilities = self.cluster_probabilities(joint_location(shared_loc, present))
+        return probabilities.argmax(axis=1), probabilities.max(axis=1)
+
+    def cluster_probabilities(self, locations: np.ndarray) -> np.ndarray:
+        """p(c | z) over the active clusters, (N, C) with 0 for the others, at `locations` (N, D_z)."""
         active = self.cluster_prior.active.cpu().numpy()
         log_weights = np.where(active, self.cluster_prior.log_weights.detach().cpu().numpy(), 0)
-        log_density = self.log_density(joint_location(shared_loc, present))[:, None]
-        probabilities = responsibilities(log_density, log_weights, active)[:, 0]
-        return probabilities.argmax(axis=1), probabilities.max(axis=1)
+        return responsibilities(self.log_density(locations)[:, None], log_weights, active)[:, 0]
 
     @torch.no_grad()
     def log_density(self, locations: np.ndarray) -> np.ndarray:

@@ -33,7 +33,6 @@ from cmvae.models.objectives import (
 )
 from cmvae.training.task import Preview, Task
 from cmvae.utils.seeds import sample_generators
-from cmvae.visualize.previews import generate_cross_modal
 
 REFIT_SAMPLES = 2000
 """Train samples that a refit of the clusters sees."""
@@ -168,7 +167,7 @@ class CMVAETask(Task):
         counted = mask.any(1)
         valid = batch["valid"] & counted
         present = (mask | ~counted[:, None]).T  # (M, B)
-        generators = sample_generators(batch["seed"], batch["place"], valid.device)
+        generators = sample_generators(batch["_seed"], batch["_place"], valid.device)
         # Whatever precision a launcher switched on around this call is for networks, never for densities.
         with torch.autocast(valid.device.type, enabled=False):
             if self.training and self.pretraining:
@@ -177,7 +176,7 @@ class CMVAETask(Task):
                 )
                 return _mean(alignment, valid), {"alignment": alignment.detach()}
             posteriors = self.model.encode(inputs)
-            noise = self.draw_noise(generators, batch["seed"])
+            noise = self.draw_noise(generators, batch["_seed"])
             bound, report = self._bound(inputs, posteriors, present, noise)
             if not self.training:
                 report |= {**self._cluster_report(posteriors), "present": mask}
@@ -405,6 +404,9 @@ class CMVAETask(Task):
 
     def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Preview:
         """Inputs, reconstructions and cross-modal generations of the first samples of a batch."""
+        # matplotlib is imported when something is drawn.
+        from cmvae.visualize.previews import generate_cross_modal
+
         inputs = {name: batch[name][:num_samples] for name in self.model.modality_names}
         mask = batch["mask"][:num_samples]
         made = generate_cross_modal(self.model, inputs, mask, generator)

@@ -20,7 +20,6 @@ from cmvae.models.export import weights_sha256
 from cmvae.models.refiner import Refiner, to_signed
 from cmvae.training.task import Preview, Task
 from cmvae.utils.seeds import draw_normal, draw_uniform, sample_generators
-from cmvae.visualize.previews import draw_refinements
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ class RefinerTask(Task):
         # Whatever precision a launcher switched on around this call is for networks alone.
         with torch.autocast(valid.device.type, enabled=False):
             images = {name: inputs[name] for name in self.refiner.modality_names}
-            generators = sample_generators(batch["seed"], batch["place"], mask.device)
+            generators = sample_generators(batch["_seed"], batch["_place"], mask.device)
             noise = self.draw_noise(images, sources, generators)
             reconstructions, shared = self._reconstruct(inputs, noise)
             losses = self._denoise(images, reconstructions, shared, noise)
@@ -226,6 +225,9 @@ class RefinerTask(Task):
 
     def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Preview:
         """The first samples of a batch: input, CMVAE and D-CMVAE for every pair of modalities."""
+        # matplotlib is imported when something is drawn.
+        from cmvae.visualize.previews import draw_refinements
+
         inputs = {name: batch[name][:num_samples] for name in self.modality_names}
         mask = batch["mask"][:num_samples]
         figure = draw_refinements(DCMVAE(self.cmvae, self.refiner), inputs, mask, generator)

@@ -32,6 +32,7 @@ from cmvae.training.tasks import Task, build_task
 from cmvae.training.trainer import LOGS_NAME, Trainer
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import remove_folder
+from cmvae.utils.progress import is_quiet
 
 
 def run_training(
@@ -83,11 +84,11 @@ def run_training(
                     stopped_by = trainer.fit()
             if stopped_by is None:
                 folder = trainer.export()
-                accelerator.print(f"{folder}: exported. Next: python launch/evaluate.py {config.run_dir}")
+                message = f"{folder}: exported. Next: cmvae evaluate {config.run_dir}"
             else:
-                accelerator.print(
-                    f"{stopped_by.name}: saved at step {trainer.state.step}. Continue with --resume"
-                )
+                message = f"{stopped_by.name}: saved at step {trainer.state.step}. Continue with --resume"
+            if accelerator.is_main_process and not is_quiet():
+                print(message)
             status = "FINISHED" if stopped_by is None else "KILLED"
         except torch.OutOfMemoryError as error:
             raise UserError(out_of_memory_advice(config, zero_stage(accelerator))) from error

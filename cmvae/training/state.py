@@ -125,9 +125,8 @@ class CheckpointRecord:
         if self.zero_stage:
             raise UserError(
                 f"{written} under ZeRO-{self.zero_stage}, which shards the optimizer over them; this run has "
-                f"{world_size}. Launch the same number: accelerate launch --config_file "
-                f"configs/accelerate/zero{self.zero_stage}.yaml --num_processes {self.world_size} "
-                "launch/train.py CONFIG … --resume"
+                f"{world_size}. Launch the same number: cmvae train CONFIG … --launch zero{self.zero_stage} "
+                f"--num-processes {self.world_size} --resume"
             )
         global_batch = self.world_size * int(str(self.settings[_BATCH_SIZE]))
         if world_size * int(str(settings[_BATCH_SIZE])) == global_batch:
@@ -135,13 +134,13 @@ class CheckpointRecord:
         if global_batch % world_size:
             raise UserError(
                 f"{written} with a global batch of {global_batch} samples, which the {world_size} ranks of "
-                f"this run cannot share evenly. Launch it with --num_processes {self.world_size} as before, "
+                f"this run cannot share evenly. Launch it with --num-processes {self.world_size} as before, "
                 f"or another divisor of {global_batch}"
             )
         raise UserError(
             f"{written} with a global batch of {global_batch} samples; this run has {world_size} rank(s). "
             f"Set {_BATCH_SIZE}={global_batch // world_size} to keep the global batch, or launch it with "
-            f"--num_processes {self.world_size} as before"
+            f"--num-processes {self.world_size} as before"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,8 +36,14 @@ class StopRequest:
     @classmethod
     @contextmanager
     def listening(cls) -> Iterator[StopRequest]:
-        """Catch SIGTERM and SIGINT once; a second one has its usual effect."""
+        """Catch SIGTERM and SIGINT once; a second one has its usual effect.
+
+        Only the main thread of a process can catch signals; in another one nothing is caught.
+        """
         request = cls()
+        if threading.current_thread() is not threading.main_thread():
+            yield request
+            return
         usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
         def restore() -> None:

@@ -6,15 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from cmvae.data.index import SplitName
 from cmvae.modalities import Modality
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ class Task(nn.Module, ABC):
         Args:
             batch: by modality data (B, *shape), see `cmvae.modalities`; `mask` (B, M), false where a sample
                 lacks a modality; `valid` (B,), false where a sample only pads the batch; and what all noise
-                is a function of, see `cmvae.utils.seeds.sample_generators`: `seed`, an int that is the same
-                on all ranks, and `place`, B ints, the places of the samples in the batch of all ranks.
+                is a function of, see `cmvae.utils.seeds.sample_generators`: `_seed`, an int that is the same
+                on all ranks, and `_place`, B ints, the places of the samples in the batch of all ranks.
         """
 
     def begin(self, total_steps: int) -> None:

@@ -53,7 +53,7 @@ class Trainer:
     """Trains a task; all its methods must be called on all ranks.
 
     Randomness of a step is a function of (seed, step, place of the sample in the global batch): a batch
-    carries `seed` and `place`, see `cmvae.utils.seeds.sample_generators`. So no random state is saved, and
+    carries `_seed` and `_place`, see `cmvae.utils.seeds.sample_generators`. So no random state is saved, and
     nothing but training itself decides what a step draws. Dropout is the exception, see `_update`.
 
     Args:
@@ -188,8 +188,8 @@ class Trainer:
             self.heartbeat.beat("waiting for the other ranks to count skipped samples")
             self.skipped.add(accelerator, batch["skipped"])
         first = (part * accelerator.num_processes + accelerator.process_index) * config.train.batch_size
-        batch["seed"] = derive_seed(config.seed, "step", self.state.step)
-        batch["place"] = range(first, first + config.train.batch_size)
+        batch["_seed"] = derive_seed(config.seed, "step", self.state.step)
+        batch["_place"] = range(first, first + config.train.batch_size)
         return to_device(batch, self.task.modalities, accelerator.device)
 
     def _clip_gradients(self) -> None:

@@ -61,7 +61,7 @@ def collect_records(
     collected: dict[str, list[np.ndarray]] = {}
     with evaluation_mode(module), torch.no_grad():
         for raw in itertools.islice(batches, max_batches):
-            streams = {"seed": derive_seed(seed, "validation"), "place": raw["position"].tolist()}
+            streams = {"_seed": derive_seed(seed, "validation"), "_place": raw["position"].tolist()}
             batch = to_device(raw | streams, modalities, accelerator.device)
             loss, report = module(batch)
             valid = batch["valid"]

@@ -1,1 +1,1 @@
-"""What knows nothing of the project: files, errors, seeds, progress, how processes end."""
+"""Helpers that are independent of the project: files, errors, seeds, progress, processes."""

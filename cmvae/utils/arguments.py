@@ -1,4 +1,4 @@
-"""Types of command-line arguments, for argparse; imports nothing heavy."""
+"""Types of command-line arguments for argparse, without slow imports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 def positive_integer(text: str) -> int:
-    """An integer from 1."""
+    """Parse an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
@@ -14,29 +14,31 @@ def positive_integer(text: str) -> int:
 
 
 def non_negative_integer(text: str) -> int:
-    """An integer from 0."""
+    """Parse an integer of at least 0."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
 
 
-def share_below_one(text: str) -> float:
-    """A share from 0, below 1."""
+def fraction_below_one(text: str) -> float:
+    """Parse a number in [0, 1)."""
     value = float(text)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
     return value
 
 
-def names(text: str) -> list[str]:
-    """Names with commas between them, each taken once."""
+def comma_separated(text: str) -> tuple[str, ...]:
+    """Parse names separated by commas, without repetitions."""
     parts = [name.strip() for name in text.split(",")]
     if not all(parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: write NAME, or several with commas, such as m0,m1")
-    return list(dict.fromkeys(parts))
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give one name, or several separated by commas, such as m0,m1"
+        )
+    return tuple(dict.fromkeys(parts))
 
 
 def command_parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose `--help` begins with the documentation of a command's module as it stands there."""
+    """A parser whose `--help` begins with `doc`, the docstring of a command's module, as it is formatted."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

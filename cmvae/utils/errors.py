@@ -1,8 +1,8 @@
-"""The one exception that is written for the person at the keyboard."""
+"""The exception for errors that the user can fix."""
 
 
 class UserError(Exception):
-    """Something the user can mend: the message says what is wrong, where, and what to do.
+    """An error that the user can fix. The message says what is wrong, where, and what to do.
 
-    Entry points print the message alone, without a traceback, and leave with exit code 2.
+    Commands print the message without a traceback and exit with code 2.
     """

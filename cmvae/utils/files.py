@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written beside, flushed to the disk, renamed."""
+"""Atomic writes: files and folders are written under another name, flushed to disk and renamed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cmvae.utils.errors import UserError
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
+    """Write a file atomically: readers see the old or the new content, also after a crash."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
         file.write(content)
@@ -25,10 +25,10 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder that appears under `path` only when the block ends without an error.
+    """Write a folder atomically: it appears at `path` when the block ends without an error.
 
-    Yields the folder to write into. A folder that is already at `path` is replaced. What a killed process
-    left behind is removed by the next call.
+    Yields the folder to write into. An existing folder at `path` is replaced. The next call removes what a
+    killed process left behind.
     """
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     for leftover in (partial, old):
@@ -38,26 +38,28 @@ def whole_folder(path: Path) -> Iterator[Path]:
     publish_folder(partial, path)
 
 
-def holds_earlier(folder: Path, record_name: str, contents: str) -> bool:
-    """Whether a folder to be replaced whole holds an earlier one of its kind; false if it is empty.
+def holds_earlier_output(folder: Path, record_name: str) -> bool:
+    """Whether a folder that would be replaced holds earlier output of the same command.
 
     Args:
-        folder: what the user named as `--out`.
-        record_name: the file that only a folder of this kind has.
-        contents: what such a folder holds, for the message.
+        folder: the argument of `--out`.
+        record_name: a file that this command always writes into the folder.
+
+    Returns:
+        True if it holds earlier output, False if it is empty or does not exist.
 
     Raises:
-        UserError: it holds something else, which replacing would delete.
+        UserError: it holds something else, which would be deleted.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not (folder / record_name).is_file():
-        raise UserError(f"--out {folder}: holds other things than {contents}. Give another folder")
+        raise UserError(f"--out {folder}: exists and was not written by this command. Choose another folder")
     return True
 
 
 def publish_folder(partial: Path, path: Path) -> None:
-    """Flush everything in `partial` to the disk and give it the name `path`."""
+    """Flush everything in `partial` to disk and rename it to `path`, replacing an existing folder."""
     for entry in partial.rglob("*"):
         if entry.is_file():
             with entry.open("rb") as file:
@@ -74,19 +76,16 @@ def publish_folder(partial: Path, path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder that, should the deletion be interrupted, is gone all the same, and not half there.
-
-    What an interrupted deletion leaves has the name `.NAME.deleted`.
-    """
+    """Delete a folder atomically: it is renamed to `.NAME.deleted` first, which an interruption may leave."""
     doomed = path.with_name(f".{path.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
-    # What cannot be deleted now, as a file open elsewhere on NFS, is no reason to stop.
+    # Files that cannot be deleted now, for example because they are open elsewhere on NFS, are left.
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:
-    """The checksum of a file of any size, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -95,7 +94,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder's entries, so that a rename in it outlasts a power cut."""
+    """Flush the entries of a folder to disk, so that a rename in it survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""How a process of a launch ends."""
+"""Run the main function of a command and exit with its code."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cmvae.utils.errors import UserError
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:
-    """Run the `main` of a command and end the process with its exit code.
+    """Run the `main` of a command and exit with its code.
 
-    A `UserError` is printed without a traceback, exit code 2; Ctrl-C is 130.
+    A `UserError` is printed without a traceback and gives exit code 2. Ctrl-C gives 130.
     """
     try:
         code = main()
@@ -28,40 +28,40 @@ def run_main(main: Callable[[], int]) -> NoReturn:
         code = 2
     except KeyboardInterrupt:
         code = 130
-    leave(code)
+    exit_process(code)
 
 
 def stopped_code(stopped_by: signal.Signals) -> int:
-    """The exit code after a signal and a checkpoint.
+    """Exit code of a training that a signal stopped after a checkpoint.
 
     Returns:
-        EX_TEMPFAIL of sysexits.h, 75, for SIGTERM, so that a scheduler queues the run again; else 128 + N.
+        75 (EX_TEMPFAIL of sysexits.h) for SIGTERM, so that a scheduler queues the run again; else 128 + N.
     """
     return os.EX_TEMPFAIL if stopped_by == signal.SIGTERM else 128 + stopped_by
 
 
 def _report_to_torchrun(message: str) -> None:
-    """Write the file from which torchrun and accelerate take what their report calls the root cause.
+    """Write the file from which torchrun and accelerate take the root cause of a failure.
 
-    See https://docs.pytorch.org/docs/stable/elastic/errors.html. It is not written by torch's own handler,
-    because most errors are raised before torch is imported.
+    See https://docs.pytorch.org/docs/stable/elastic/errors.html. torch has its own handler, but most
+    errors here are raised before torch is imported.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is not None:
         Path(path).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
 
 
-def leave(code: int) -> NoReturn:
-    """End this process; as one of several ranks, without taking Python down around the threads of gloo.
+def exit_process(code: int) -> NoReturn:
+    """Exit the process. One of several ranks runs its exit handlers but skips the shutdown of Python.
 
-    A thread of gloo lets go of a tensor some time after the operation on it is over, and outlives
-    `destroy_process_group` wherever something holds the group, as DDP and DeepSpeed do. Where it does so
+    A thread of gloo releases a tensor some time after the operation on it has ended. It outlives
+    `destroy_process_group` if something holds the group, as DDP and DeepSpeed do. If it releases the tensor
     while Python shuts down, the process aborts ("terminate called without an active exception"), and the
-    launcher calls a complete training failed (https://github.com/pytorch/pytorch/issues/190489; two of eight
-    short runs with torch 2.13). So what is registered for the exit is done, and then there is no shutdown.
+    launcher reports a complete training as failed (https://github.com/pytorch/pytorch/issues/190489; two of
+    eight short runs with torch 2.13).
 
     Args:
-        code: the exit code.
+        code: exit code.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         atexit._run_exitfuncs()

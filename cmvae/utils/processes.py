@@ -1,4 +1,4 @@
-"""Commands as processes of their own, several at a time; none outlives the process that started them."""
+"""Run commands as child processes, several at a time. They do not outlive this process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 _PR_SET_PDEATHSIG = 1
-# Of Linux: asks the kernel to signal a process when its parent dies. Loaded here and not in the child, where
-# only few things are safe between fork and exec.
+# On Linux, the kernel can signal a process when its parent dies. Loaded here, because few functions are safe
+# in a child between fork and exec.
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _POLL_SECONDS = 0.2
 
@@ -28,59 +28,59 @@ class Job:
     name: str
     command: Sequence[str]
     log: Path
-    """Where its output goes, after what is there already."""
+    """File that its output is appended to."""
 
 
 class Watcher(Protocol):
-    """Who is told what becomes of the jobs."""
+    """Receives what happens to the jobs."""
 
     def started(self, job: Job) -> None:
-        """The job's process runs."""
+        """The process of the job has started."""
 
     def running(self, jobs: Sequence[Job]) -> None:
-        """These run; called several times a second."""
+        """These jobs are running. Called several times per second."""
 
     def ended(self, job: Job, exit_code: int) -> None:
-        """The job's process has ended; the exit code is −N after signal N."""
+        """The process of the job has ended. The exit code is −N after signal N."""
 
 
 def run_jobs(
     jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], stopped: Callable[[], bool], watcher: Watcher
 ) -> dict[str, int]:
-    """Run commands, as many at a time as there are slots, until all have ended, however they did.
+    """Run commands, one per slot at a time, until all have ended. A job that fails does not stop the others.
 
-    Every process has a session of its own, so that Ctrl-C does not reach it at once: when `stopped` turns
-    true each gets one SIGTERM and the time that it takes to save, and no other is started. An exception, such
-    as a second Ctrl-C, kills them. On Linux they also get a SIGTERM when this process is killed.
+    Each process has a session of its own, so that Ctrl-C does not reach it directly. When `stopped` becomes
+    true, each process gets one SIGTERM and may take its time to save, and no other is started. An exception,
+    such as a second Ctrl-C, kills them. On Linux they also get SIGTERM if this process is killed.
 
     Args:
-        jobs: what to run, in this order.
-        slots: for each place what its process has in its environment besides that of this process.
-        stopped: whether to end early.
-        watcher: is told of every start and end.
+        jobs: jobs in the order in which they are started.
+        slots: environment variables of each slot, added to those of this process.
+        stopped: whether to stop early.
+        watcher: notified of starts and ends.
 
     Returns:
-        By name the exit code of each job that was started, −N after signal N.
+        Exit code of each job that was started, by name; −N after signal N.
     """
     waiting, free = deque(jobs), deque(slots)
     running: list[tuple[Job, Mapping[str, str], subprocess.Popen[bytes]]] = []
     exit_codes: dict[str, int] = {}
-    asked = False
+    terminated = False
     try:
         while running or (waiting and not stopped()):
             while waiting and free and not stopped():
                 job, slot = waiting.popleft(), free.popleft()
                 running.append((job, slot, _start(job, slot)))
                 watcher.started(job)
-            if stopped() and not asked:
-                asked = True
+            if stopped() and not terminated:
+                terminated = True
                 for _, _, process in running:
                     process.terminate()
-            for place in list(running):
-                job, slot, process = place
+            for entry in list(running):
+                job, slot, process = entry
                 exit_code = process.poll()
                 if exit_code is not None:
-                    running.remove(place)
+                    running.remove(entry)
                     free.append(slot)
                     exit_codes[job.name] = exit_code
                     watcher.ended(job, exit_code)
@@ -88,7 +88,7 @@ def run_jobs(
             time.sleep(_POLL_SECONDS)
     finally:
         for _, _, process in running:
-            # With its own children: each process leads a session.
+            # Each process leads a session, so this includes its children.
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return exit_codes
@@ -100,11 +100,11 @@ def _start(job: Job, slot: Mapping[str, str]) -> subprocess.Popen[bytes]:
     def end_with_parent() -> None:
         if _LIBC is not None:
             _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # it died before the kernel knew
+            if os.getppid() != parent:  # the parent died before prctl
                 os._exit(1)
 
     with job.log.open("ab") as log:
-        # The caller's own program and arguments, never a shell's string.
+        # Arguments come from the caller and are not interpreted by a shell.
         return subprocess.Popen(  # noqa: S603
             job.command,
             stdin=subprocess.DEVNULL,
@@ -117,33 +117,33 @@ def _start(job: Job, slot: Mapping[str, str]) -> subprocess.Popen[bytes]:
 
 
 def divide_machine(num_jobs: int, parallel: int | None, num_devices: int) -> list[dict[str, str]]:
-    """The environments of processes that share a machine: a GPU each, or their part of the cores.
+    """Environment variables that divide the GPUs or cores of this machine among processes.
 
     Args:
-        num_jobs: how many there are to run.
-        parallel: how many to run at a time; None is one for each GPU, without GPUs one for each core.
-        num_devices: GPUs that this process sees; more processes than that share them in turn.
+        num_jobs: number of jobs.
+        parallel: number of jobs at a time; None is one per GPU, or one per core if there is no GPU.
+        num_devices: number of GPUs that this process sees. If there are more processes, they share GPUs.
 
     Returns:
-        For each process that runs at a time `OMP_NUM_THREADS`, unless the environment has it, and with GPUs
+        Variables of each slot: `OMP_NUM_THREADS`, unless the environment sets it, and with GPUs
         `CUDA_VISIBLE_DEVICES`.
     """
     num_cores = _count_cores()
-    places = min(num_jobs, parallel or num_devices or num_cores)
-    slots: list[dict[str, str]] = [{} for _ in range(places)]
+    num_slots = min(num_jobs, parallel or num_devices or num_cores)
+    slots: list[dict[str, str]] = [{} for _ in range(num_slots)]
     if "OMP_NUM_THREADS" not in os.environ:
         for slot in slots:
-            slot["OMP_NUM_THREADS"] = str(max(1, num_cores // places))
+            slot["OMP_NUM_THREADS"] = str(max(1, num_cores // num_slots))
     if num_devices:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else [str(device) for device in range(num_devices)]
-        for place, slot in enumerate(slots):
-            slot["CUDA_VISIBLE_DEVICES"] = devices[place % num_devices]
+        for number, slot in enumerate(slots):
+            slot["CUDA_VISIBLE_DEVICES"] = devices[number % num_devices]
     return slots
 
 
 def _count_cores() -> int:
-    """Cores that this process may use: on a shared machine fewer than there are."""
+    """Number of cores that this process may use, which may be fewer than the machine has."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

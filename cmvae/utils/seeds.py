@@ -1,4 +1,4 @@
-"""Random numbers that belong to a sample, whatever the batch, the rank or the order they are drawn in."""
+"""Seeds that do not depend on the batch, the rank or the order of draws."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-"""One random stream for all samples, one per sample, or None for torch's default stream."""
+"""One generator for all samples, one per sample, or None for the default generator of torch."""
 
 
 def derive_seed(seed: int, stream: str, *position: int) -> int:
-    """A number of 63 bits for `torch.Generator.manual_seed`: a function of its arguments.
+    """Derive a 63-bit seed for `torch.Generator.manual_seed` from the arguments.
 
     Args:
         seed: not negative.
-        stream: what the numbers are for, so that two uses are independent.
-        position: of the sample, where a stream has several.
+        stream: name of the purpose; different streams are independent.
+        position: further non-negative integers, such as the position of a sample.
     """
     state = np.random.SeedSequence((seed, zlib.crc32(stream.encode()), *position)).generate_state(
         1, np.uint64
@@ -28,31 +28,31 @@ def derive_seed(seed: int, stream: str, *position: int) -> int:
 
 
 def sample_generators(seed: int, places: Sequence[int], device: torch.device) -> list[torch.Generator]:
-    """One random stream per sample, each a function of (seed, place); compare edm2's StackedRandomGenerator.
+    """One generator per sample, each a function of (seed, place), as `StackedRandomGenerator` of EDM2.
 
     Args:
-        seed: of a batch that may be spread over ranks; not negative.
-        places: of the samples in that batch.
-        device: where the numbers are drawn. A GPU draws other numbers than a CPU; nothing waits for it.
+        seed: seed of a batch, which may be spread over ranks; not negative.
+        places: positions of the samples in that batch.
+        device: device of the generators. A GPU gives other numbers than the CPU, without synchronization.
     """
-    # The first n numbers of a state do not depend on how many are generated.
+    # The first n numbers of a SeedSequence do not depend on how many are generated.
     seeds = np.random.SeedSequence(seed).generate_state(max(places) + 1, np.uint64)[np.asarray(places)] >> 1
     return [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
 
 
 def draw_normal(shape: Sequence[int], device: torch.device, generators: Generators = None) -> Tensor:
-    """Standard normal numbers, fp32.
+    """Draw standard normal numbers, fp32.
 
     Args:
-        shape: with one generator per sample (B, ...).
-        device: of the result and of the generators.
-        generators: where from.
+        shape: shape of the result; (B, ...) with one generator per sample.
+        device: device of the result and of the generators.
+        generators: random number generators.
     """
     return _draw(Tensor.normal_, shape, device, generators)
 
 
 def draw_uniform(shape: Sequence[int], device: torch.device, generators: Generators = None) -> Tensor:
-    """Uniform numbers in [0, 1), fp32; arguments as for `draw_normal`."""
+    """Draw uniform numbers in [0, 1), fp32. Arguments as in `draw_normal`."""
     return _draw(Tensor.uniform_, shape, device, generators)
 
 

@@ -1,8 +1,8 @@
-"""Make `import torchvision` work beside a CPU build of torch. Import this module before torchvision.
+"""Make `import torchvision` work with a CPU build of torch. Import this module before torchvision.
 
-PyPI's torchvision has a compiled part that wants CUDA libraries. Where it cannot be loaded, the import fails
-at `torchvision::nms`, an operator that nothing here uses. Declaring the two operators that torchvision
-registers fake versions of at import lets its Python parts (datasets, transforms, utils, models) work.
+The compiled part of PyPI's torchvision needs CUDA libraries. If it cannot be loaded, the import fails at
+`torchvision::nms`, an operator that this project does not use: torchvision registers fake versions of two of
+its operators at import. Declaring these two makes its Python parts (datasets, transforms, models) work.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _compiled_part_loads() -> bool:
 
 
 if not _compiled_part_loads():
-    # Operators are forgotten with the object that declared them: it must live as long as the process.
+    # Operators are removed with the object that declared them, so it must live as long as the process.
     _declarations = torch.library.Library("torchvision", "FRAGMENT")
     for _schema in _SCHEMAS:
         _declarations.define(_schema)

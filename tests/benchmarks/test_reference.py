@@ -25,7 +25,7 @@ def test_loss_and_gradients_are_those_of_the_library(objective, names):
     model = CMVAE(config, dict.fromkeys(names, MODALITY))
     batch = {name: torch.rand(7, 3, 16, 16) for name in names}
     batch |= {"valid": torch.ones(7, dtype=torch.bool), "mask": torch.ones(7, len(names), dtype=torch.bool)}
-    batch |= {"seed": 0, "place": range(7)}
+    batch |= {"_seed": 0, "_place": range(7)}
     reference = ReferenceTask(model, objective)
     calls = []
     for name, decoder in reference.model.decoders.items():

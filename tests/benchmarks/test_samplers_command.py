@@ -119,7 +119,7 @@ def test_shards_without_classifiers_are_refused_with_the_command(call, folder, q
     code, out, err = call(folder / "refiner", "num_steps=1")
     assert code == 2
     assert "error: " in err
-    assert f"train_classifiers.py {shards}" in err
+    assert f"cmvae classifiers {shards}" in err
     assert out == ""
 
 
@@ -134,7 +134,7 @@ def test_shards_without_classifiers_are_refused_with_the_command(call, folder, q
         (("refiner", "name=euler"), "refiner.sampler.name: 'euler' does not fit"),
         (("refiner", "num_steps=5", "num_steps=21"), "only 20 time steps to take"),
         (("refiner", "start=0.1,num_steps=3"), "only 2 time steps to take"),
-        (("refiner", "num_steps=1", "--out", "."), "--out .: holds other things than a comparison"),
+        (("refiner", "num_steps=1", "--out", "."), "--out .: exists and was not written by this command"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_loaded(call, folder, monkeypatch, arguments, expected):

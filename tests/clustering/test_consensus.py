@@ -1,4 +1,4 @@
-"""Several runs on the same samples: agreement, choice and votes, against brute force."""
+"""Agreement, choice and consensus of several runs, against brute force."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from sklearn.metrics import adjusted_rand_score
 from cmvae.clustering.consensus import (
     choose_run,
     describe_disagreement,
+    find_consensus,
     match_clusters,
     mean_agreement,
     pairwise_agreement,
-    vote_of_runs,
 )
 
 
 def count_pairs(first, second):
-    """The adjusted Rand index by looking at every pair of samples."""
+    """Adjusted Rand index, by counting all pairs of samples."""
     pairs = list(itertools.combinations(range(len(first)), 2))
     together = [sum(labels[a] == labels[b] for a, b in pairs) for labels in (first, second)]
     both = sum(first[a] == first[b] and second[a] == second[b] for a, b in pairs)
@@ -29,7 +29,7 @@ def count_pairs(first, second):
 
 
 def noisy_runs(rng, num_runs=4, num_samples=60, num_clusters=4):
-    """Runs that see the same clusters under names of their own, a fifth of the samples at random."""
+    """Runs with the same clusters under different ids, where a fifth of the samples is random."""
     truth = rng.integers(num_clusters, size=num_samples)
     runs = []
     for _ in range(num_runs):
@@ -39,7 +39,7 @@ def noisy_runs(rng, num_runs=4, num_samples=60, num_clusters=4):
     return np.stack(runs)
 
 
-def test_agreement_is_that_of_all_pairs_of_samples_that_both_have():
+def test_agreement_counts_pairs_of_samples_in_both_runs():
     rng = np.random.default_rng(0)
     runs = noisy_runs(rng)
     runs[1, :7] = -1
@@ -54,7 +54,7 @@ def test_agreement_is_that_of_all_pairs_of_samples_that_both_have():
     np.testing.assert_allclose(mean_agreement(agreement), expected)
 
 
-def test_runs_that_found_a_single_cluster_agree_with_none():
+def test_runs_with_a_single_cluster_agree_with_no_other():
     found = np.array([0, 0, 1, 1, 2, 2])
     agreement = pairwise_agreement(np.stack([np.zeros(6, int), np.ones(6, int), found, found]))
     np.testing.assert_allclose(mean_agreement(agreement), [0, 0, 1 / 3, 1 / 3])
@@ -66,7 +66,7 @@ def test_runs_without_common_samples_cannot_be_compared():
         pairwise_agreement(np.array([[0, 1, -1, -1], [-1, 0, 1, 1]]))
 
 
-def test_the_run_that_agrees_most_is_taken_and_of_equal_ones_that_of_the_highest_bound():
+def test_the_run_that_agrees_most_is_chosen_and_the_bound_breaks_ties():
     agreement = np.array([[1, 0.9, 0.8], [0.9, 1, 0.2], [0.8, 0.2, 1]])
     assert choose_run(agreement, np.array([-9.0, -1.0, -1.0])) == 0
     pair = np.array([[1, 0.5], [0.5, 1]])
@@ -74,14 +74,14 @@ def test_the_run_that_agrees_most_is_taken_and_of_equal_ones_that_of_the_highest
     assert choose_run(pair, np.array([-2.0, -3.0])) == 0
 
 
-def test_other_names_are_the_same_clusters():
+def test_renamed_clusters_are_matched_back():
     rng = np.random.default_rng(1)
     reference = rng.integers(5, size=40)
     names = np.array([7, 3, 0, 9, 2])
     np.testing.assert_array_equal(match_clusters(names[reference], reference), reference)
 
 
-def test_the_matching_shares_as_many_samples_as_any():
+def test_no_other_matching_shares_more_samples():
     rng = np.random.default_rng(2)
     for _ in range(20):
         labels, reference = rng.integers(3, size=12), rng.integers(4, size=12)
@@ -93,7 +93,7 @@ def test_the_matching_shares_as_many_samples_as_any():
         assert shared == most
 
 
-def test_a_piece_of_a_cluster_has_no_partner_and_neither_has_what_shares_nothing():
+def test_a_split_cluster_leaves_one_part_unmatched():
     reference = np.array([4, 4, 4, 4, 6, 6, -1])
     in_pieces = np.array([0, 0, 0, 1, 2, 2, 1])
     np.testing.assert_array_equal(match_clusters(in_pieces, reference), [4, 4, 4, -2, 6, 6, -2])
@@ -103,13 +103,13 @@ def test_a_piece_of_a_cluster_has_no_partner_and_neither_has_what_shares_nothing
     np.testing.assert_array_equal(match_clusters(apart, reference), [-1, -1, -1, -1, -1, -1, -2])
 
 
-def test_votes_are_counted_sample_by_sample():
+def test_consensus_is_the_most_frequent_cluster_of_each_sample():
     rng = np.random.default_rng(3)
     runs = noisy_runs(rng, num_runs=5)
-    runs[4] = rng.integers(7, size=runs.shape[1])  # more clusters than the others: some have no partner
+    runs[4] = rng.integers(7, size=runs.shape[1])  # more clusters than the others: some stay unmatched
     runs[1, :5] = -1
     runs[:, 5] = -1
-    consensus = vote_of_runs(runs, chosen=2)
+    consensus = find_consensus(runs, chosen=2)
     renamed = [match_clusters(run, runs[2]) for run in runs]
     for sample in range(runs.shape[1]):
         ballots = Counter(int(run[sample]) for run in renamed if run[sample] >= 0)
@@ -125,18 +125,18 @@ def test_votes_are_counted_sample_by_sample():
     assert (consensus.clusters == -1).sum() == 1
 
 
-def test_votes_outdo_the_single_run():
+def test_consensus_is_better_than_every_single_run():
     rng = np.random.default_rng(4)
     truth = rng.integers(4, size=500)
     runs = np.stack([np.where(rng.random(500) < 0.3, rng.integers(4, size=500), truth) for _ in range(9)])
     single = max(adjusted_rand_score(truth, run) for run in runs)
-    consensus = vote_of_runs(runs, chosen=0)
+    consensus = find_consensus(runs, chosen=0)
     assert adjusted_rand_score(truth, consensus.clusters) > single + 0.2
     right = consensus.clusters == truth
     assert consensus.confidence[right].mean() > consensus.confidence[~right].mean() + 0.1
 
 
-def test_only_runs_that_disagree_are_warned_of():
+def test_only_disagreeing_runs_give_a_warning():
     assert describe_disagreement(0.9) is None
     warning = describe_disagreement(0.314)
     assert "0.31" in warning

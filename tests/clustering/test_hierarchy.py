@@ -1,4 +1,4 @@
-"""Sets of clusters, their tree, and the criteria of their number, against known mixtures and libraries."""
+"""Hierarchies and the criteria for the number of clusters, against known mixtures and libraries."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def mixture(num_clusters, num_samples=600, dim=8, spread=4.0, seed=0):
 
 
 @pytest.mark.parametrize("num_clusters", [3, 7, 10])
-def test_stability_finds_the_number_where_silhouettes_merge_neighbours(num_clusters):
+def test_stability_finds_the_number_where_the_silhouette_merges_neighbours(num_clusters):
     points, labels = mixture(num_clusters)
     assert stability_curve(points, 16).selected == num_clusters
     hierarchy = merge_clusters(points, 16)
@@ -35,7 +35,7 @@ def test_stability_finds_the_number_where_silhouettes_merge_neighbours(num_clust
 
 
 @pytest.mark.parametrize("num_clusters", [3, 7])
-def test_every_criterion_finds_clusters_that_lie_equally_far_apart(num_clusters):
+def test_every_criterion_finds_equally_spaced_clusters(num_clusters):
     labels = np.arange(600) % num_clusters
     points = (6 * np.eye(8)[labels] + np.random.default_rng(0).normal(size=(600, 8))).astype(np.float32)
     hierarchy = merge_clusters(points, 16)
@@ -60,7 +60,7 @@ def test_merging_is_as_good_as_many_random_starts():
         assert distances <= 1.02 * KMeans(size, n_init=10, random_state=0).fit(points).inertia_
 
 
-def test_a_hierarchy_keeps_its_numbers_and_merges_one_pair_at_a_time():
+def test_a_hierarchy_keeps_cluster_ids_and_merges_one_pair_at_a_time():
     points, _ = mixture(5)
     hierarchy = merge_clusters(points, 8, noise=0.25)
     assert hierarchy.num_clusters.tolist() == [8, 7, 6, 5, 4, 3, 2]
@@ -80,7 +80,7 @@ def test_a_hierarchy_keeps_its_numbers_and_merges_one_pair_at_a_time():
         hierarchy.step(9)
 
 
-def test_the_tree_is_one_and_joins_neighbours_first():
+def test_linkage_is_valid_and_joins_neighbours_first():
     means = np.array([[0, 0], [0.5, 0], [10, 0], [10.5, 0], [0, 40]], dtype=np.float32)
     rng = np.random.default_rng(0)
     points = (np.repeat(means, 40, axis=0) + 0.01 * rng.normal(size=(200, 2))).astype(np.float32)
@@ -88,7 +88,7 @@ def test_the_tree_is_one_and_joins_neighbours_first():
     joins, leaves = hierarchy.linkage(5)
     assert is_valid_linkage(joins)
     assert sorted(leaves.tolist()) == [0, 1, 2, 3, 4]
-    # Cut where three remain, the near pairs are together and the far one is alone.
+    # Cut into three: each near pair is together and the distant one is alone.
     of_leaf = dict(zip(leaves.tolist(), fcluster(joins, 3, criterion="maxclust"), strict=True))
     place = hierarchy.assign(5, means)
     groups = [of_leaf[cluster] for cluster in place.tolist()]
@@ -96,7 +96,7 @@ def test_the_tree_is_one_and_joins_neighbours_first():
     assert groups[4] not in groups[:4]
 
 
-def test_pruning_keeps_the_mixture_and_renormalises_it():
+def test_pruning_keeps_the_means_and_renormalises_the_weights():
     means = np.arange(8.0).reshape(4, 2)
     hierarchy = prune_clusters(means, np.log([0.4, 0.3, 0.2, 0.1]), [3, 1], variance=0.5)
     assert hierarchy.is_pruned
@@ -107,7 +107,7 @@ def test_pruning_keeps_the_mixture_and_renormalises_it():
 
 
 @pytest.mark.parametrize("points", [np.zeros((6, 3)), np.repeat(np.eye(3), 4, axis=0)])
-def test_encodings_that_are_equal_still_give_clusters(points):
+def test_equal_encodings_still_give_clusters(points):
     hierarchy = merge_clusters(points.astype(np.float32), 10)
     assert np.isfinite(hierarchy.means).all()
     assert hierarchy.active(2).sum() == 2
@@ -116,14 +116,14 @@ def test_encodings_that_are_equal_still_give_clusters(points):
 
 
 @pytest.mark.parametrize("num_samples", [2, 3, 4, 5])
-def test_a_handful_of_samples_still_has_curves(num_samples):
+def test_few_samples_still_give_curves(num_samples):
     points = np.random.default_rng(0).normal(size=(num_samples, 3)).astype(np.float32)
     for curve in (silhouette_curve(merge_clusters(points, 9), points), stability_curve(points, 9)):
         assert np.isfinite(curve.values).all()
         assert 2 <= curve.selected <= num_samples
 
 
-def test_silhouettes_are_those_of_scikit_learn():
+def test_silhouettes_equal_those_of_scikit_learn():
     points, _ = mixture(4, num_samples=150)
     hierarchy = merge_clusters(points, 6)
     curve = silhouette_curve(hierarchy, points)
@@ -131,21 +131,21 @@ def test_silhouettes_are_those_of_scikit_learn():
     np.testing.assert_allclose(curve.values, expected, atol=1e-5)
 
 
-def test_noise_has_no_stable_clusters_beyond_the_smallest_sets():
+def test_noise_has_no_stable_clusters():
     points = np.random.default_rng(0).normal(size=(800, 10)).astype(np.float32)
     curve = stability_curve(points, 12)
     assert curve.selected <= 3
     assert curve.values[curve.num_clusters > 4].max() < 0.8
 
 
-def test_samples_without_two_modalities_have_no_agreement():
+def test_agreement_needs_samples_with_two_modalities():
     points, _ = mixture(3, num_samples=60)
     present = np.eye(2, dtype=bool)[np.arange(60) % 2]
     assert agreement_curve(merge_clusters(points, 4), np.stack([points, points], 1), present) is None
 
 
 @pytest.mark.parametrize("num_modalities", [1, 2, 3, 5])
-def test_the_joint_location_has_the_least_sum_of_distances(num_modalities):
+def test_the_joint_location_has_the_smallest_sum_of_distances(num_modalities):
     rng = np.random.default_rng(num_modalities)
     shared_loc = rng.normal(size=(20, num_modalities, 4))
     present = rng.random((20, num_modalities)) < 0.7
@@ -164,14 +164,14 @@ def test_the_joint_location_has_the_least_sum_of_distances(num_modalities):
             np.testing.assert_allclose(location, points.mean(0), atol=1e-6)
 
 
-def test_one_modality_that_lies_apart_moves_the_joint_location_less_than_a_mean():
+def test_an_outlying_modality_hardly_moves_the_joint_location():
     shared_loc = np.zeros((1, 5, 2))
     shared_loc[0, 4] = 10
     present = np.ones((1, 5), dtype=bool)
     assert np.linalg.norm(joint_location(shared_loc, present)) < 0.05
 
 
-def test_groups_are_means_over_the_members_that_have_a_modality():
+def test_group_means_use_the_samples_with_the_modality():
     shared_loc = np.arange(12.0).reshape(3, 2, 2)
     present = np.array([[True, False], [True, True], [False, True]])
     means, there = mean_by_group(shared_loc, present, np.array([0, 0, 1]))

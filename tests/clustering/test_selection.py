@@ -21,16 +21,16 @@ from cmvae.clustering import (
     select_clusters,
     vote,
 )
-from cmvae.clustering.refit import _agreement
+from cmvae.clustering.refit import piece_agreement
 
 FAMILIES = {"normal": Normal, "laplace": Laplace}
 
 
 class SimulatedEncodings:
-    """Encodings of a trained CMVAE: data in `num_true` clusters, the prior with more than those.
+    """Encodings of a trained CMVAE: data in `num_true` clusters, and a prior with more components.
 
-    Of the superfluous clusters three nearly duplicate one that is used and share its weight; the others
-    lie where no data is and have lost almost all their weight.
+    `num_duplicates` of the superfluous components are close to a used one and share its weight. The others
+    lie away from the data and have almost no weight.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class SimulatedEncodings:
             ]
         )
         weights[duplicated] *= 0.6
-        # A trained prior has its clusters in no order.
+        # The components of a trained prior have no order.
         order = rng.permutation(num_clusters)
         self.means = torch.from_numpy(np.concatenate([true_means, duplicates, empty])[order])
         self.log_weights = np.log(weights / weights.sum())[order]
@@ -71,7 +71,7 @@ class SimulatedEncodings:
         self.z = torch.from_numpy(true_means[self.labels][:, None] + noise)
 
     def log_density(self, clusters: np.ndarray | None = None) -> np.ndarray:
-        """(N, M, C'): log p(z | c) of the clusters asked for, afresh."""
+        """log p(z | c) of the given clusters, or of all, (N, M, C')."""
         means = self.means if clusters is None else self.means[clusters]
         prior = self.family(means, torch.ones_like(means))
         return prior.log_prob(self.z[:, :, None, :]).sum(-1).numpy()
@@ -91,7 +91,7 @@ def brute_force_responsibilities(
 def stepwise_selection(
     encodings: SimulatedEncodings, beta: float, normaliser: str
 ) -> tuple[list[float], list[int]]:
-    """The selection as the paper words it: at each step p(z|c) anew for the clusters that are left."""
+    """The selection as in the paper, with p(z|c) of the remaining clusters computed again at each step."""
     remaining = list(range(len(encodings.log_weights)))
     num_modalities = encodings.z.shape[1]
     criterion, dropped = [], []
@@ -152,7 +152,7 @@ def test_responsibilities_survive_densities_that_underflow(
     )
 
 
-def test_responsibilities_refuse_what_makes_no_sense(
+def test_responsibilities_reject_invalid_arguments(
     scores: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> None:
     log_density, log_weights, active = scores
@@ -170,19 +170,19 @@ def test_responsibilities_refuse_what_makes_no_sense(
     ("modalities", "expected"),
     [
         pytest.param([[0.2, 0.8]], 1, id="one modality decides"),
-        pytest.param([[0.6, 0.4], [0.1, 0.9]], 1, id="of two that disagree the more confident decides"),
+        pytest.param([[0.6, 0.4], [0.1, 0.9]], 1, id="the more confident of two that disagree decides"),
         pytest.param([[0.6, 0.4], [0.9, 0.1]], 0, id="two that agree"),
         pytest.param([[0.6, 0.4], [0.6, 0.4], [0.0, 1.0]], 0, id="the mode beats one confident modality"),
-        pytest.param([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6], [0.2, 0.7, 0.1]], 1, id="three ways apart"),
+        pytest.param([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6], [0.2, 0.7, 0.1]], 1, id="three different choices"),
         pytest.param(
             [[0.6, 0.4, 0.0], [0.6, 0.4, 0.0], [0.1, 0.9, 0.0], [0.4, 0.5, 0.1], [0.0, 0.0, 1.0]],
             1,
-            id="a tie goes to the surest of the tied, not to the surest of all",
+            id="a tie goes to the most confident of the tied, not of all",
         ),
     ],
 )
 def test_vote(modalities: list[list[float]], expected: int) -> None:
-    # A second sample, sure of the last cluster, shows that samples do not mix.
+    # The second sample is certain of the last cluster: samples must not mix.
     other = np.zeros_like(modalities)
     other[:, -1] = 1.0
     votes = vote(np.array([modalities, other]))
@@ -218,7 +218,7 @@ def test_selection_finds_the_true_number(
 @pytest.mark.parametrize("normaliser", ["active", "initial"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_encoding_pass_equals_encoding_at_every_step(family: str, normaliser: str) -> None:
-    # Close clusters, so that entropies and masses are far from trivial.
+    # Clusters are close, so that entropies and masses are not trivial.
     encodings = SimulatedEncodings(
         5, 6, family, num_clusters=12, num_samples=200, shared_dim=4, spread=1.0, num_duplicates=3
     )
@@ -243,8 +243,8 @@ def test_selection_describes_its_curve() -> None:
     assert selection.entropy_term.max() <= 2.5
 
 
-def test_where_clusters_overlap_the_normalisers_differ_and_active_merges_less() -> None:
-    # The reason why "active" is the default: it merges a few, "initial" merges nearly all.
+def test_the_active_normaliser_merges_fewer_overlapping_clusters() -> None:
+    # This is why "active" is the default: it merges few clusters, "initial" nearly all.
     encodings = SimulatedEncodings(0, 25, "normal", spread=0.7)
     log_density = encodings.log_density()
 
@@ -260,7 +260,7 @@ def test_where_clusters_overlap_the_normalisers_differ_and_active_merges_less() 
     assert acc_initial < 0.5
 
 
-def test_selection_refuses_a_single_cluster() -> None:
+def test_selection_rejects_a_single_cluster() -> None:
     with pytest.raises(ValueError, match="two clusters"):
         select_clusters(np.zeros((4, 2, 1)), np.zeros(1), 1.0, 2)
 
@@ -270,7 +270,7 @@ def test_accuracy_is_the_best_over_all_matchings(num_clusters: int, num_classes:
     rng = np.random.default_rng(num_clusters)
     labels = rng.integers(num_classes, size=300)
     assignments = np.where(rng.random(300) < 0.5, labels % num_clusters, rng.integers(num_clusters, size=300))
-    # Cluster ids need not be 0, 1, …: after the selection they have gaps.
+    # After the selection, cluster ids have gaps.
     gapped = assignments * 7 + 3
     size = max(num_clusters, num_classes)
     best = max(
@@ -281,13 +281,13 @@ def test_accuracy_is_the_best_over_all_matchings(num_clusters: int, num_classes:
     assert metrics["num_clusters"] == num_clusters
 
 
-def test_a_perfect_clustering_with_other_names_is_perfect() -> None:
+def test_a_perfect_clustering_with_other_ids_has_perfect_scores() -> None:
     labels = np.array([0, 0, 1, 1, 2, 2, 2])
     metrics = clustering_metrics(np.array([9, 9, 4, 4, 0, 0, 0]), labels)
     assert metrics == pytest.approx({"num_clusters": 3, "acc": 1, "nmi": 1, "ari": 1, "purity": 1})
 
 
-def test_purity_forgives_split_classes_and_accuracy_does_not() -> None:
+def test_split_classes_lower_accuracy_but_not_purity() -> None:
     labels = np.array([0, 0, 0, 0, 1, 1, 1, 1])
     metrics = clustering_metrics(np.array([0, 0, 0, 1, 2, 2, 2, 2]), labels)
     assert metrics["purity"] == 1
@@ -308,13 +308,13 @@ def test_confusion_with_fewer_clusters_than_classes() -> None:
     assert counts.tolist() == [[0, 1], [2, 0], [0, 2], [0, 0]]
 
 
-def test_confusion_refuses_samples_without_a_class() -> None:
-    with pytest.raises(ValueError, match="without one"):
+def test_confusion_rejects_samples_without_a_label() -> None:
+    with pytest.raises(ValueError, match="without a label"):
         confusion(np.array([0, 1]), np.array([0, -1]), num_classes=2)
 
 
 def slow_vote(rows):
-    """The cluster and the confidence of one sample from the (C,) responsibilities of what it has."""
+    """Cluster and confidence of one sample, from the responsibilities (C,) of its modalities."""
     choices = [max(range(len(row)), key=lambda c, row=row: row[c]) for row in rows]
     most = max(choices.count(choice) for choice in choices)
     leading = [
@@ -327,7 +327,7 @@ def slow_vote(rows):
 
 
 @pytest.mark.parametrize("num_modalities", [1, 2, 3, 5])
-def test_what_is_missing_neither_votes_nor_counts(num_modalities):
+def test_missing_modalities_neither_vote_nor_count(num_modalities):
     rng = np.random.default_rng(num_modalities)
     probabilities = rng.dirichlet(np.full(4, 0.4), size=(300, num_modalities))
     present = rng.random((300, num_modalities)) < 0.6
@@ -339,17 +339,17 @@ def test_what_is_missing_neither_votes_nor_counts(num_modalities):
     assert clusters.tolist() == [cluster for cluster, _ in expected]
     np.testing.assert_allclose(confidence(probabilities, clusters, present), [c for _, c in expected])
     if num_modalities > 1:
-        assert (clusters != vote(probabilities)).any(), "otherwise the mask says nothing here"
+        assert (clusters != vote(probabilities)).any(), "otherwise the mask makes no difference"
     everything = np.ones_like(present)
     np.testing.assert_array_equal(vote(probabilities, everything), vote(probabilities))
 
 
-def test_cluster_means_lie_on_the_data_and_share_its_largest_groups():
+def test_cluster_means_lie_on_the_data_and_share_the_largest_centres():
     rng = np.random.default_rng(0)
     places = np.array([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
     sizes = [50, 400, 150]
     points = np.repeat(places, sizes, axis=0) + 0.01 * rng.standard_normal((600, 2))
-    # Two modalities, one of which some samples lack; what is said of it then means nothing.
+    # Some samples lack the second modality; its locations are then arbitrary.
     shared_loc = np.stack([points, points], axis=1)[rng.permutation(600)]
     present = np.ones((600, 2), dtype=bool)
     present[:100, 1] = False
@@ -359,38 +359,42 @@ def test_cluster_means_lie_on_the_data_and_share_its_largest_groups():
     assert means.dtype == np.float32
     distances = np.abs(means[:, None] - places).max(axis=2)
     assert (distances.min(axis=1) < MEANS_SPREAD + 0.01).all()
-    assert np.bincount(distances.argmin(axis=1)).tolist() == [1, 2, 2], "of five, three centres, two shared"
-    assert len(np.unique(means, axis=0)) == 5, "what shares a centre must be able to part"
+    assert np.bincount(distances.argmin(axis=1)).tolist() == [1, 2, 2], (
+        "five means on three centres, two of them shared"
+    )
+    assert len(np.unique(means, axis=0)) == 5, (
+        "means at the same centre must differ, so that training can separate them"
+    )
     assert (find_cluster_means(shared_loc, present, 5) == means).all()
 
 
-def test_pieces_of_one_class_are_made_one_and_classes_stay_apart():
-    """Six pieces: two of class 0 and three of class 1, drawn anew by every modality, and class 2."""
+def test_pieces_of_one_class_are_merged_and_classes_stay_apart():
+    """Six pieces: two of class 0, three of class 1, drawn independently per modality, and one of class 2."""
     rng = np.random.default_rng(0)
     label = rng.choice(3, size=3000, p=[0.6, 0.37, 0.03])
     of_class = [[0, 3], [1, 4, 5], [2]]
     pieces = np.array([[rng.choice(of_class[c]) for _ in range(3)] for c in label])
-    # Every modality takes one sample in twenty for another class.
+    # Each modality takes one sample in twenty for another class.
     wrong = rng.random(pieces.shape) < 0.05
     pieces[wrong] = rng.integers(6, size=wrong.sum())
     pieces[rng.random(pieces.shape) < 0.2] = -1
     assert merge_pieces(pieces, 6).tolist() == [0, 1, 2, 0, 1, 1]
-    # Another piece, of samples that were seen through one modality alone.
+    # Another piece, of samples with one modality only.
     lone = np.tile([-1, 6, -1], (100, 1))
     assert merge_pieces(np.concatenate([pieces, lone]), 7).tolist() == [0, 1, 2, 0, 1, 1, 3]
     alone = np.where(np.arange(3) == 1, pieces, -1)
-    assert merge_pieces(alone, 6).tolist() == list(range(6)), "one modality says nothing about agreement"
+    assert merge_pieces(alone, 6).tolist() == list(range(6)), "agreement needs two modalities"
 
 
-def test_agreement_is_the_information_that_merging_loses():
-    """Against scikit-learn's mutual information and entropy, before and after a merger."""
+def test_piece_agreement_is_the_information_lost_by_merging():
+    """Against scikit-learn's mutual information before and after merging."""
     rng = np.random.default_rng(1)
     one = rng.integers(4, size=500)
     other = np.where(rng.random(500) < 0.6, one, rng.integers(4, size=500))
     left, right = np.concatenate([one, other]), np.concatenate([other, one])
     joint = np.zeros((4, 4))
     np.add.at(joint, (left, right), 1 / 1000)
-    found = _agreement(joint)
+    found = piece_agreement(joint)
     assert np.isinf(found.diagonal()).all()
     np.testing.assert_allclose(found, found.T)
     for first, second in itertools.combinations(range(4), 2):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT
 from refining import make_refiner
 
+from cmvae.commands.__main__ import main
 from cmvae.config import ModalityConfig, ModelConfig, RefinerExperiment, save_config
 from cmvae.data.index import ShardIndex
 from cmvae.modalities import ImageModality
@@ -68,12 +67,12 @@ def make_refiner_run(make_run, experiment, tmp_path) -> Callable[..., tuple[Path
 
 @pytest.fixture
 def call(capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
-    """`call("cluster.py", …)` runs a command and returns its exit code, standard output and error."""
+    """`call("cluster", …)` is `cmvae cluster …` in this process: exit code, standard output and error."""
 
-    def run(script: str, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cmvae", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / "launch" / script), run_name="__main__")
+            main()
         out, err = capsys.readouterr()
         assert "Traceback" not in err
         return int(end.value.code or 0), out, err

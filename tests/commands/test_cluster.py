@@ -1,4 +1,4 @@
-"""`launch/cluster.py` on an untrained export: the table against the model."""
+"""`cmvae cluster` on an untrained export: the table against the model."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import csv
 import json
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
-from commands import ROOT, run_command
+from commands import run_cmvae, run_without_torch
 
 from cmvae.clustering import responsibilities, vote
 from cmvae.data.reader import EvaluationLoader
@@ -46,9 +45,7 @@ def expected_posterior(run, shards, split, places):
 
 def test_the_table_holds_every_sample_with_its_clusters(make_run, digits_shards, index, tmp_path):
     run, out = make_run(), tmp_path / "assignments.csv"
-    done = run_command(
-        [sys.executable, ROOT / "launch/cluster.py", run, digits_shards, "--out", out], tmp_path
-    )
+    done = run_cmvae("cluster", run, digits_shards, "--out", out, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = read(out)
     assert list(rows[0]) == [
@@ -81,7 +78,7 @@ def test_data_without_labels_and_with_more_modalities(make_run, call, digits_sha
     shutil.copytree(digits_shards, shards)
     content = json.loads((shards / "index.json").read_text())
     (shards / "index.json").write_text(json.dumps({**content, "class_names": None}))
-    code, _, err = call("cluster.py", make_run("m1"), shards, "--out", tmp_path / "a.csv", "--split", "test")
+    code, _, err = call("cluster", make_run("m1"), shards, "--out", tmp_path / "a.csv", "--split", "test")
     assert code == 0, err
     assert "note" not in err
     rows = read(tmp_path / "a.csv")
@@ -92,9 +89,7 @@ def test_data_without_labels_and_with_more_modalities(make_run, call, digits_sha
 
 def test_missing_modalities_are_named_and_the_others_decide(make_run, call, digits_shards, tmp_path):
     run = make_run("x0", "m2", "m0")
-    code, _, err = call(
-        "cluster.py", run, digits_shards, "--out", tmp_path / "a.csv", "--split", "validation"
-    )
+    code, _, err = call("cluster", run, digits_shards, "--out", tmp_path / "a.csv", "--split", "validation")
     assert code == 0, err
     assert "has no x0: clusters are read from m2, m0 alone" in err
     rows = in_order_of_shards(read(tmp_path / "a.csv"), digits_shards, "validation")
@@ -109,7 +104,7 @@ def test_missing_modalities_are_named_and_the_others_decide(make_run, call, digi
 def test_an_earlier_table_is_only_replaced_when_asked(make_run, call, digits_shards, tmp_path):
     run, out = make_run("m0"), tmp_path / "a.csv"
     out.write_text("mine")
-    arguments = ("cluster.py", run, digits_shards, "--split", "test", "--out", out)
+    arguments = ("cluster", run, digits_shards, "--split", "test", "--out", out)
     code, _, err = call(*arguments)
     assert code == 2
     assert "exists. Add --overwrite" in err
@@ -138,20 +133,15 @@ def test_what_does_not_fit_is_explained_and_nothing_is_written(
     make_run, call, digits_shards, tmp_path, modalities, size, out, split, expected
 ):
     run = make_run(*modalities, size=size)
-    code, _, err = call("cluster.py", run, digits_shards, "--split", split, "--out", tmp_path / out)
+    code, _, err = call("cluster", run, digits_shards, "--split", split, "--out", tmp_path / out)
     assert code == 2
     assert re.search(expected, err)
     assert not list(tmp_path.glob("*.csv"))
 
 
 def test_a_refiner_has_no_clusters_of_its_own(make_refiner_run, digits_shards, tmp_path):
-    program = (
-        "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
     run, out = make_refiner_run()[0], tmp_path / "a.csv"
-    command = [sys.executable, "-c", program, ROOT / "launch/cluster.py", run, digits_shards, "--out", out]
-    done = run_command(command, tmp_path)
+    done = run_without_torch("cluster", run, digits_shards, "--out", out, folder=tmp_path)
     assert done.returncode == 2
     assert f"error: {run}: the run of a refiner, where that of a CMVAE is wanted" in done.stderr
     assert "Traceback" not in done.stderr
@@ -174,7 +164,7 @@ class Gaps:
 def test_cells_are_empty_where_a_modality_is_missing(make_run, call, tmp_path):
     run, out = make_run(), tmp_path / "assignments.csv"
     write_shards(Gaps(), tmp_path / "gaps")
-    code, _, err = call("cluster.py", run, tmp_path / "gaps", "--out", out)
+    code, _, err = call("cluster", run, tmp_path / "gaps", "--out", out)
     assert code == 0, err
     posterior = expected_posterior(run, tmp_path / "gaps", "test", [0, 1, 2])
     rows = in_order_of_shards(read(out), tmp_path / "gaps", "test")
@@ -191,7 +181,7 @@ def test_cells_are_empty_where_a_modality_is_missing(make_run, call, tmp_path):
 def test_samples_without_anything_to_go_by_are_counted_apart(make_run, call, tmp_path):
     run, out = make_run("m0", "m1"), tmp_path / "assignments.csv"
     write_shards(Gaps(), tmp_path / "gaps")
-    code, said, err = call("cluster.py", run, tmp_path / "gaps", "--out", out)
+    code, said, err = call("cluster", run, tmp_path / "gaps", "--out", out)
     assert code == 0, err
     assert "6 samples in" in said
     assert "2 samples have none of m0, m1" in said

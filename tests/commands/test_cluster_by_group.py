@@ -1,4 +1,4 @@
-"""`launch/cluster.py --by-group` and `--modalities` on an untrained export, against averaging by hand."""
+"""`cmvae cluster --by-group` and `--modalities` on an untrained export, against averaging by hand."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def by_hand(run, shards):
 
 def test_a_group_has_one_cluster_which_is_that_of_its_means(make_run, call, birds, tmp_path):
     run, out = make_run(), tmp_path / "a.csv"
-    code, said, err = call("cluster.py", run, birds, "--out", out, "--by-group")
+    code, said, err = call("cluster", run, birds, "--out", out, "--by-group")
     assert code == 0, err
     assert "16 samples in" in said
     assert "4 samples have none of m0, m1, m2" in said
@@ -110,7 +110,7 @@ def test_a_group_has_one_cluster_which_is_that_of_its_means(make_run, call, bird
 
 def test_clusters_are_read_from_the_modalities_that_are_named(make_run, call, birds, tmp_path):
     run, out = make_run(), tmp_path / "a.csv"
-    code, _, err = call("cluster.py", run, birds, "--out", out, "--by-group", "--modalities", "m2")
+    code, _, err = call("cluster", run, birds, "--out", out, "--by-group", "--modalities", "m2")
     assert code == 0, err
     rows = read(out)
     assert list(rows[0])[3:] == ["cluster", "confidence", "m2_cluster", "m2_confidence"]
@@ -122,7 +122,7 @@ def test_clusters_are_read_from_the_modalities_that_are_named(make_run, call, bi
 
 def test_data_without_groups_is_refused_with_what_to_do(make_run, call, digits_shards, tmp_path):
     out = tmp_path / "a.csv"
-    code, _, err = call("cluster.py", make_run(), digits_shards, "--out", out, "--by-group")
+    code, _, err = call("cluster", make_run(), digits_shards, "--out", out, "--by-group")
     assert code == 2
     assert f"--by-group: {digits_shards}: no sample of train, validation, test has a group" in err
     assert "--group COLUMN" in err
@@ -135,7 +135,7 @@ def test_data_without_groups_is_refused_with_what_to_do(make_run, call, digits_s
 )
 def test_a_modality_that_is_not_there_is_refused(make_run, call, birds, tmp_path, names, expected):
     code, _, err = call(
-        "cluster.py", make_run("m0", "x0"), birds, "--out", tmp_path / "a.csv", "--modalities", names
+        "cluster", make_run("m0", "x0"), birds, "--out", tmp_path / "a.csv", "--modalities", names
     )
     assert code == 2
     assert re.search(expected, err)

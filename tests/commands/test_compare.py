@@ -1,4 +1,4 @@
-"""`tools/compare.py` on runs whose metrics are written by hand."""
+"""`cmvae compare` on runs whose metrics are written by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 import yaml
-from commands import run_tool
+from commands import run_cmvae
 from PIL import Image
 
 SETTINGS = {
@@ -34,7 +34,7 @@ def write_run(tmp_path):
 
 
 def compare(folder, *arguments):
-    done = run_tool("compare.py", *arguments, folder=folder)
+    done = run_cmvae("compare", *arguments, folder=folder)
     assert "Traceback" not in done.stderr
     return done
 
@@ -112,7 +112,7 @@ def test_missing_or_damaged_metrics_are_named(write_run, tmp_path, content, expe
     done = compare(tmp_path, "runs/a", "--out", "out")
     assert done.returncode == 2
     assert expected in done.stderr
-    assert "launch/evaluate.py runs/a" in done.stderr
+    assert "cmvae evaluate runs/a" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

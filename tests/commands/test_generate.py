@@ -1,15 +1,14 @@
-"""`launch/generate.py` on an untrained export: which files there are and what is in them."""
+"""`cmvae generate` on an untrained export: which files there are and what is in them."""
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, run_command
+from commands import run_cmvae, run_without_torch
 from PIL import Image
 
 from cmvae.commands.generated_files import safe_name
@@ -40,9 +39,7 @@ def as_bytes(images):
 
 def test_unconditional_generations_are_those_of_the_model(make_run, tmp_path):
     run = make_run()
-    done = run_command(
-        [sys.executable, ROOT / "launch/generate.py", run, "--num", "5", "--seed", "3"], tmp_path
-    )
+    done = run_cmvae("generate", run, "--num", "5", "--seed", "3", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     out = run / "generated"
     assert str(out) in done.stdout
@@ -60,7 +57,7 @@ def test_unconditional_generations_are_those_of_the_model(make_run, tmp_path):
 def test_given_modalities_make_the_others(make_run, call, tmp_path, digits_shards):
     run, out = make_run(), tmp_path / "out"
     code, _, err = call(
-        "generate.py",
+        "generate",
         run,
         "--given",
         "m0,m2",
@@ -87,7 +84,7 @@ def test_given_modalities_make_the_others(make_run, call, tmp_path, digits_shard
 
 def test_no_more_than_the_split_has(make_run, call, tmp_path, index):
     code, _, err = call(
-        "generate.py", make_run("m0"), "--given", "m0", "--num", 100_000, "--out", tmp_path / "out"
+        "generate", make_run("m0"), "--given", "m0", "--num", 100_000, "--out", tmp_path / "out"
     )
     assert code == 0, err
     names = files(tmp_path / "out")["m0"]
@@ -96,12 +93,12 @@ def test_no_more_than_the_split_has(make_run, call, tmp_path, index):
 
 def test_every_cluster_that_was_kept_and_one(make_run, call, tmp_path):
     run = make_run()
-    code, out, err = call("generate.py", run, "--cluster", "all", "--num", 2, "--out", tmp_path / "all")
+    code, out, err = call("generate", run, "--cluster", "all", "--num", 2, "--out", tmp_path / "all")
     assert code == 0, err
     assert "6 samples" in out
     expected = [f"cluster-00{c}_00000{i}" for c in (1, 3, 5) for i in range(2)]
     assert files(tmp_path / "all")["m2"] == expected
-    code, _, err = call("generate.py", run, "--cluster", 3, "--num", 2, "--out", tmp_path / "one")
+    code, _, err = call("generate", run, "--cluster", 3, "--num", 2, "--out", tmp_path / "one")
     assert code == 0, err
     model = CMVAE.from_pretrained(run / "export")
     images = model.generate(2, cluster=3, generator=torch.Generator().manual_seed(0))
@@ -111,25 +108,25 @@ def test_every_cluster_that_was_kept_and_one(make_run, call, tmp_path):
 
 def test_what_is_there_is_only_replaced_when_asked_and_only_if_it_was_generated(make_run, call, tmp_path):
     run, out = make_run("m0"), tmp_path / "out"
-    assert call("generate.py", run, "--num", 3, "--out", out)[0] == 0
-    code, _, err = call("generate.py", run, "--num", 1, "--out", out)
+    assert call("generate", run, "--num", 3, "--out", out)[0] == 0
+    code, _, err = call("generate", run, "--num", 1, "--out", out)
     assert code == 2
     assert "--overwrite" in err
     assert len(files(out)["m0"]) == 3
-    assert call("generate.py", run, "--num", 1, "--out", out, "--overwrite")[0] == 0
+    assert call("generate", run, "--num", 1, "--out", out, "--overwrite")[0] == 0
     assert files(out) == {"m0": ["000000"]}
-    code, _, err = call("generate.py", run, "--num", 1, "--out", run, "--overwrite")
+    code, _, err = call("generate", run, "--num", 1, "--out", run, "--overwrite")
     assert code == 2
-    assert "holds other things" in err
+    assert "was not written by this command" in err
     assert (run / "export/model.safetensors").is_file()
 
 
 def test_a_full_disk_leaves_earlier_generations_whole(make_run, call, tmp_path, monkeypatch):
     run, out = make_run("m0"), tmp_path / "out"
-    assert call("generate.py", run, "--num", 3, "--out", out)[0] == 0
+    assert call("generate", run, "--num", 3, "--out", out)[0] == 0
     before = {path: path.read_bytes() for path in out.rglob("*.png")}
     monkeypatch.setattr("cmvae.commands.generated_files._write_values", raise_no_space)
-    code, _, err = call("generate.py", run, "--num", 3, "--seed", 1, "--out", out, "--overwrite")
+    code, _, err = call("generate", run, "--num", 3, "--seed", 1, "--out", out, "--overwrite")
     assert code == 2
     assert "No space left" in err
     assert {path: path.read_bytes() for path in out.rglob("*.png")} == before
@@ -151,26 +148,21 @@ def raise_no_space(*_):
     ],
 )
 def test_mistakes_are_told_before_anything_heavy_is_imported(make_run, tmp_path, arguments, expected):
-    program = (
-        "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    command = [sys.executable, "-c", program, ROOT / "launch/generate.py", make_run(), *arguments]
-    done = run_command(command, tmp_path)
+    done = run_without_torch("generate", make_run(), *arguments, folder=tmp_path)
     assert done.returncode == 2
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_what_only_the_export_knows_is_explained_too(make_run, call, tmp_path):
-    code, _, err = call("generate.py", make_run(), "--cluster", 2)
+    code, _, err = call("generate", make_run(), "--cluster", 2)
     assert code == 2
     assert "--cluster 2: not one of the clusters that the selection kept: 1, 3, 5" in err
-    code, _, err = call("generate.py", make_run(size=8), "--given", "m1")
+    code, _, err = call("generate", make_run(size=8), "--given", "m1")
     assert code == 2
     assert re.search(r"index\.json: modalities\.m1\.shape: \(3, 16, 16\), but .* \(3, 8, 8\)", err)
     (tmp_path / "nothing").mkdir()
-    code, _, err = call("generate.py", tmp_path / "nothing")
+    code, _, err = call("generate", tmp_path / "nothing")
     assert code == 2
     assert "config.yaml: missing" in err
 
@@ -182,7 +174,7 @@ def assert_nearly_equal(written, expected):
 
 def test_a_refiner_generates_with_its_cmvae_and_refines(make_refiner_run, call, tmp_path, digits_shards):
     run, cmvae = make_refiner_run()
-    code, _, err = call("generate.py", run, "--num", 3, "--seed", 4, "refiner.sampler.num_steps=2")
+    code, _, err = call("generate", run, "--num", 3, "--seed", 4, "refiner.sampler.num_steps=2")
     assert code == 0, err
     assert files(run / "generated") == {name: [f"00000{i}" for i in range(3)] for name in ("m0", "m1", "m2")}
     both = DCMVAE.from_pretrained(run / "export", cmvae / "export", sampler=SamplerConfig(num_steps=2))
@@ -194,7 +186,7 @@ def test_a_refiner_generates_with_its_cmvae_and_refines(make_refiner_run, call, 
         assert np.abs(written - as_bytes(blurred[name]).astype(int)).max() > 20
 
     out = tmp_path / "given"
-    code, _, err = call("generate.py", run, "--given", "m1", "--to", "m0", "--num", 4, "--out", out)
+    code, _, err = call("generate", run, "--given", "m1", "--to", "m0", "--num", 4, "--out", out)
     assert code == 0, err
     batch = next(iter(EvaluationLoader(digits_shards, split="test", modalities=["m1"], batch_size=4)))
     given = {"m1": to_device(batch, ShardIndex.load(digits_shards).modalities, torch.device("cpu"))["m1"]}
@@ -203,32 +195,32 @@ def test_a_refiner_generates_with_its_cmvae_and_refines(make_refiner_run, call, 
     written = np.stack([pixels(path) for path in sorted((out / "m0").iterdir())])
     assert_nearly_equal(written, as_bytes(expected["m0"]))
 
-    code, _, err = call("generate.py", run, "--cluster", "all", "--num", 1, "--out", tmp_path / "all")
+    code, _, err = call("generate", run, "--cluster", "all", "--num", 1, "--out", tmp_path / "all")
     assert code == 0, err
     assert files(tmp_path / "all")["m2"] == [f"cluster-00{c}_000000" for c in (1, 3, 5)]
 
 
 def test_a_refiner_without_its_cmvae_is_explained(make_refiner_run, make_run, call, tmp_path):
     run, cmvae = make_refiner_run()
-    code, _, err = call("generate.py", run, "--given", "m9")
+    code, _, err = call("generate", run, "--given", "m9")
     assert code == 2
     assert "--given m9: the run has no such modality; it has m0, m1, m2" in err
-    code, _, err = call("generate.py", run, "refiner.sampler.guidance=2")
+    code, _, err = call("generate", run, "refiner.sampler.guidance=2")
     assert code == 2
     assert "set conditioning.dropout" in err
-    code, _, err = call("generate.py", cmvae, f"cmvae={cmvae}")
+    code, _, err = call("generate", cmvae, f"cmvae={cmvae}")
     assert code == 2
     assert "cmvae: no such key" in err
     # Another CMVAE in the same place.
     model = CMVAE.from_pretrained(cmvae / "export")
     torch.nn.init.zeros_(model.cluster_prior.means)
     model.save_pretrained(cmvae / "export")
-    code, _, err = call("generate.py", run, "--num", 2)
+    code, _, err = call("generate", run, "--num", 2)
     assert code == 2
     assert "refines the CMVAE with the weights" in err
     assert not (run / "generated").exists()
     cmvae.rename(tmp_path / "elsewhere")
-    code, _, err = call("generate.py", run, "--num", 2)
+    code, _, err = call("generate", run, "--num", 2)
     assert code == 2
     assert f"{cmvae}/config.yaml: missing" in err
 

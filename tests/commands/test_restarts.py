@@ -1,14 +1,13 @@
-"""`launch/restarts.py`: several trainings, one answer."""
+"""`cmvae restarts`: several trainings, one answer."""
 
 from __future__ import annotations
 
 import csv
 import json
-import sys
 
 import numpy as np
 import pytest
-from commands import ROOT, run_command
+from commands import run_cmvae
 from mlflow import MlflowClient
 from sklearn.metrics import adjusted_rand_score
 
@@ -34,8 +33,8 @@ def test_runs_are_trained_compared_and_gone_on_with(experiment_file, digits_shar
         "tracking.enabled=true",
         "objective.alignment={weight: 1}",
     ]
-    command = [sys.executable, ROOT / "launch/restarts.py", experiment_file, *settings]
-    done = run_command([*command, "--restarts", 2], tmp_path)
+    command = ["restarts", experiment_file, *settings]
+    done = run_cmvae(*command, "--restarts", 2, folder=tmp_path)
     folder = tmp_path / "run"
     assert done.returncode == 0, done.stdout + done.stderr
     answer = json.loads((folder / "restarts.json").read_text())
@@ -78,7 +77,7 @@ def test_runs_are_trained_compared_and_gone_on_with(experiment_file, digits_shar
     # A third seed cannot be trained: its folder is a file. The two others are not trained again.
     (folder / "2").write_text("in the way")
     exports = [(folder / str(seed) / "export").stat().st_mtime_ns for seed in (0, 1)]
-    done = run_command([*command, "tracking.enabled=false", "--restarts", 3], tmp_path)
+    done = run_cmvae(*command, "tracking.enabled=false", "--restarts", 3, folder=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "seed 0: complete since an earlier call" in done.stderr
     assert "seed 2: ended with exit code 2: error:" in done.stderr
@@ -87,7 +86,7 @@ def test_runs_are_trained_compared_and_gone_on_with(experiment_file, digits_shar
     assert again == {**answer, "failed": [2]}
     assert exports == [(folder / str(seed) / "export").stat().st_mtime_ns for seed in (0, 1)]
 
-    done = run_command([*command, "objective.beta=9", "--restarts", 2], tmp_path)
+    done = run_cmvae(*command, "objective.beta=9", "--restarts", 2, folder=tmp_path)
     assert done.returncode == 2
     assert f"{folder / '0'}: trained with objective.beta=" in done.stderr
     assert "--overwrite" in done.stderr
@@ -112,7 +111,7 @@ def test_the_command_line_of_a_run_says_what_was_planned(experiment_file):
     ],
 )
 def test_mistakes_are_told_before_anything_starts(call, experiment_file, tmp_path, arguments, expected):
-    code, _, err = call("restarts.py", experiment_file, *arguments)
+    code, _, err = call("restarts", experiment_file, *arguments)
     assert code == 2
     assert expected in err
     assert not (tmp_path / "run").exists()
@@ -120,13 +119,13 @@ def test_mistakes_are_told_before_anything_starts(call, experiment_file, tmp_pat
 
 def test_the_folder_of_a_single_run_stays_one(call, experiment_file, make_cmvae_run, tmp_path):
     run = make_cmvae_run()
-    code, _, err = call("restarts.py", experiment_file, f"output_dir={run}", "--overwrite")
+    code, _, err = call("restarts", experiment_file, f"output_dir={run}", "--overwrite")
     assert code == 2
     assert "the folder of a single run" in err
     assert (run / "export").is_dir()
 
 
 def test_a_refiner_has_no_clusters(call, refiner_file):
-    code, _, err = call("restarts.py", refiner_file)
+    code, _, err = call("restarts", refiner_file)
     assert code == 2
     assert "a refiner finds no clusters" in err

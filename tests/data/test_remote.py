@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
+import uuid
 from pathlib import Path
 
 import botocore.session
+import faulty_s3
 import pytest
-from commands import ROOT
+import urllib3
 from faulty_server import changed, cut, forbidden, serve, silent, trickling, truncated, unavailable
 
 from cmvae.data import remote as store
@@ -290,28 +291,35 @@ def test_a_process_that_is_killed_while_it_fetches_holds_nobody_up(cache, folder
     assert child.exitcode == -9
 
 
+@pytest.fixture(scope="module")
+def s3_url():
+    """Address of a real S3-compatible server, which takes seconds to start."""
+    with subprocess.Popen([sys.executable, faulty_s3.__file__], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            yield f"http://127.0.0.1:{int(server.stdout.readline())}"
+        finally:
+            server.kill()
+
+
 @pytest.fixture
-def start_s3(monkeypatch, folder):
-    """`start_s3(*faults)` is the address of a copy of `folder` on a real S3-compatible server."""
-    with ExitStack() as servers:
+def start_s3(s3_url, monkeypatch, folder):
+    """`start_s3(*faults)` is the address of a copy of `folder` in a new bucket of the server."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_url)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
 
-        def start(*faults: str) -> str:
-            command = [sys.executable, ROOT / "tests/helpers/faulty_s3.py", *faults]
-            server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            servers.enter_context(server)
-            servers.callback(server.kill)
-            assert server.stdout is not None
-            monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{int(server.stdout.readline())}")
-            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-                monkeypatch.setenv(name, "testing")
-            monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-            client = botocore.session.get_session().create_client("s3")
-            client.create_bucket(Bucket="data")
-            for path in folder.glob("*.*"):
-                client.put_object(Bucket="data", Key=f"sets/{path.name}", Body=path.read_bytes())
-            return "s3://data/sets"
+    def start(*faults: str) -> str:
+        bucket = f"data-{uuid.uuid4()}"
+        client = botocore.session.get_session().create_client("s3")
+        client.create_bucket(Bucket=bucket)
+        for path in folder.glob("*.*"):
+            client.put_object(Bucket=bucket, Key=f"sets/{path.name}", Body=path.read_bytes())
+        request = urllib3.request("POST", f"{s3_url}{faulty_s3.FAULTS_PATH}", body=" ".join(faults))
+        assert request.status == 204
+        return f"s3://{bucket}/sets"
 
-        yield start
+    return start
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -321,8 +329,8 @@ def test_what_is_read_from_s3_is_what_is_read_from_a_folder(cache, folder, start
         settings = {"rank": rank, "world_size": 2, "num_workers": 2 * rank}
         assert training_keys(address, **settings) == training_keys(folder, **settings)
     assert kept(cache) == sums(folder)
-    with pytest.raises(UserError, match=r"s3://data/nowhere: has no index.json"):
-        ShardIndex.load("s3://data/nowhere")
+    with pytest.raises(UserError, match=r"/nowhere: has no index.json"):
+        ShardIndex.load(address.replace("/sets", "/nowhere"))
 
 
 @pytest.mark.parametrize("fault", ["unavailable", "cut", "truncated", "silent"])
@@ -336,6 +344,6 @@ def test_an_object_store_that_fails_for_a_while_costs_nothing(cache, folder, sta
 def test_an_object_store_that_goes_on_failing_is_an_error(cache, start_s3, monkeypatch):
     monkeypatch.setattr(store, "ATTEMPTS", 2)
     address = start_s3(*["unavailable"] * 50)
-    with pytest.raises(UserError, match=r"s3://data/sets/train-0.tar: cannot be fetched: .*Look whether"):
+    with pytest.raises(UserError, match=r"/sets/train-0.tar: cannot be fetched: .*Look whether"):
         fetch(address)
     assert kept(cache) == set()

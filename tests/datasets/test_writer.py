@@ -1,8 +1,8 @@
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -14,8 +14,6 @@ from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
 from cmvae.datasets.writer import write_shards
 from cmvae.utils.errors import UserError
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_the_bytes_depend_on_the_seed_and_not_on_the_number_of_processes(tmp_path):
@@ -113,29 +111,26 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         write_shards(NumberSource(), tmp_path / "file" / "out")
 
 
-KILLED_SCRIPT = """
-import sys
-from packing import NumberSource
-from cmvae.datasets.writer import write_shards
-
-write_shards(NumberSource(seconds=0.05), sys.argv[1], shard_size=7, num_workers=2)
-"""
+def pack_in_a_new_session(folder):
+    os.setsid()
+    write_shards(NumberSource(seconds=0.05), folder, shard_size=7, num_workers=2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_leaves_no_index_and_no_process_and_the_next_one_cleans_up(tmp_path, number):
     folder = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED_SCRIPT, folder],
-        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests/helpers'}"},
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = multiprocessing.get_context("fork").Process(target=pack_in_a_new_session, args=(folder,))
+    process.start()
     wait_for(lambda: folder.is_dir() and any(folder.glob("*.tar")))
     # Ctrl-C reaches the whole group; a kill only the parent.
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    assert process.wait(20) != 0
-    wait_for(lambda: not any(is_in_session(pid, process.pid) for pid in Path("/proc").glob("[0-9]*")))
+    os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
+    process.join(20)
+    assert process.exitcode not in (None, 0)
+    try:
+        wait_for(lambda: not any(is_in_session(pid, process.pid) for pid in Path("/proc").glob("[0-9]*")))
+    except AssertionError:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert not (folder / "index.json").exists()
     with pytest.raises(UserError, match="interrupted"):
         ShardIndex.load(folder)

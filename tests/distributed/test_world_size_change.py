@@ -131,4 +131,4 @@ def test_what_cannot_be_handed_over_is_refused_in_the_first_second(tmp_path, exp
     assert "which the 3 ranks of this run cannot share evenly" in refusal({}, 3, 16)
     told = refusal({"zero_stage": 2, "world_size": 2}, 4, 4)
     assert "written by 2 rank(s) under ZeRO-2" in told
-    assert "--config_file configs/accelerate/zero2.yaml --num_processes 2 launch/train.py CONFIG" in told
+    assert "cmvae train CONFIG … --launch zero2 --num-processes 2 --resume" in told

@@ -25,7 +25,7 @@ from cmvae.models.precision import autocast_dtype
 from cmvae.training.cmvae_task import CMVAETask
 from cmvae.training.optimization import build_optimizer, reinitialize_parameters
 from cmvae.training.step_checks import StopRequest, all_reduce_step_check
-from cmvae.utils.process_exit import leave
+from cmvae.utils.process_exit import exit_process
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
             if missing in model.modality_names:
                 raw["mask"][len(raw["mask"]) // 2 :, model.modality_names.index(missing)] = False
             part = {name: value[mine] for name, value in raw.items()}
-            part |= {"seed": step, "place": range(mine.start, mine.stop)}
+            part |= {"_seed": step, "_place": range(mine.start, mine.stop)}
             batch = to_device(part, task.modalities, accelerator.device)
             with accelerator.accumulate(module):
                 loss, report = module(batch)
@@ -104,4 +104,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    exit_process(0)

@@ -27,7 +27,7 @@ def logged(trainer, batches, part):
     batch = next_batch(trainer, batches, part)
     with open(log, "a") as file:
         state = trainer.state
-        line = [state.epoch, state.batch, batch["key"], batch["seed"], list(batch["place"])]
+        line = [state.epoch, state.batch, batch["key"], batch["_seed"], list(batch["_place"])]
         file.write(json.dumps(line) + "\n")
     return batch
 

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from commands import run_tool
+from commands import run_cmvae
 from mixed import Mixed
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
@@ -74,10 +74,10 @@ def test_data_without_labels_or_samples_enough_is_refused(shards, tmp_path):
 
 
 def test_the_command_prints_a_table(digits_shards, tmp_path):
-    done = run_tool("baselines.py", digits_shards, "--seeds", 2, folder=tmp_path)
+    done = run_cmvae("baselines", digits_shards, "--seeds", 2, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ") for line in done.stdout.splitlines()]
+    rows = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines()]
     assert len(rows) == 2 + 3 * 2
-    assert rows[2][:2] == ["| m0", "pixels"]
-    assert all(0 < float(row[3].split(" ± ")[0]) < 1 for row in rows[2:])
-    assert run_tool("baselines.py", "nothing", folder=tmp_path).returncode == 2
+    assert rows[2][1:3] == ["m0", "pixels"]
+    assert all(0 < float(row[4].split(" ± ")[0]) < 1 for row in rows[2:])
+    assert run_cmvae("baselines", "nothing", folder=tmp_path).returncode == 2

@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that serves a folder, and fails as it is told to."""
+"""HTTP server on loopback that serves a folder, with injected faults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 Fault = Callable[["Handler", bytes], None]
-"""Answers a request for a file with this content, in its own way."""
+"""Answers a request for a file; gets the content of the file."""
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -47,7 +47,7 @@ class FaultyServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
         self.requests: Counter[str] = Counter()
         self.faults: dict[str, list[Fault]] = {}
-        """By name of a file what its next requests get, one after the other; the rest are answered well."""
+        """Faults of the next requests for each file name, in order. Later requests succeed."""
 
     @property
     def url(self) -> str:
@@ -73,25 +73,25 @@ def forbidden(handler: Handler, content: bytes) -> None:
 
 
 def cut(handler: Handler, content: bytes) -> None:
-    """The connection ends in the middle of what was announced."""
+    """Close the connection after half of the announced bytes."""
     handler.begin(len(content))
     handler.wfile.write(content[: len(content) // 2])
 
 
 def truncated(handler: Handler, content: bytes) -> None:
-    """What lies on the server is a half of the file, and is announced as such."""
+    """Announce and send half of the file, as if the file on the server were truncated."""
     handler.begin(len(content) // 2)
     handler.wfile.write(content[: len(content) // 2])
 
 
 def changed(handler: Handler, content: bytes) -> None:
-    """As long as it should be, and one bit different."""
+    """Send all bytes, with one bit flipped."""
     handler.begin(len(content))
     handler.wfile.write(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 def silent(handler: Handler, content: bytes) -> None:
-    """The answer begins, and then nothing comes."""
+    """Begin the response and then stall."""
     handler.begin(len(content))
     handler.wfile.write(content[:10])
     handler.wfile.flush()
@@ -99,7 +99,7 @@ def silent(handler: Handler, content: bytes) -> None:
 
 
 def trickling(handler: Handler, content: bytes) -> None:
-    """A byte now and then, for ever."""
+    """Send one byte every 20 ms."""
     handler.begin(len(content))
     try:
         for byte in content:

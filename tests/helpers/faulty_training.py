@@ -1,4 +1,4 @@
-"""Trainings in processes of their own, each with a fault built in, forked from one that has all imports."""
+"""Trainings with injected faults, in processes forked from one that has imported everything."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from cmvae.config import load_config
 from cmvae.data.index import ShardIndex
 from cmvae.training.checkpoint_folder import list_checkpoints
 
-# What is imported before a fork is there in every process at once.
+# Modules imported before the fork need not be imported in every process.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
     ["cmvae.training.run", "sklearn.metrics", "sklearn.cluster", "faulty_training"]
 )
 
 Fault = Callable[[], None]
-"""Called in the process before the training: it replaces what is to fail."""
+"""Called in the process before the training: replaces the function that fails."""
 
 
 def die(*_: object) -> None:
-    """What `kill -9` does, at this very place."""
+    """Kill this process, as `kill -9` does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def replace(owner: Any, name: str, replacement: Callable[..., object], at_call: int) -> None:
-    """Have `owner.name` do what `replacement(original, *arguments)` does, in its call number `at_call`."""
+    """Replace call number `at_call` of `owner.name` by `replacement(original, *arguments)`."""
     original, calls = getattr(owner, name), []
 
     def replaced(*arguments, **named):
@@ -51,7 +51,7 @@ def replace(owner: Any, name: str, replacement: Callable[..., object], at_call: 
 
 
 def die_before(module: str, name: str, at_call: int) -> None:
-    """Kill the process instead of a call, number `at_call`, of `module` or `module:Class`."""
+    """Kill the process instead of call number `at_call` of `name` in `module` or `module:Class`."""
     path, _, owner = module.partition(":")
     target = importlib.import_module(path)
     replace(getattr(target, owner) if owner else target, name, die, at_call)
@@ -59,7 +59,7 @@ def die_before(module: str, name: str, at_call: int) -> None:
 
 @dataclass(frozen=True)
 class Training:
-    """`configs/digits.yaml`, made tiny: a run in `folder`, its output and its samples beside it."""
+    """A tiny version of `configs/digits.yaml`: a run in `folder`, its output and sample keys beside it."""
 
     folder: Path
     shards: Path
@@ -67,7 +67,7 @@ class Training:
 
     @property
     def settings(self) -> list[str]:
-        """Everything that is other than in the YAML."""
+        """Overrides of the YAML file."""
         return [
             f"output_dir={self.folder}",
             f"data.shards={self.shards}",
@@ -86,13 +86,13 @@ class Training:
         ]
 
     def start(self, fault: Fault | None = None, resume: bool = False) -> BaseProcess:
-        """Begin, or go on."""
+        """Start the training in a process, or resume it."""
         process = _processes.Process(target=_train, args=(self, fault, resume))
         process.start()
         return process
 
     def run(self, fault: Fault | None = None, resume: bool = False, timeout: float = 120) -> int:
-        """Go to the end, of whatever kind; the exit code, negative for a signal."""
+        """Run until the process ends and return its exit code, −N after signal N."""
         process = self.start(fault, resume)
         process.join(timeout)
         if process.exitcode is None:
@@ -102,45 +102,45 @@ class Training:
 
     @property
     def log(self) -> str:
-        """What the last process said."""
+        """Output of the last process."""
         return self.folder.with_suffix(".log").read_text()
 
     @property
     def steps(self) -> list[int]:
-        """Of the checkpoints that there are."""
+        """Steps of the existing checkpoints."""
         found = list_checkpoints(self.folder / "checkpoints")
         return [int(path.name.removeprefix("step-")) for path in found]
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint of a step is."""
+        """Folder of the checkpoint of a step."""
         return self.folder / f"checkpoints/step-{step:08d}"
 
     @property
     def consumed_keys(self) -> list[list[str]]:
-        """The keys of every batch that counts, in order: a batch that was lost with a kill was read again."""
+        """Sample keys of every batch, in order. Batches that were read again after a kill must be equal."""
         batches: dict[tuple[int, int], list[str]] = {}
         for line in self.folder.with_suffix(".keys").read_text().splitlines():
             epoch, number, keys = json.loads(line)
             earlier = batches.setdefault((epoch, number), keys)
-            assert earlier == keys, "a batch that was read again has other samples"
+            assert earlier == keys, "a batch has other samples when it is read again"
         return [batches[place] for place in sorted(batches)]
 
     @property
     def final_state(self) -> dict[str, Any]:
-        """What it ends with: weights, average, optimizer and counters."""
+        """Content of the last checkpoint: weights, average, optimizer and counters."""
         last = self.checkpoint(self.steps[-1])
         state: dict[str, Any] = {"counters": json.loads((last / "state.json").read_text())["state"]}
         for path in last.iterdir():
             if path.suffix == ".safetensors":
                 state[path.name] = load_file(path)
             elif path.suffix in (".bin", ".pt"):
-                # Written by this test's own training, moments ago.
+                # Safe to unpickle: written by this test.
                 state[path.name] = torch.load(path, weights_only=False)
         return state
 
 
 def assert_same_end(found: Training, expected: Training) -> None:
-    """Everything that two runs end with is equal, to the bit, and so are the samples that they took."""
+    """Check that two runs end with bit-identical states and have read the same samples."""
     state = expected.final_state
     assert {"model.safetensors", "optimizer.bin"} <= state.keys()
     assert _difference(found.final_state, state) is None
@@ -148,7 +148,7 @@ def assert_same_end(found: Training, expected: Training) -> None:
 
 
 def _difference(found: Any, expected: Any, place: str = "") -> str | None:
-    """Where two nested states differ first, or None."""
+    """Path of the first difference between two nested states, or None."""
     if isinstance(expected, torch.Tensor):
         return None if torch.equal(found, expected) else place
     if isinstance(expected, dict):
@@ -156,7 +156,6 @@ def _difference(found: Any, expected: Any, place: str = "") -> str | None:
             return place
         parts = [(found[key], expected[key], f"{place}/{key}") for key in expected]
         return next((where for where in (_difference(*part) for part in parts) if where is not None), None)
-    # Everything else, once its arrays are lists, has an equality of its own.
     return None if repr(found) == repr(expected) else place
 
 
@@ -169,19 +168,19 @@ def _train(training: Training, fault: Fault | None, resume: bool) -> None:
         fault()
     from cmvae.training.run import run_training
     from cmvae.utils.errors import UserError
-    from cmvae.utils.process_exit import leave
+    from cmvae.utils.process_exit import exit_process
 
     config = load_config(ROOT / "configs/digits.yaml", training.settings)
     try:
         stopped_by = run_training(config, ShardIndex.load(config.data.shards), resume=resume)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        leave(2)
-    leave(128 + stopped_by if stopped_by else 0)
+        exit_process(2)
+    exit_process(128 + stopped_by if stopped_by else 0)
 
 
 def _record_keys(path: Path) -> None:
-    """Write down which samples each batch of this process has, as soon as it is handed out."""
+    """Write the sample keys of each batch to `path` as soon as the loader yields it."""
     from cmvae.data.reader import TrainingLoader
 
     original = TrainingLoader.epoch_batches

@@ -1,4 +1,4 @@
-"""A shard folder written by hand, with tarfile, Pillow and json only, so that the reader is tested alone."""
+"""Write a shard folder with tarfile, Pillow and json only, to test the reader without the writer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHAPES = {"m0": (3, 4, 5), "m1": (1, 3, 2)}
 
 
 def picture(number: int, shape: Sequence[int]) -> np.ndarray:
-    """The pixels of sample `number`: unlike those of any other number below 65,536."""
+    """Pixels of sample `number`, different for every number below 65,536."""
     pixels = np.random.default_rng(number).integers(256, size=shape, dtype=np.uint8)
     pixels.flat[0], pixels.flat[1] = divmod(number, 256)
     return pixels

@@ -1,4 +1,4 @@
-"""A CMVAE whose encoders and decoders are linear maps: with Normal densities its marginals are known."""
+"""A CMVAE with linear encoders and decoders, whose marginals are known for normal densities."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRIOR_SCALE = math.log(2)  # softplus(0)
 
 
 class LinearEncoder(nn.Module):
-    """Locations are linear in the pixels, raw scales are constants."""
+    """Locations are linear in the pixels; raw scales are constant."""
 
     def __init__(self, shared_dim: int, private_dim: int, raw_scale: float) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ class LinearDecoder(nn.Module):
 
 
 def linear_model(names: Sequence[str], num_clusters: int, raw_scale: float = 0.0) -> CMVAE:
-    """A linear-Gaussian CMVAE, z and w of two dimensions, `num_clusters` active clusters and one that is not.
+    """A linear-Gaussian CMVAE with 2-dimensional z and w, `num_clusters` active clusters and an inactive one.
 
-    Its posteriors are where they should be for a single cluster at the origin, and broader.
+    Its posteriors have the exact means for a single cluster at the origin, and larger scales.
     """
     torch.manual_seed(0)
-    # s_n must not enter a density, so it is not one.
+    # The weight must not enter the density, so it is not 1.
     likelihood = LikelihoodConfig(family="normal", scale=LIKELIHOOD_SCALE, weight=7.0)
     config = ModelConfig(
         family="normal",
@@ -75,7 +75,7 @@ def linear_model(names: Sequence[str], num_clusters: int, raw_scale: float = 0.0
 
 
 def _set_posterior_locations(encoder: LinearEncoder, decoder: LinearDecoder) -> None:
-    """The mean of (z, w) given x, where both have the prior's scale and mean 0."""
+    """Set the locations to the mean of (z, w) given x, for a prior with mean 0."""
     weight, bias = decoder.map.weight, decoder.map.bias
     covariance = PRIOR_SCALE**2 * weight @ weight.T + LIKELIHOOD_SCALE**2 * torch.eye(NUM_PIXELS)
     gain = PRIOR_SCALE**2 * weight.T @ torch.linalg.inv(covariance)
@@ -85,7 +85,7 @@ def _set_posterior_locations(encoder: LinearEncoder, decoder: LinearDecoder) -> 
 
 
 def exact_log_likelihood(model: CMVAE, inputs: dict[str, Tensor]) -> np.ndarray:
-    """Log p(x_1, …, x_M), (N,): a mixture of multivariate normal densities, one a cluster."""
+    """Log p(x_1, …, x_M), (N,): a mixture of multivariate normal densities, one per cluster."""
     names = list(inputs)
     num_pixels = NUM_PIXELS * len(names)
     from_z = np.zeros((num_pixels, 2))

@@ -1,4 +1,4 @@
-"""Evaluations of batches that a test makes up, without shards."""
+"""Evaluation of tensors that a test provides, without shards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cmvae.models.cmvae import CMVAE
 
 @dataclass(frozen=True)
 class MadeUpContext(EvaluationContext):
-    """Reads `data` instead of shards: of each split the modalities and `label`, (N, ...) each."""
+    """Reads `data` instead of shards: per split the modalities and `label`, each (N, ...)."""
 
     data: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
@@ -35,7 +35,7 @@ def make_context(
     class_names: Sequence[str] | None = None,
     **settings: Any,
 ) -> MadeUpContext:
-    """An evaluation of `model` on `data`; without `label` every sample is unlabelled."""
+    """Context for an evaluation of `model` on `data`. Without `label`, samples are unlabelled."""
     filled = {}
     for split, values in data.items():
         num_samples = len(next(iter(values.values())))

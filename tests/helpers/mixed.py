@@ -1,4 +1,4 @@
-"""A data set of all kinds, in which every modality tells the class, and which lacks some of its values."""
+"""A data set with all kinds of modalities, each of which shows the class, and with missing values."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MODALITIES: Mapping[str, Modality] = {
 
 
 def encode_words(words: list[str]) -> np.ndarray:
-    """Words as they are stored: their places, `<eos>`, `<pad>`."""
+    """Stored form of words: token numbers, `<eos>`, `<pad>`."""
     places = [VOCABULARY.index(word) for word in [*words, EOS]]
     return np.array(places + [0] * (LENGTH - len(places)), dtype=np.int64)
 
@@ -49,7 +49,7 @@ class Mixed:
     """A source for `write_shards`: photographs, captions, sizes, marks and habitats of three classes.
 
     Args:
-        missing: share of values that are missing; every sample keeps one modality at least.
+        missing: share of missing values; every sample keeps at least one modality.
     """
 
     name = "mixed"
@@ -83,7 +83,7 @@ class Mixed:
 
 
 def mixed_model(num_clusters: int = 5, **modalities: ModalityConfig) -> CMVAE:
-    """An untrained model of all kinds."""
+    """An untrained model with all kinds of modalities."""
     torch.manual_seed(0)
     tiny = {name: ModalityConfig(width=2) for name in MODALITIES}
     config = ModelConfig(
@@ -93,7 +93,7 @@ def mixed_model(num_clusters: int = 5, **modalities: ModalityConfig) -> CMVAE:
 
 
 class MixedOracle(CMVAE):
-    """Reads the class off every modality and makes values of it; `say` may twist it, by modality.
+    """Recognises the class from every modality and decodes it; `say` may change the class, per modality.
 
     Its texts are always "a COLOUR bird".
     """
@@ -140,7 +140,7 @@ class MixedOracle(CMVAE):
 
 
 def mixed_batch(source: Mixed, split: str) -> dict[str, Tensor]:
-    """A whole split as a model takes it, with `label` and `mask`."""
+    """A whole split as one batch of model inputs, with `label` and `mask`."""
     samples = [source.sample(split, index) for index in range(source.split_sizes[split])]
     batch = {}
     for name, modality in MODALITIES.items():

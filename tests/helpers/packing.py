@@ -1,4 +1,4 @@
-"""Sources to pack, tables to write, and what came out."""
+"""Sources and tables to pack, and the packed files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cmvae.modalities import ImageModality
 
 
 def read(path: Path, flags: str, *more: str):
-    """The source that a command line describes."""
+    """The table source for the arguments of a command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("shards/mine"))
     parser.add_argument("--seed", type=int, default=0)
@@ -32,7 +32,7 @@ def write_csv(path: Path, rows: list[dict[str, object]], **settings) -> Path:
 
 
 class NumberSource:
-    """Samples whose pixels and label are the number of the sample."""
+    """Samples whose pixels and label equal the index of the sample."""
 
     name = "numbers"
     modalities = {"m0": ImageModality(shape=(1, 2, 2))}  # noqa: RUF012

@@ -1,4 +1,4 @@
-"""A data set that a tiny classifier reads perfectly: the class is the quadrant that is bright."""
+"""A data set that a tiny classifier solves perfectly: the class is the bright quadrant."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHAPES = {"m0": (3, 8, 8), "m1": (1, 8, 8), "m2": (3, 8, 8)}
 
 
 def class_images(classes: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Float images (N, C, 8, 8): the quadrant of the class is bright."""
+    """Float images (N, C, 8, 8) in which the quadrant of the class is bright."""
     images = np.full((len(classes), *shape), 0.15, dtype=np.float32)
     for image, label in zip(images, classes, strict=True):
         top, left = 4 * (label // 2), 4 * (label % 2)
@@ -38,5 +38,5 @@ class Quadrants:
         for name, shape in SHAPES.items():
             clean = class_images(np.array([label]), shape)[0]
             images[name] = (255 * clean + rng.normal(0, 15, shape)).clip(0, 255).astype(np.uint8)
-        # Members have one class, and two ranks read some each.
+        # All samples of a group have the same class. With two ranks, each reads some of them.
         return Sample(images, label, group=f"group {index % 28}" if split == "test" else None)

@@ -1,4 +1,4 @@
-"""A refiner's run and that of its CMVAE on disk, both untrained, for what starts from exports."""
+"""Runs of an untrained refiner and its untrained CMVAE on disk, for commands that start from exports."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from cmvae.models.refiner import Refiner
 
 
 def write_refiner_run(folder: Path, shards: Path, **evaluation: object) -> RefinerExperiment:
-    """Write `folder/cmvae` and `folder/refiner`: T is 20, and the own sampler takes two steps.
+    """Write the runs `folder/cmvae` and `folder/refiner`, with 20 timesteps and a sampler of two steps.
 
     Args:
-        folder: where to.
-        shards: a data set with small images.
-        evaluation: settings of the evaluation.
+        folder: parent folder of the runs.
+        shards: packed data with small images.
+        evaluation: overrides of the evaluation settings.
     """
     index = ShardIndex.load(shards)
     modalities = {name: ModalityConfig(width=2) for name in index.modalities}

@@ -1,4 +1,4 @@
-"""A tiny CMVAE and tiny refiners for it, untrained: what D-CMVAE is tested with."""
+"""A tiny untrained CMVAE and tiny untrained refiners, to test D-CMVAE."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def image_modality(*shape: int) -> Modality:
 
 
 def make_cmvae(modalities: Mapping[str, Modality] | None = None, seed: int = 0) -> CMVAE:
-    """A CMVAE whose reconstructions show what they are made from, though it has learned nothing."""
+    """An untrained CMVAE whose reconstructions still depend on the input."""
     modalities = modalities or dict.fromkeys(NAMES, image_modality(3, 8, 8))
     torch.manual_seed(seed)
     config = ModelConfig(
@@ -37,7 +37,7 @@ def make_cmvae(modalities: Mapping[str, Modality] | None = None, seed: int = 0) 
 
 
 def make_config(**sections: Any) -> RefinerConfig:
-    """A refiner's settings: `make_config(diffusion={"prediction": "v"})` differs from tiny ones in that."""
+    """Tiny refiner settings with overrides per section, e.g. `make_config(diffusion={"prediction": "v"})`."""
     small: dict[str, Any] = {
         "network": NETWORK,
         "diffusion": {"num_timesteps": 20},
@@ -57,7 +57,7 @@ def make_refiner(
     shared_dim: int = SHARED_DIM,
     **sections: Any,
 ) -> Refiner:
-    """An untrained refiner of 8×8 images, or of `modalities`, with the settings of `make_config`."""
+    """An untrained refiner with the settings of `make_config`; `modalities` given as names are 8×8 images."""
     if not isinstance(modalities, Mapping):
         modalities = dict.fromkeys(modalities, image_modality(3, 8, 8))
     torch.manual_seed(seed)
@@ -65,7 +65,7 @@ def make_refiner(
 
 
 class Told(nn.Module):
-    """In place of a denoiser: says that the clean image is what `think` makes of the reconstruction."""
+    """Replaces a denoiser and predicts `think(reconstruction)` as the clean image."""
 
     def __init__(self, think: Any = lambda reconstruction: reconstruction) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Told(nn.Module):
 
 
 def tell(refiner: Refiner, **arguments: Any) -> Refiner:
-    """Let a refiner that predicts images have `Told` for all its networks."""
+    """Replace all networks of a refiner that predicts images by `Told`."""
     assert refiner.config.diffusion.prediction == "sample"
     for group in refiner.denoisers:
         refiner.denoisers[group] = Told(**arguments)
@@ -92,7 +92,7 @@ def tell(refiner: Refiner, **arguments: Any) -> Refiner:
 
 
 def record_calls(refiner: Refiner) -> list[dict[str, Tensor]]:
-    """Every call of a denoiser from now on: its arguments by name, and its `output`."""
+    """Record all later calls of denoisers: arguments by name, and `output`."""
     calls: list[dict[str, Tensor]] = []
     names = ("noisy", "timesteps", "reconstruction", "modality", "shared", "present")
 
@@ -105,7 +105,7 @@ def record_calls(refiner: Refiner) -> list[dict[str, Tensor]]:
 
 
 def silence(refiner: Refiner) -> Refiner:
-    """Let every network predict zeros."""
+    """Make every network predict zeros."""
     for denoiser in refiner.denoisers.values():
         nn.init.zeros_(denoiser.unet.conv_out.weight)
         nn.init.zeros_(denoiser.unet.conv_out.bias)
@@ -113,5 +113,5 @@ def silence(refiner: Refiner) -> Refiner:
 
 
 def signal_power(num_timesteps: int) -> np.ndarray:
-    """ᾱ of DDPM's linear schedule, (T,), in double precision."""
+    """ᾱ of the linear schedule of DDPM, (T,), in double precision."""
     return np.cumprod(1 - np.linspace(1e-4, 0.02, num_timesteps))

@@ -44,7 +44,7 @@ def make_task(num_modalities, family, objective, num_samples):
     batch = {name: torch.rand(B, 1, 4, 4, dtype=torch.float64) for name in modalities}
     batch["valid"] = torch.ones(B, dtype=torch.bool)
     batch["mask"] = torch.ones(B, num_modalities, dtype=torch.bool)
-    batch |= {"seed": 0, "place": range(B)}
+    batch |= {"_seed": 0, "_place": range(B)}
     noise = task.draw_noise(sample_generators(0, range(B), torch.device("cpu")), 0)
     task.draw_noise = lambda *_: noise
     return task, batch, noise

@@ -49,8 +49,8 @@ def batch():
         "mask": torch.ones(9, 3, dtype=torch.bool),
         "label": torch.arange(9) % 3,
         "key": [str(i) for i in range(9)],
-        "seed": 2,
-        "place": range(9),
+        "_seed": 2,
+        "_place": range(9),
     }
 
 
@@ -114,7 +114,7 @@ def test_decoders_with_batch_norm_are_never_decoded_in_parts():
     sizes = []
     task.model.decoders["caption"].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     ones = {"valid": torch.ones(2, dtype=torch.bool), "mask": torch.ones(2, 1, dtype=torch.bool)}
-    task({"caption": torch.randint(5, (2, 8)), **ones, "seed": 0, "place": range(2)})
+    task({"caption": torch.randint(5, (2, 8)), **ones, "_seed": 0, "_place": range(2)})
     assert sizes == [4 * 2]
 
 
@@ -360,8 +360,8 @@ def test_batch_norm_sees_texts_that_are_there_only():
         "text": texts * torch.tensor([1, 0, 1, 0])[:, None],
         "valid": torch.ones(4, dtype=torch.bool),
         "mask": torch.tensor([[True, True], [True, False]] * 2),
-        "seed": 0,
-        "place": range(4),
+        "_seed": 0,
+        "_place": range(4),
     }
     CMVAETask(model, ObjectiveConfig())(batch)
     alone(texts[::2])

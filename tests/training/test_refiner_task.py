@@ -40,8 +40,8 @@ def make_batch(size=9, names=NAMES):
         "mask": torch.ones(size, len(NAMES), dtype=torch.bool),
         "label": torch.arange(size) % 3,
         "key": [str(i) for i in range(size)],
-        "seed": 2,
-        "place": range(size),
+        "_seed": 2,
+        "_place": range(size),
     }
 
 
@@ -55,7 +55,7 @@ def run(task, batch, seed=2):
         return drawn
 
     task.draw_noise = draw_and_keep
-    loss, report = task({**batch, "seed": seed})
+    loss, report = task({**batch, "_seed": seed})
     task.draw_noise = draw
     return loss, report, drawn
 
@@ -375,7 +375,7 @@ def test_modalities_of_unlike_shapes_are_refined_each_by_its_own_network():
     modalities = {"a": image_modality(3, 8, 8), "b": image_modality(1, 8, 12)}
     task = make_task(make_cmvae(modalities), modalities=modalities)
     batch = {"a": torch.rand(5, 3, 8, 8), "b": torch.rand(5, 1, 8, 12), "valid": torch.ones(5).bool()}
-    batch |= {"mask": torch.ones(5, 2, dtype=torch.bool), "seed": 0, "place": range(5)}
+    batch |= {"mask": torch.ones(5, 2, dtype=torch.bool), "_seed": 0, "_place": range(5)}
     loss, report, _ = run(task, batch)
     torch.testing.assert_close(
         report["denoising_loss/a"] + report["denoising_loss/b"], 2 * report["denoising_loss"]

@@ -79,7 +79,7 @@ def stored_batch(modalities):
     }
     mask = torch.ones(B, len(modalities), dtype=torch.bool)
     mask[1, 0] = mask[2:4, 1] = False
-    return batch | {"mask": mask, "valid": torch.ones(B, dtype=torch.bool), "seed": 0, "place": range(B)}
+    return batch | {"mask": mask, "valid": torch.ones(B, dtype=torch.bool), "_seed": 0, "_place": range(B)}
 
 
 @pytest.mark.parametrize(

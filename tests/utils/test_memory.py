@@ -1,4 +1,4 @@
-"""Freed memory is kept: tensors that come and go cost no page faults after the first."""
+"""Freed memory is kept: tensors that are allocated again cause no page faults."""
 
 import subprocess
 import sys
@@ -30,12 +30,12 @@ def page_faults(call):
 
 
 @pytest.mark.skipif(memory.platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_what_was_freed_is_taken_again():
+def test_freed_memory_is_used_again():
     # 64 MiB are 16,384 pages of 4 KiB, or 32 of 2 MiB.
     assert page_faults("keep_freed_memory()") < 10 <= page_faults("")
 
 
-def test_another_c_library_is_left_alone(monkeypatch):
+def test_nothing_is_done_without_glibc(monkeypatch):
     monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: pytest.fail("was loaded"))
     memory.keep_freed_memory()

@@ -1,4 +1,4 @@
-"""The end of a process."""
+"""Exit of a process, with one rank and with several."""
 
 import os
 import subprocess
@@ -8,13 +8,13 @@ import pytest
 
 SCRIPT = """
 import atexit, sys
-from cmvae.utils.process_exit import leave
+from cmvae.utils.process_exit import exit_process
 atexit.register(print, "registered")
 print("written", end=" ")
 {ending}
-leave(3)
+exit_process(3)
 """
-# Something of Python's that runs at the very end, where threads of gloo abort the process.
+# Runs at the end of Python's shutdown, where threads of gloo can abort the process.
 AT_SHUTDOWN = """
 class Last:
     def __del__(self, write=sys.stderr.write):
@@ -24,7 +24,7 @@ last = Last()
 
 
 @pytest.mark.parametrize(("world_size", "shuts_down"), [("1", True), ("2", False)])
-def test_a_rank_leaves_in_order_but_without_a_shutdown(world_size, shuts_down):
+def test_one_of_several_ranks_exits_without_a_shutdown(world_size, shuts_down):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(ending=AT_SHUTDOWN)],
         env={**os.environ, "WORLD_SIZE": world_size},

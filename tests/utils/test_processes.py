@@ -1,4 +1,4 @@
-"""Processes that run side by side, and that do not outlive the one that started them."""
+"""Child processes that run in parallel and do not outlive their parent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cmvae.utils.processes import Job, divide_machine, run_jobs
 
 
 class Record:
-    """A watcher that remembers."""
+    """A watcher that records the calls."""
 
     def __init__(self):
         self.most, self.start_order, self.ends = 0, [], []
@@ -33,7 +33,7 @@ def make_job(folder, name, program):
     return Job(name, [sys.executable, "-c", program], folder / f"{name}.log")
 
 
-def test_all_jobs_run_so_many_at_a_time_and_one_that_fails_stops_none(tmp_path):
+def test_jobs_run_one_per_slot_and_a_failure_does_not_stop_the_others(tmp_path):
     jobs = [make_job(tmp_path, name, "import time; time.sleep(0.5); print('done')") for name in "abd"]
     jobs.insert(2, make_job(tmp_path, "c", "import sys; sys.exit('broken')"))
     record = Record()
@@ -45,7 +45,7 @@ def test_all_jobs_run_so_many_at_a_time_and_one_that_fails_stops_none(tmp_path):
     assert (tmp_path / "c.log").read_text() == "broken\n"
 
 
-def test_each_place_has_its_environment_and_a_log_goes_on(tmp_path):
+def test_each_slot_has_its_environment_and_logs_are_appended_to(tmp_path):
     program = "import os; print(os.environ['PLACE'], flush=True)"
     jobs = [make_job(tmp_path, name, program) for name in "ab"]
     (tmp_path / "a.log").write_text("earlier\n")
@@ -62,7 +62,7 @@ time.sleep(60)
 """
 
 
-def test_a_stop_lets_what_runs_save_and_starts_nothing_more(tmp_path):
+def test_a_stop_lets_running_jobs_save_and_starts_no_others(tmp_path):
     jobs = [make_job(tmp_path, name, POLITE) for name in "ab"]
     log = tmp_path / "a.log"
     exit_codes = run_jobs(jobs, [{}], lambda: log.exists() and "ready" in log.read_text(), Record())
@@ -70,7 +70,7 @@ def test_a_stop_lets_what_runs_save_and_starts_nothing_more(tmp_path):
     assert log.read_text() == "ready\nsaved\n"
 
 
-def test_an_exception_kills_what_runs(tmp_path):
+def test_an_exception_kills_running_jobs(tmp_path):
     class Broken(Record):
         def running(self, jobs):
             pids.extend(int(path.read_text()) for path in tmp_path.glob("a.log") if path.read_text())
@@ -85,8 +85,8 @@ def test_an_exception_kills_what_runs(tmp_path):
         os.kill(pids[0], 0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
-def test_a_kill_of_the_parent_ends_what_runs(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals a process when its parent dies")
+def test_killing_the_parent_terminates_running_jobs(tmp_path):
     parent = f"""
 import sys
 from pathlib import Path

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from clusters_data import DataSet, IntArray, View, read_rows
 
-from cmvae.commands.starter_config import write_starter_config
 from cmvae.data.index import ShardIndex
+from cmvae.training.starter_config import write_starter_config
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
 

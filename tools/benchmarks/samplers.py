@@ -39,7 +39,7 @@ from cmvae.models.precision import autocast_dtype, network_precision
 from cmvae.models.refiner import Refiner
 from cmvae.utils.arguments import positive_integer
 from cmvae.utils.errors import UserError
-from cmvae.utils.files import holds_earlier, whole_folder
+from cmvae.utils.files import holds_earlier_output, whole_folder
 from cmvae.utils.process_exit import run_main
 from cmvae.utils.tables import markdown_table
 
@@ -435,7 +435,7 @@ def main() -> int:
     index = ShardIndex.load(config.data.shards)
     check_against_shards(config, index, str(arguments.run / "config.yaml"))
     index.split(config.evaluation.split, config.data.shards)
-    holds_earlier(out, RECORD_NAME, "a comparison")
+    holds_earlier_output(out, RECORD_NAME)
 
     protocol = describe_measurements(config, index, arguments.run, arguments.num)
     measurements = []

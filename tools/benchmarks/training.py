@@ -201,8 +201,8 @@ def _repeat_random(config: CMVAEExperiment, modalities: Mapping[str, Modality]) 
     batch |= {
         "valid": torch.ones(size, dtype=torch.bool),
         "mask": torch.ones(size, len(modalities), dtype=torch.bool),
-        "seed": config.seed,
-        "place": range(size),
+        "_seed": config.seed,
+        "_place": range(size),
     }
     while True:
         yield batch
@@ -221,4 +221,4 @@ def read_forever(config: CMVAEExperiment, names: Sequence[str]) -> Iterator[dict
     )
     batches = itertools.chain.from_iterable(map(loader.epoch_batches, itertools.count()))
     for step, batch in enumerate(batches):
-        yield batch | {"seed": step, "place": range(config.train.batch_size)}
+        yield batch | {"seed": step, "_place": range(config.train.batch_size)}

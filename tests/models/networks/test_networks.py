@@ -340,11 +340,11 @@ def test_a_model_of_all_kinds_trains_and_generates(precision):
     task = CMVAETask(model, ObjectiveConfig(name="dreg", num_samples=3))
     batch = {name: made_up_data(modality) for name, modality in modalities.items()}
     batch |= {"valid": torch.ones(B, dtype=torch.bool), "mask": torch.ones(B, 5, dtype=torch.bool)}
-    batch["place"] = range(B)
+    batch["_place"] = range(B)
     optimizer = torch.optim.Adam(task.parameters(), 3e-3)
     losses = []
     for step in range(30):
-        loss, _ = task({**batch, "seed": step})
+        loss, _ = task({**batch, "_seed": step})
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

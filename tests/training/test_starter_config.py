@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from cmvae.commands.starter_config import likelihood_weight, write_starter_config
 from cmvae.config import CMVAEExperiment, check_against_shards, load_config
 from cmvae.data.index import ShardIndex, ShardSchema, SplitSchema
 from cmvae.modalities import BinaryModality, CategoricalModality, ImageModality, TextModality, VectorModality
+from cmvae.training.starter_config import likelihood_weight, write_starter_config
 
 MODALITIES = {
     "photo": ImageModality(shape=(3, 64, 64)),

@@ -60,9 +60,9 @@ def write_starter_config(index: ShardIndex, shards: Path) -> str:
     precision = "auto" if has_images else "fp32"
     modalities = "\n".join(_describe(key, modality) for key, modality in index.modalities.items())
     return f"""\
-# {name}: a start for data that nobody has tuned yet, written by tools/make_shards.py.
+# {name}: a start for data that nobody has tuned yet, written by cmvae pack.
 # If you know how many clusters there are, set clusters.num_clusters, or ask for them afterwards:
-# launch/cluster.py … --num-clusters K. If one modality is generated badly, make its likelihood.weight larger.
+# cmvae cluster … --num-clusters K. If one modality is generated badly, make its likelihood.weight larger.
 # Trust no single run: add seed=1 name=… to the command. cmvae/config.py explains every key.
 name: {name}
 seed: 0

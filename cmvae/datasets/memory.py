@@ -1,0 +1,252 @@
+"""Data in memory as columns: arrays, lists, data frames and paths of images; None and NaN are missing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from cmvae.datasets.columns import (
+    IMAGE_SUFFIXES,
+    ArrayImageColumn,
+    BinaryColumn,
+    CategoricalColumn,
+    Column,
+    ImageColumn,
+    TextColumn,
+    VectorColumn,
+    channels_first,
+    fit_binary,
+    fit_categorical,
+    fit_image,
+    fit_text,
+    fit_vector,
+)
+from cmvae.modalities import (
+    BinaryModality,
+    CategoricalModality,
+    ImageModality,
+    Modality,
+    TextModality,
+    VectorModality,
+)
+from cmvae.utils.errors import UserError
+
+Kind = Literal["image", "text", "vector", "binary", "categorical"]
+
+_MAX_CATEGORIES = 20
+"""Strings with more distinct values than this, or with several words, are text."""
+_MIN_COUNT, _TEXT_LENGTH = 3, 32
+
+
+@dataclass(frozen=True)
+class Values:
+    """One modality of N samples, as given."""
+
+    kind: Kind
+    data: np.ndarray | list[Any]
+    """vector, binary: (N, D) float64, NaN where missing. text, categorical: N str or None. image: N arrays
+    (height, width) or with channels first or last, paths, or None."""
+    names: tuple[str, ...] | None = None
+    """Names of the D dimensions."""
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+def read_values(
+    data: Any, kinds: Mapping[str, Kind], columns: Mapping[str, str | Sequence[str]]
+) -> dict[str, Values]:
+    """Modalities of data in memory.
+
+    Args:
+        data: by modality an array, a list, a series or a data frame; with `columns` one data frame.
+        kinds: kinds of modalities whose values do not show it.
+        columns: by modality the name of a column of the data frame, or a list of names.
+
+    Raises:
+        UserError: values have no kind, a column is missing, or the numbers of samples differ.
+    """
+    if columns:
+        known = list(data.columns) if _is_frame(data) else list(data)
+        for name, chosen in columns.items():
+            for column in [chosen] if isinstance(chosen, str) else chosen:
+                if column not in known:
+                    raise UserError(f"columns[{name!r}]: no column {column!r}; there are {known}")
+        parts = {
+            name: data[chosen if isinstance(chosen, str) else list(chosen)]
+            for name, chosen in columns.items()
+        }
+    else:
+        parts = dict(data)
+    if not parts:
+        raise UserError("there is no modality. Give a dict with at least one")
+    values = {name: _read(name, part, kinds.get(name)) for name, part in parts.items()}
+    lengths = {name: len(part) for name, part in values.items()}
+    if len(set(lengths.values())) > 1:
+        raise UserError(f"modalities have different numbers of samples: {lengths}")
+    return values
+
+
+def _is_frame(data: Any) -> bool:
+    return hasattr(data, "columns") and hasattr(data, "__getitem__") and not isinstance(data, Mapping)
+
+
+def _read(name: str, data: Any, kind: Kind | None) -> Values:
+    if kind is not None and kind not in get_args(Kind):
+        raise UserError(f"kinds[{name!r}]: {kind!r} is none of {', '.join(get_args(Kind))}")
+    if _is_frame(data):
+        names = tuple(map(str, data.columns))
+        array = np.column_stack([_numbers(name, data[column]) for column in data.columns])
+        parts = [data[column] for column in data.columns]
+        return _check_binary(name, Values(kind or _kind_of_numbers(array, parts), array, names))
+    if hasattr(data, "toarray"):
+        raise UserError(f"{name}: sparse matrices are not supported. Give data.toarray()")
+    if hasattr(data, "to_numpy"):
+        data = data.to_numpy()
+    if isinstance(data, (str, bytes)) or not hasattr(data, "__len__"):
+        raise UserError(f"{name}: {type(data).__name__} holds no samples. Give an array or a list")
+    if kind in ("text", "categorical") or (kind is None and _holds_strings(data)):
+        return _read_strings(name, list(data), kind)
+    if kind == "image" or (kind is None and _holds_images(data)):
+        return Values("image", [None if _is_missing(image) else image for image in data])
+    array = _numbers(name, data)
+    if array.ndim == 1:
+        array = array[:, None]
+    if array.ndim != 2:
+        raise UserError(
+            f"{name}: an array of shape {array.shape} has no kind. A vector is (samples, dimensions); images "
+            f"are uint8, or say kinds={{{name!r}: 'image'}}"
+        )
+    return _check_binary(name, Values(kind or _kind_of_numbers(array, [data]), array))
+
+
+def _check_binary(name: str, values: Values) -> Values:
+    data = np.asarray(values.data) if values.kind == "binary" else np.zeros(0)
+    if not ((data == 0) | (data == 1) | np.isnan(data)).all():
+        raise UserError(f"{name}: binary values must be 0 or 1, True or False")
+    return values
+
+
+def _holds_strings(data: Any) -> bool:
+    if isinstance(data, np.ndarray) and data.dtype.kind in "biuf":
+        return False
+    given = [value for value in data if not _is_missing(value)]
+    return bool(given) and all(isinstance(value, str) for value in given) and not _holds_paths(data)
+
+
+def _is_missing(value: Any) -> bool:
+    # pandas has markers of its own, which compare with nothing.
+    is_nan = isinstance(value, float) and value != value
+    return value is None or is_nan or type(value).__name__ in ("NAType", "NaTType")
+
+
+def _holds_paths(data: Any) -> bool:
+    if isinstance(data, np.ndarray) and data.dtype.kind in "biuf":
+        return False
+    given = [value for value in data if not _is_missing(value)]
+    return bool(given) and all(
+        isinstance(value, (str, Path)) and Path(value).suffix.lower() in IMAGE_SUFFIXES for value in given
+    )
+
+
+def _holds_images(data: Any) -> bool:
+    if isinstance(data, np.ndarray) and data.dtype != object:
+        return data.ndim in (3, 4)
+    given = [value for value in data if not _is_missing(value)]
+    return _holds_paths(data) or (bool(given) and all(getattr(value, "ndim", 0) >= 2 for value in given))
+
+
+def _read_strings(name: str, data: list[Any], kind: Kind | None) -> Values:
+    cells: list[str | None] = []
+    for row, value in enumerate(data):
+        missing = _is_missing(value) or value == ""
+        if not missing and not isinstance(value, (str, int, np.integer)):
+            raise UserError(f"{name}: sample {row}: {value!r} is not text. Give str or None")
+        cells.append(None if missing else str(value))
+    given = {cell for cell in cells if cell is not None}
+    if kind is None:
+        few = len(given) <= _MAX_CATEGORIES and not any(" " in cell.strip() for cell in given)
+        kind = "categorical" if few else "text"
+    return Values(kind, cells)
+
+
+def _numbers(name: str, data: Any) -> np.ndarray:
+    try:
+        array = np.asarray(data)
+        if np.iscomplexobj(array):
+            raise UserError(f"{name}: complex data is not supported. Give real numbers")
+        if array.dtype == object:
+            filled = [np.nan if _is_missing(value) else value for value in array.ravel()]
+            array = np.array(filled, dtype=np.float64).reshape(array.shape)
+        array = array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: not all values are numbers: {error}") from error
+    if np.isinf(array).any():
+        raise UserError(f"{name}: holds an infinite number. Replace it, or set it to NaN: missing")
+    return array
+
+
+def _kind_of_numbers(array: np.ndarray, parts: Sequence[Any]) -> Kind:
+    is_bool = all(str(getattr(part, "dtype", "")) in ("bool", "boolean") for part in parts)
+    return "binary" if is_bool else "vector"
+
+
+def fit_modality(name: str, values: Values, train: np.ndarray, image_size: int) -> Modality:
+    """The modality of values; statistics and vocabulary come from the rows `train`.
+
+    Raises:
+        UserError: the values do not make a modality.
+    """
+    data: Any = values.data
+    if values.kind == "vector":
+        return fit_vector(data, values.names, train)[0]
+    if values.kind == "binary":
+        return fit_binary(data, values.names or tuple(str(index) for index in range(data.shape[1])))
+    if values.kind == "text":
+        return fit_text(data, train, _MIN_COUNT, _TEXT_LENGTH)
+    if values.kind == "categorical":
+        return fit_categorical(data, name)
+    if _holds_paths(data):
+        return fit_image(data, image_size)
+    first = next((image for image in data if image is not None), None)
+    if first is None:
+        raise UserError(f"{name}: all images are missing. Leave it out")
+    return ImageModality(
+        shape=channels_first(np.asarray(first)).shape, optional=any(image is None for image in data)
+    )
+
+
+def make_column(name: str, values: Values, modality: Modality) -> Column:
+    """The values as a column of a modality, which may come from other data.
+
+    Raises:
+        UserError: they are of another kind or have another number of dimensions.
+    """
+    if values.kind != modality.kind:
+        raise UserError(f"{name}: is of kind {values.kind}, but the model was trained on {modality.kind}")
+    data: Any = values.data
+    if isinstance(modality, (VectorModality, BinaryModality)):
+        if data.shape[1] != modality.shape[0]:
+            raise UserError(
+                f"{name}: has {data.shape[1]} dimensions, but the model was trained on {modality.shape[0]}"
+            )
+        if isinstance(modality, VectorModality):
+            return VectorColumn(data, modality)
+        return BinaryColumn(data, modality)
+    if isinstance(modality, TextModality):
+        return TextColumn(data, modality)
+    if isinstance(modality, CategoricalModality):
+        unknown = sorted({value for value in data if value is not None} - set(modality.categories))
+        if unknown:
+            warnings.warn(f"{name}: {unknown[:5]} are no categories of the model: missing", stacklevel=2)
+        return CategoricalColumn(data, modality)
+    assert isinstance(modality, ImageModality)  # noqa: S101 (there are no other kinds)
+    places = [f"{name}: sample {row}" for row in range(len(data))]
+    if _holds_paths(data):
+        return ImageColumn([None if path is None else Path(path) for path in data], places, modality)
+    return ArrayImageColumn(data, places, modality)

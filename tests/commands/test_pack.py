@@ -1,0 +1,98 @@
+"""`cmvae pack` from another folder than the checkout: exit codes, messages, what is written."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from commands import run_cmvae
+from PIL import Image
+
+from cmvae.config import load_config, read_modalities
+from cmvae.data.index import ShardIndex
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("work")
+    return folder, run_cmvae(
+        "pack", "digits", "--out", "shards/digits", "--pairings", 1, "--limit", 60,
+        "--shard-size", 25, folder=folder,
+    )  # fmt: skip
+
+
+def test_packing_prints_what_was_done_and_what_is_next(packed):
+    folder, result = packed
+    assert result.returncode == 0, result.stderr
+    index = ShardIndex.load(folder / "shards" / "digits")
+    assert {name: split.num_samples for name, split in index.splits.items()} == {
+        "train": 60, "validation": 30, "test": 30
+    }  # fmt: skip
+    assert "120 samples" in result.stdout
+    assert "samples/s" in result.stdout
+    assert "cmvae inspect shards/digits\n" in result.stdout
+    assert "cmvae train digits data.shards=shards/digits\n" in result.stdout
+
+
+def test_packing_twice_is_refused_without_a_traceback(packed):
+    folder, _ = packed
+    result = run_cmvae("pack", "digits", "--out", "shards/digits", folder=folder)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: shards/digits: holds a packed data set already")
+    assert "Traceback" not in result.stderr
+
+
+def test_a_wrong_path_is_explained(tmp_path):
+    result = run_cmvae(
+        "pack", "polymnist", "--out", "out", "--mnist", "nothing.npz", "--backgrounds", ".",
+        folder=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "nothing.npz: no such file" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [["digits", "--mnist", "x"], ["polymnist"], ["polymnist", "--released", "a", "--download"]]
+)
+def test_flags_belong_to_their_source(tmp_path, flags):
+    result = run_cmvae("pack", *flags, "--out", "out", folder=tmp_path)
+    assert result.returncode == 2
+    assert "usage" in result.stderr
+
+
+def test_a_table_becomes_shards_a_config_and_a_sheet_of_every_kind(tmp_path):
+    rows = ["note,x,y,ok,colour,kind"]
+    for n in range(40):
+        note = "" if n % 4 == 0 else f"number {n % 3} is here"
+        rows.append(f"{note},{n},{-n},{n % 2},{('red', 'blue')[n % 2]},{('odd', 'even')[n % 2]}")
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    flags = [
+        "pack", "table", "t.csv", "--text", "note", "--vector", "place=x,y", "--binary", "ok",
+        "--categorical", "colour", "--label", "kind", "--out", "shards/t", "--config", "configs/t.yaml",
+    ]  # fmt: skip
+    result = run_cmvae(*flags, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "note is missing in 10 of 40 samples" in result.stderr
+    assert "cmvae train configs/t.yaml\n" in result.stdout
+    config = load_config(tmp_path / "configs" / "t.yaml")
+    assert read_modalities(config) == ("note", "place", "ok", "colour")
+    again = run_cmvae(*flags, folder=tmp_path)
+    assert again.returncode == 2
+    assert "configs/t.yaml: is there already" in again.stderr
+
+    result = run_cmvae("inspect", "shards/t", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines() if line.strip()]
+    assert ["note", "text", "int64", "8", "9", "words"] in lines
+    assert ["colour", "categorical", "int64", "scalar", "2", "categories"] in lines
+    (missing,) = (line[1:] for line in lines if line[0] == "note" and line[1].isdigit())
+    assert sum(map(int, missing)) == 10
+    assert ["odd", "16", "2", "2"] in lines
+    sheet = Image.open(tmp_path / "shards" / "t" / "contact_sheet.png").convert("RGB")
+    # The grey of what is missing, the vectors' bars.
+    colours = {colour: count for count, colour in sheet.getcolors(maxcolors=1 << 20) or []}
+    assert colours[(0xDE, 0xE2, 0xE6)] > 3000
+    assert (0x22, 0x33, 0x3B) in colours
