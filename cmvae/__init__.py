@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,18 +19,15 @@ if TYPE_CHECKING:
 __all__ = ["CMVAE", "DCMVAE", "MultimodalClusterer"]
 
 
+_MODULES = {
+    "CMVAE": "cmvae.models.cmvae",
+    "DCMVAE": "cmvae.models.dcmvae",
+    "MultimodalClusterer": "cmvae.estimator",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # The model imports torch, which takes seconds; the checks of configs and shards must not wait for it.
-    if name == "CMVAE":
-        from cmvae.models.cmvae import CMVAE
-
-        return CMVAE
-    if name == "DCMVAE":
-        from cmvae.models.dcmvae import DCMVAE
-
-        return DCMVAE
-    if name == "MultimodalClusterer":
-        from cmvae.estimator import MultimodalClusterer
-
-        return MultimodalClusterer
-    raise AttributeError(f"module 'cmvae' has no attribute {name!r}")
+    # The models import torch, which takes seconds; the checks of configs and shards must not wait for it.
+    if name not in _MODULES:
+        raise AttributeError(f"module 'cmvae' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""How one process finds the others: the Accelerator, and the agreement of all ranks at every step."""
+"""How the processes of a run find each other: the Accelerator, and calls that all ranks make together."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from cmvae.models.precision import computes_in_bf16
 from cmvae.utils.errors import UserError
 from cmvae.utils.memory import keep_freed_memory
 
-Decision = TypeVar("Decision")
-
+Result = TypeVar("Result")
 
 # How much longer than the heartbeat a collective operation waits.
 _GROUP_GRACE = timedelta(minutes=2)
@@ -34,11 +33,10 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def start_accelerator(config: ExperimentConfig) -> Accelerator:
-    """The Accelerator that the launcher's environment asks for, on GPUs or on CPU.
+    """Create the Accelerator that the launcher's environment asks for, on GPUs or on a CPU.
 
-    The model switches autocast on around its networks itself; so Accelerate is told of no precision but
-    fp16, for which it scales the loss, and its own autocast around the whole call is off. What DeepSpeed is
-    told of it says `let_deepspeed_autocast`.
+    The model enables autocast around its networks itself, so Accelerate's own autocast is off. Accelerate
+    knows of fp16 only, for which it scales the loss; for DeepSpeed see `let_deepspeed_autocast`.
 
     Raises:
         UserError: the ranks that the launcher started did not find each other, or fp16 on a CPU.
@@ -48,11 +46,11 @@ def start_accelerator(config: ExperimentConfig) -> Accelerator:
     on_cpu = wants_cpu or not torch.accelerator.is_available()
     precision = config.train.mixed_precision
     if precision == "fp16" and on_cpu:
-        raise UserError("train.mixed_precision: fp16 needs a GPU; on a CPU take bf16 or fp32")
+        raise UserError("train.mixed_precision: fp16 needs a GPU; set it to bf16 or fp32 on a CPU")
 
     # DeepSpeed scales an fp16 loss itself.
     scales_loss = precision == "fp16" and not deepspeed
-    # After the heartbeat's, which names the rank that is waited for.
+    # Longer than that of the heartbeat, which names the rank that the others wait for.
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.hang_timeout) + _GROUP_GRACE)
     data_parallel = DistributedDataParallelKwargs(
         gradient_as_bucket_view=True, find_unused_parameters=_trains_parts(config)
@@ -63,11 +61,11 @@ def start_accelerator(config: ExperimentConfig) -> Accelerator:
     if deepspeed:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if on_cpu:
-            # Without it DeepSpeed picks a backend that is not there, and every rank thinks that it is rank 0.
+            # Otherwise DeepSpeed selects a backend that is not available, and every rank is rank 0.
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
             group.backend = "gloo"
     accelerator = Accelerator(
-        # Under DeepSpeed `cpu=True` would switch DeepSpeed off; its own variable above says it instead.
+        # `cpu=True` would disable DeepSpeed, which reads the variable above instead.
         cpu=on_cpu and not deepspeed,
         mixed_precision="fp16" if scales_loss else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -81,7 +79,7 @@ def start_accelerator(config: ExperimentConfig) -> Accelerator:
     if precision == "bf16" and accelerator.is_main_process and not computes_in_bf16(accelerator.device):
         _LOGGER.warning(
             "train.mixed_precision: %s has no instructions for bf16, which takes up to ten times as long as "
-            "fp32 here. Set train.mixed_precision=auto for what is faster, or fp32",
+            "fp32 here. Set train.mixed_precision=auto, which selects the faster one, or fp32",
             "this processor" if on_cpu else accelerator.device,
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -90,7 +88,7 @@ def start_accelerator(config: ExperimentConfig) -> Accelerator:
 
 
 def _trains_parts(config: ExperimentConfig) -> bool:
-    """Whether some steps leave parameters without a gradient, which data parallelism then looks for."""
+    """Whether some steps leave parameters without a gradient, which data parallelism must then find."""
     return isinstance(config, CMVAEExperiment) and config.objective.alignment.pretrain > 0
 
 
@@ -113,14 +111,14 @@ def _is_alone() -> bool:
 
 
 def rank_of_process() -> int:
-    """This process's rank, 0 where there is only one."""
+    """Rank of this process; 0 if it is the only one."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def gather(values: Tensor, dim: int) -> Tensor:
-    """The values of all ranks along `dim`, in the order of the ranks; equally many on each; no gradient.
+    """Concatenate the values of all ranks along `dim`, without a gradient; must be called on all ranks.
 
-    With one rank `values` itself. To be called on all ranks.
+    Every rank must have equally many. A single rank gets `values` itself.
     """
     if _is_alone():
         return values
@@ -130,10 +128,11 @@ def gather(values: Tensor, dim: int) -> Tensor:
 
 
 def gather_with_gradient(values: Tensor, dim: int) -> Tensor:
-    """The values of all ranks along `dim`, in the order of the ranks; equally many on each.
+    """Concatenate the values of all ranks along `dim`, with a gradient; must be called on all ranks.
 
-    The gradient sums what the losses of all ranks say, so that a mean of gradients over ranks is that of the
-    mean of the losses. With one rank `values` itself. To be called on all ranks.
+    The gradient is the sum of the gradients of the losses of all ranks, so that the mean of the gradients
+    over ranks is the gradient of the mean loss. Every rank must have equally many values. A single rank gets
+    `values` itself.
     """
     if _is_alone():
         return values
@@ -141,15 +140,15 @@ def gather_with_gradient(values: Tensor, dim: int) -> Tensor:
 
 
 def start_evaluation_accelerator() -> Accelerator:
-    """The Accelerator of an evaluation: ranks that share a split and wrap no module, in fp32.
+    """Create the Accelerator of an evaluation: ranks share a split and wrap no module, in fp32.
 
     Raises:
         UserError: the ranks did not find each other, or were launched under DeepSpeed.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise UserError(
-            "an evaluation has nothing to shard, so DeepSpeed has no part in it. Launch it with "
-            "configs/accelerate/ddp.yaml, or as one process"
+            "an evaluation does not run under DeepSpeed, as it has nothing to shard. Launch it with "
+            "configs/accelerate/ddp.yaml, or as a single process"
         )
     on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=on_cpu)
@@ -164,27 +163,27 @@ def _check_world_size(accelerator: Accelerator) -> None:
     if accelerator.num_processes != launched:
         raise UserError(
             f"the launcher started {launched} ranks, but they found {accelerator.num_processes} "
-            f"({accelerator.distributed_type.value}): they would work apart. Launch with one of "
+            f"({accelerator.distributed_type.value}): they would work independently. Launch with one of "
             "configs/accelerate/*.yaml"
         )
 
 
 def _configure_deepspeed(accelerator: Accelerator, config: ExperimentConfig) -> None:
     settings = accelerator.deepspeed_plugin.deepspeed_config
-    # `auto` needs a prepared loader, and ours is split by rank already; one value feeds both libraries.
+    # `auto` needs a prepared loader, and ours is already split over ranks.
     settings["train_micro_batch_size_per_gpu"] = config.train.batch_size
     settings["gradient_accumulation_steps"] = config.train.gradient_accumulation_steps
     settings["gradient_clipping"] = config.optimizer.max_grad_norm or 0.0
 
 
 def let_deepspeed_autocast(accelerator: Accelerator, dtype: torch.dtype | None) -> None:
-    """Tell DeepSpeed, if it is there, which precision the networks have, before it prepares them.
+    """Set the precision of the networks in DeepSpeed's settings, if it is used.
 
-    It gets its `torch_autocast` block, which leaves parameters and densities in fp32, never its `bf16` block.
+    Sets its `torch_autocast` block, which keeps parameters and densities in fp32, not its `bf16` block.
 
     Args:
-        accelerator: not prepared yet.
-        dtype: of the networks; None is fp32.
+        accelerator: before it prepares anything.
+        dtype: precision of the networks; None is fp32.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED and dtype is not None:
         settings = accelerator.deepspeed_plugin.deepspeed_config
@@ -192,56 +191,56 @@ def let_deepspeed_autocast(accelerator: Accelerator, dtype: torch.dtype | None) 
 
 
 def zero_stage(accelerator: Accelerator) -> int:
-    """ZeRO's stage, or 0 where every rank has all weights and the whole optimizer."""
+    """Stage of ZeRO; 0 if every rank has all weights and the whole optimizer."""
     plugin = accelerator.state.deepspeed_plugin
     return 0 if plugin is None else plugin.zero_stage
 
 
-def run_on_main(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision:
-    """What rank 0 decides, on all ranks alike, so that they cannot disagree; to be called on all ranks.
+def run_on_main(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
+    """Call a function on rank 0 and return its result on all ranks; must be called on all ranks.
 
     Raises:
-        UserError: on all ranks, when `decide` raises one.
+        UserError: on all ranks, if `function` raises one.
     """
-    outcome: list[Decision | UserError | None] = [None]
+    outcome: list[Result | UserError | None] = [None]
     if accelerator.is_main_process:
         try:
-            outcome[0] = decide()
+            outcome[0] = function()
         except UserError as error:
             outcome[0] = error
     if accelerator.num_processes > 1:
         torch.distributed.broadcast_object_list(outcome, device=accelerator.device)
-    (decision,) = outcome
-    if isinstance(decision, UserError):
-        raise decision
-    return decision  # type: ignore[return-value]
+    (result,) = outcome
+    if isinstance(result, UserError):
+        raise result
+    return result  # type: ignore[return-value]
 
 
 def raise_on_all_ranks(accelerator: Accelerator, problem: str | None, error: type[UserError]) -> None:
-    """Raise `error` on all ranks if any has a problem, naming them; to be called on all ranks.
+    """Raise an error on all ranks if any of them has a problem; must be called on all ranks.
 
     Args:
         accelerator: the ranks.
-        problem: this rank's, or None.
-        error: what to raise.
+        problem: what is wrong on this rank, or None.
+        error: class of the error.
 
     Raises:
-        UserError: an `error`.
+        UserError: an `error` that names the ranks and their problems.
     """
-    told = gather_problems(accelerator, problem)
-    if told:
-        raise error(told)
+    problems = gather_problems(accelerator, problem)
+    if problems:
+        raise error(problems)
 
 
 def gather_problems(accelerator: Accelerator, problem: str | None) -> str:
-    """What ranks have found, naming them, the same on all ranks; to be called on all ranks.
+    """Describe the problems of all ranks in one line; must be called on all ranks.
 
     Args:
         accelerator: the ranks.
-        problem: this rank's, or None.
+        problem: what is wrong on this rank, or None.
 
     Returns:
-        One line, empty if no rank has a problem.
+        The same line on all ranks, empty if no rank has a problem.
     """
     problems = [problem]
     if accelerator.num_processes > 1:

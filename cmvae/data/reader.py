@@ -500,6 +500,8 @@ def _make_loader(dataset: _PlannedDataset, num_workers: int) -> DataLoader:
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         prefetch_factor=PREFETCHED_BATCHES if num_workers > 0 else None,
+        # DataLoader draws a seed per iteration: not from torch's default stream, which is the caller's.
+        generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_parent,
     )
 

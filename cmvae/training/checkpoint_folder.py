@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which are there, which are sound, and which are no longer wanted."""
+"""The folder of a run's checkpoints: list, verify and remove them."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ _LEFTOVER_NAME = re.compile(r"\.(step-\d{8})\.(partial|deleted|old)")
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be."""
+    """Path of the checkpoint of a step, whether or not it exists."""
     return folder / f"step-{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in the order of their steps; whether they are sound has not been looked at."""
+    """Checkpoints in the order of their steps; they are not verified."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _CHECKPOINT_NAME.fullmatch(path.name))
 
 
 def write_manifest(checkpoint: Path) -> None:
-    """Write the checksum of every file of a checkpoint, which is then complete."""
+    """Write the checksums of all files of a checkpoint, which is then complete."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     sums = {path.relative_to(checkpoint).as_posix(): sha256_of(path) for path in files}
     (checkpoint / MANIFEST_NAME).write_text(json.dumps(sums, indent=1), encoding="utf-8")
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if every file is what was written."""
+    """What is wrong with a checkpoint, or None if all checksums match."""
     try:
         sums = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
         for name, expected in sums.items():
             if sha256_of(checkpoint / name) != expected:
-                return f"{name} is not what was written: its checksum differs"
+                return f"{name} does not match its checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(checkpoint)} is missing"
     except (OSError, ValueError, AttributeError) as error:
@@ -51,7 +51,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def tidy(folder: Path) -> None:
-    """Bring to an end what a killed process had begun: remove what is unfinished, deleted or replaced."""
+    """Finish what a killed process left: remove checkpoints that are unfinished, deleted or replaced."""
     if not folder.is_dir():
         return
     for path in folder.iterdir():
@@ -66,7 +66,7 @@ def tidy(folder: Path) -> None:
 
 
 def find_newest(folder: Path) -> Path | None:
-    """The newest sound checkpoint; damaged ones after it are set aside, with a warning each.
+    """Find the newest checkpoint that is not damaged; newer ones are renamed, with a warning each.
 
     Raises:
         UserError: there are checkpoints, but all are damaged.
@@ -83,20 +83,20 @@ def find_newest(folder: Path) -> Path | None:
     if damaged:
         reasons = "; ".join(f"{path.name}: {damage}" for path, damage in damaged.items())
         raise UserError(
-            f"{folder}: every checkpoint is damaged, so that the run cannot go on: {reasons}. Restore one "
-            "from a copy, or start anew with --overwrite"
+            f"{folder}: every checkpoint is damaged, so the run cannot resume: {reasons}. Restore one from "
+            "a copy, or start again with --overwrite"
         )
     return None
 
 
 def _set_aside(checkpoint: Path, damage: str) -> None:
-    # Under its own name it would count as one of the newest that are kept, and push out a sound one.
+    # Under its own name it would count as one of the newest, which are kept.
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
     if aside.exists():
         remove_folder(aside)
     checkpoint.rename(aside)
     _LOGGER.warning(
-        "%s: damaged: %s. The one before it is used; this one is now %s, for you to look at and delete",
+        "%s: damaged: %s. The run resumes from an earlier one; this one was renamed to %s",
         checkpoint,
         damage,
         aside.name,
@@ -104,7 +104,7 @@ def _set_aside(checkpoint: Path, damage: str) -> None:
 
 
 def thin_out(folder: Path, num_newest: int, best_step: int | None) -> None:
-    """Remove all checkpoints but the newest ones and that of the best validation."""
+    """Remove all checkpoints except the newest and that of the best validation."""
     best = None if best_step is None else checkpoint_path(folder, best_step)
     for path in list_checkpoints(folder)[:-num_newest]:
         if path != best:

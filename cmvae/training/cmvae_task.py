@@ -35,12 +35,12 @@ from cmvae.training.task import Preview, Task
 from cmvae.utils.seeds import sample_generators
 
 REFIT_SAMPLES = 2000
-"""Train samples that a refit of the clusters sees."""
+"""Number of train samples in which the clusters are refitted."""
 
 
 @dataclass(frozen=True)
 class LatentNoise:
-    """Standard noise of one step; with it the objective is a deterministic function of the batch."""
+    """Standard noise of one step; the objective is a deterministic function of it and the batch."""
 
     shared: Tensor
     """(M, K, B, D_z), for z ~ q(z|x_m)."""
@@ -52,7 +52,7 @@ class LatentNoise:
 
 
 def fill_missing(values: Tensor, mask: Tensor) -> Tensor:
-    """Let those members of a batch that lack a modality have the values of those that have it, in turn.
+    """Fill the missing values of a modality with those of the samples that have it, in turn.
 
     Only for batch norm, whose statistics are then of real data: nothing else counts what a sample lacks.
 
@@ -96,14 +96,14 @@ class CMVAETask(Task):
         return "alignment" if self.pretraining else "bound"
 
     def begin(self, total_steps: int) -> None:
-        """As `Task.begin`."""
+        """See `Task.begin`."""
         length = self.objective.alignment.pretrain
         if self.aligns:
             self.pretrain_steps = length if isinstance(length, int) else round(length * total_steps)
 
     @property
     def modalities(self) -> Mapping[str, Modality]:
-        """The model's modalities."""
+        """Modalities of the model."""
         return self.model.modalities
 
     @property
@@ -113,7 +113,7 @@ class CMVAETask(Task):
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """The model's."""
+        """Precision of the model's networks."""
         return self.model.autocast_dtype
 
     @autocast_dtype.setter
@@ -125,7 +125,7 @@ class CMVAETask(Task):
 
         Args:
             generators: one per sample.
-            seed: of what all samples have in common; the same on all ranks.
+            seed: of the choice that all samples share, the same on all ranks.
         """
         num_modalities, config = len(self.model.modality_names), self.model.config
         shape = (len(generators), num_modalities, self.objective.num_samples)
@@ -142,7 +142,7 @@ class CMVAETask(Task):
         return tuple((1 + shifts).tolist())
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Negative bound of a batch, and what it is made of.
+        """Negative bound of a batch, and its terms.
 
         Args:
             batch: by modality data (B, *shape), `mask` (B, M), false where a sample lacks a modality, and
@@ -168,7 +168,7 @@ class CMVAETask(Task):
         valid = batch["valid"] & counted
         present = (mask | ~counted[:, None]).T  # (M, B)
         generators = sample_generators(batch["_seed"], batch["_place"], valid.device)
-        # Whatever precision a launcher switched on around this call is for networks, never for densities.
+        # A precision that a launcher enabled around this call is for networks, not for densities.
         with torch.autocast(valid.device.type, enabled=False):
             if self.training and self.pretraining:
                 alignment = self._contrast(
@@ -197,7 +197,7 @@ class CMVAETask(Task):
         groups: Tensor | None,
         generators: Sequence[torch.Generator],
     ) -> Tensor:
-        """`cmvae.models.alignment.contrast` of a batch, (B,), in training among the samples of all ranks.
+        """`cmvae.models.alignment.contrast` of a batch, (B,); in training among the samples of all ranks.
 
         Args:
             inputs: by modality data (B, *shape).
@@ -268,7 +268,7 @@ class CMVAETask(Task):
     def _log_likelihood(
         self, target: int, x: Tensor, shared: Tensor, private: Tensor, noise: LatentNoise
     ) -> Tensor:
-        """Of one target x_n, log p(x_n | z, w_n) from every source, (M, K, B), decoded in one call.
+        """Log p(x_n | z, w_n) of one target from every source, (M, K, B), decoded in one call.
 
         Of cross sources that were drawn from all, each counts for as many more; where nothing was decoded
         stands zero. Sums over the sources keep their expectation.
@@ -280,7 +280,7 @@ class CMVAETask(Task):
         if cross:
             auxiliary = self.model.auxiliary_prior(name)
             privates += [auxiliary.sample(noise.private[target, source]) for source in cross]
-        # Stacked one by one: a GPU would have to wait for a list of places to come from Python.
+        # Stacked one by one, as a GPU would wait for a list of indices from Python.
         latents = torch.stack([shared[source] for source in sources]), torch.stack(privates)
         decoded = dict(zip(sources, self._decode_in_parts(name, x, *latents), strict=True))
         for source in cross:
@@ -295,7 +295,7 @@ class CMVAETask(Task):
         return data_log_prob(self.model.likelihoods[name], scale, x, parameters)
 
     def _decode_in_parts(self, name: str, x: Tensor, shared: Tensor, private: Tensor) -> Tensor:
-        """As `_decode`; maps of so many latents as the objective says are kept, of others computed again."""
+        """Like `_decode`, but keeps the feature maps of `max_decoded` latents and recomputes the others."""
         lead, part = shared.shape[:-1], self.objective.max_decoded
         total = lead.numel()
         if part is None or part >= total or has_batch_norm(self.model.decoders[name]):
@@ -306,10 +306,10 @@ class CMVAETask(Task):
             members = torch.arange(rows.start, rows.stop, device=x.device) % len(x)
             return self._decode(name, x[members], shared[rows], private[rows])
 
-        # Last in, first out: in the backward pass the kept maps are gone before others take their place.
+        # Last in, first out: the backward pass frees the kept maps before it recomputes others.
         kept = total - part
         again = [slice(first, min(first + part, kept)) for first in range(0, kept, part)]
-        # Decoders draw nothing, so there is no random state to keep.
+        # Decoders draw no random numbers.
         decoded = [checkpoint(decode, rows, use_reentrant=False, preserve_rng_state=False) for rows in again]
         return torch.cat([*decoded, decode(slice(kept, total))]).view(lead)
 
@@ -325,7 +325,7 @@ class CMVAETask(Task):
     def reinitialize(
         self, step: int, train_batches: Callable[[int], Iterable[Mapping[str, Any]]]
     ) -> Mapping[nn.Parameter, Tensor]:
-        """Cluster means found anew and uniform weights, where the objective says so and after pretraining.
+        """New cluster means and uniform weights at the steps of the objective and after pretraining.
 
         The means are found among the posterior locations of every modality on its own, as the clusters see
         them.
@@ -381,7 +381,7 @@ class CMVAETask(Task):
         state: Mapping[str, Tensor],
         batches: Callable[[SplitName, int | None], Iterable[Mapping[str, Any]]],
     ) -> None:
-        """Find the clusters and write the model as an export; on one rank.
+        """Find the clusters and write the model as an export; called on rank 0 alone.
 
         They are found by a whole model in fp32, as everything that starts from the export will see it,
         whatever precision and distribution the training had.

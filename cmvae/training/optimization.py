@@ -40,12 +40,12 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.A
 def reinitialize_parameters(
     accelerator: Accelerator, optimizer: torch.optim.Optimizer, values: Mapping[nn.Parameter, Tensor]
 ) -> None:
-    """Give parameters the first rank's values, and let the optimizer forget their past; on all ranks.
+    """Set parameters to the values of rank 0 and reset their optimizer state; must be called on all ranks.
 
     Args:
         accelerator: the ranks.
         optimizer: prepared.
-        values: by parameter.
+        values: new values by parameter.
     """
     for parameter, value in values.items():
         value = broadcast(value.to(parameter.dtype))
@@ -54,13 +54,13 @@ def reinitialize_parameters(
             continue
         parameter.copy_(value)
         for past in optimizer.state[parameter].values():
-            # Adam's count of steps is a scalar, and stays.
+            # Adam's number of steps is a scalar and stays.
             if isinstance(past, Tensor) and past.ndim:
                 past.zero_()
 
 
 def _reinitialize_under_deepspeed(parameter: nn.Parameter, value: Tensor) -> None:
-    """DeepSpeed updates parts of a copy of its own: set that copy and its states, too."""
+    """Set the parameter, and DeepSpeed's own copy of it with its optimizer state."""
     from deepspeed import utils, zero
 
     if hasattr(parameter, "ds_id"):  # ZeRO-3: a part of the parameter on each rank
@@ -78,7 +78,7 @@ def _reinitialize_under_deepspeed(parameter: nn.Parameter, value: Tensor) -> Non
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """The rate for the update that follows `step` updates: linear warm-up, then the schedule."""
+    """Learning rate of the update after `step` updates: linear warm-up, then the schedule."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -88,21 +88,24 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Give every parameter group the rate `value`."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value
 
 
 class WeightAverage:
-    """The average a ← d·a + (1 − d)·θ over the updates of a module's trained parameters.
+    """Exponential moving average a ← d·a + (1 − d)·θ of the trained parameters of a module.
 
-    d is `decay`, but (1 + n) / (10 + n) after n updates where that is less, so that a short training is not
+    d is the smaller of `decay` and (1 + n) / (10 + n) after n updates, so that a short training is not
     dominated by its random start (the rule of TensorFlow's ExponentialMovingAverage).
 
     Args:
-        module: whose parameters; each must be whole on this rank.
+        module: whose parameters are averaged; each must be whole on this rank.
         decay: of every update, below 1.
     """
+
+    # Not torch's AveragedModel: it copies the whole module with its hooks and a frozen CMVAE, and knows the
+    # number of updates only on the device. Not diffusers' EMAModel: it has no names to save tensors under.
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -111,17 +114,17 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, num_updates: int) -> None:
-        """Take in the weights after one more update.
+        """Update the average after an update of the weights.
 
         Args:
-            num_updates: how many there were before it.
+            num_updates: number of updates before that one.
         """
         decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
         torch._foreach_lerp_(list(self._average.values()), list(self._current.values()), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the module have the average while the block lasts."""
+        """Replace the weights of the module by the average while the block runs."""
         kept = {name: p.detach().clone() for name, p in self._current.items()}
         self._assign(self._average)
         try:
@@ -139,17 +142,17 @@ class WeightAverage:
         save_file(content, folder / EMA_NAME)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote into a checkpoint.
+        """Load what `save` wrote.
 
         Raises:
-            UserError: the checkpoint has no average, or one of other weights.
+            UserError: the checkpoint has no average, or one of other parameters.
         """
         if not (folder / EMA_NAME).is_file():
-            raise UserError(f"{folder / EMA_NAME}: missing, so the average of the weights cannot go on")
+            raise UserError(f"{folder / EMA_NAME}: missing, so the average of the weights cannot resume")
         content = load_file(folder / EMA_NAME)
         if content.keys() != self._average.keys():
             raise UserError(
-                f"{folder / EMA_NAME}: damaged: it is the average of other weights than there are"
+                f"{folder / EMA_NAME}: damaged: it is the average of other parameters than those of this run"
             )
         for name, tensor in content.items():
             self._average[name].copy_(tensor)

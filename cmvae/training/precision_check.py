@@ -1,7 +1,8 @@
-"""Whether a device computes the gradients of the model that is to be trained in bf16 as in fp32.
+"""Check that a device computes the gradients of a model in bf16 as in fp32.
 
-`train.mixed_precision: auto` takes bf16 where the device has instructions for it. Having them is not enough:
-on processors with AMX some layers gave NaN gradients now and then, see `cmvae.models.networks.one_pixel`.
+`train.mixed_precision: auto` selects bf16 on a device that has instructions for it. These are not always
+right: on processors with AMX some layers returned NaN gradients now and then, see
+`cmvae.models.networks.one_pixel`.
 """
 
 from __future__ import annotations
@@ -23,39 +24,39 @@ from cmvae.distributed import gather_problems
 from cmvae.training.tasks import Task
 
 CHECKED_SAMPLES = 8
-"""Train samples that the gradients are of: about a second for a model that suits a CPU."""
+"""Number of train samples: the check takes about a second for a model that suits a CPU."""
 TOLERANCE = 1.0
-"""The error of a layer's gradient in bf16 must be smaller than so many times its norm in fp32. Rounding alone
-came to 0.03 for configs/digits.yaml and to 0.5 for configs/cub_mini.yaml, whose objective weights ten samples
-by their likelihood. A gradient of zeros is wrong by 1, one of another direction by more."""
+"""Largest error of a layer's gradient in bf16, relative to its norm in fp32. Rounding alone gave 0.03 for
+configs/digits.yaml and 0.5 for configs/cub_mini.yaml, whose objective weights ten samples by their
+likelihood. The error of a gradient of zeros is 1, that of one in another direction is larger."""
 NEGLIGIBLE = 1e-3
-"""A layer's norm counts as at least so many times that of the whole gradient. Where a
-normalisation takes a layer's output away, its gradient is rounding alone: in bf16 0.00015 times the whole."""
+"""Smallest norm of a layer's gradient that counts, relative to that of the whole gradient. If a
+normalisation cancels a layer's output, its gradient is rounding alone: in bf16 0.00015 times the whole."""
 
-# Memory that nobody wrote to may hold something else the next time.
+# A fault may come from uninitialised memory and so not show every time.
 _REPEATS = 2
 _NAMED = 3
-# So that gradients that are all zero have no error relative to nothing.
+# Avoids a division by zero for gradients of zeros.
 _TINY = 1e-30
 
 _LOGGER = logging.getLogger(__name__)
 
 
 def keep_sound_precision(accelerator: Accelerator, task: Task, config: ExperimentConfig) -> None:
-    """Set a task that computes in bf16 to fp32 if some rank finds its gradients wrong; on all ranks.
+    """Set a task from bf16 to fp32 if its gradients are wrong on some rank; must be called on all ranks.
 
-    Only `task.autocast_dtype` changes: gradients are those of a copy.
+    Only `task.autocast_dtype` changes: the gradients are computed with a copy.
 
     Args:
         accelerator: the ranks, and the device that they compute on.
-        task: what is to be trained, before it is prepared and compiled, in training mode.
-        config: the experiment; its train split is read.
+        task: before it is prepared and compiled, in training mode.
+        config: the experiment, whose train split is read.
 
     Raises:
         UserError: the train split cannot be read.
     """
     fault = None
-    # Ranks on devices of another kind may compute in fp32 already, but must answer all the same.
+    # Ranks on other devices may compute in fp32 already, but must take part in the gathering.
     if task.autocast_dtype is torch.bfloat16:
         fault = _find_fault(task, _first_samples(config, task), accelerator.device)
     found = gather_problems(accelerator, fault)
@@ -81,11 +82,11 @@ def _first_samples(config: ExperimentConfig, task: Task) -> dict[str, Any]:
         num_samples=size,
         on_error=config.data.on_error,
     )
-    return next(iter(loader)) | {"seed": config.seed, "place": range(size)}
+    return next(iter(loader)) | {"_seed": config.seed, "_place": range(size)}
 
 
 def _find_fault(task: Task, raw: Mapping[str, Any], device: torch.device) -> str | None:
-    """What is wrong with the gradients in bf16, or None, also if there is no memory to find out."""
+    """What is wrong with the gradients in bf16, or None; also None if there is not enough memory."""
     try:
         own = copy.deepcopy(task).to(device)
         _switch_dropout_off(own)
@@ -96,13 +97,15 @@ def _find_fault(task: Task, raw: Mapping[str, Any], device: torch.device) -> str
             if fault is not None:
                 return fault
     except torch.OutOfMemoryError:
-        # With ZeRO-3 a rank may have less than the whole model takes.
-        _LOGGER.warning("train.mixed_precision: auto takes bf16 unchecked, for want of memory for the check")
+        # The whole model may not fit on a rank of ZeRO-3.
+        _LOGGER.warning(
+            "train.mixed_precision: auto takes bf16 unchecked, as there is not enough memory for the check"
+        )
     return None
 
 
 def _switch_dropout_off(module: nn.Module) -> None:
-    """Its masks are drawn in the precision of what they mask, so that two precisions could have two."""
+    """Disable dropout: its masks could differ between two precisions."""
     for part in module.modules():
         if isinstance(part, nn.modules.dropout._DropoutNd):
             part.eval()
@@ -118,7 +121,7 @@ def _gradients(task: Task, batch: Mapping[str, Any], dtype: torch.dtype | None) 
 
 
 def compare_gradients(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with gradients, layer by layer, or None, also if the expected ones are not finite.
+    """Describe layers with wrong gradients; None if there are none or the expected gradient is not finite.
 
     Args:
         found: by parameter, of any shape.

@@ -1,4 +1,4 @@
-"""What each rank warns of and fails with, in a file of its own that outlives the terminal."""
+"""Warnings and errors of each rank, in a file per rank."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import TextIO
 
 @contextmanager
 def rank_log(folder: Path, rank: int) -> Iterator[TextIO]:
-    """Write warnings and errors of this process to `folder/rank-N.log`, after what stands there.
+    """Append warnings and errors of this process to `folder/rank-N.log`; yields the file.
 
-    Rank 0 goes on showing its warnings in the terminal, the others show only errors. Yields the file.
+    The terminal shows the warnings and errors of rank 0, and the errors of the other ranks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stream = (folder / f"rank-{rank}.log").open("a", encoding="utf-8")

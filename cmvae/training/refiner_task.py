@@ -24,7 +24,7 @@ from cmvae.utils.seeds import draw_normal, draw_uniform, sample_generators
 
 @dataclass(frozen=True)
 class RefinerNoise:
-    """All that is drawn in one step for one modality; with it the loss is a function of the batch."""
+    """Noise of one step for one modality; the loss is a deterministic function of it and the batch."""
 
     source: Tensor
     """(B,) int64, the modality that each sample's reconstruction comes from."""
@@ -43,7 +43,7 @@ class RefinerNoise:
 
 
 class RefinerTask(Task):
-    """The refiner's denoising loss on reconstructions by a CMVAE that stays as it is.
+    """The denoising loss of a refiner on reconstructions by a frozen CMVAE.
 
     At each step the condition of an image of modality m is one reconstruction x̂(n→m), n uniform over the
     modalities, self and cross, w ~ p(w) as in generation.
@@ -66,7 +66,7 @@ class RefinerTask(Task):
 
     @property
     def cmvae(self) -> CMVAE:
-        """What reconstructs."""
+        """The frozen CMVAE."""
         return self._frozen[0]
 
     @property
@@ -76,13 +76,13 @@ class RefinerTask(Task):
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
-        """The U-Nets, and what encodes and reconstructs for them."""
+        """The U-Nets, and the encoders and decoders of the CMVAE."""
         cmvae = self.cmvae
         return (*self.refiner.denoisers.values(), *cmvae.encoders.values(), *cmvae.decoders.values())
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """That of the U-Nets; when it is set, that of the CMVAE, too."""
+        """Precision of the U-Nets; setting it sets that of the CMVAE as well."""
         return self.refiner.autocast_dtype
 
     @autocast_dtype.setter
@@ -91,7 +91,7 @@ class RefinerTask(Task):
 
     @property
     def frozen_hashes(self) -> dict[str, str]:
-        """The CMVAE's weights."""
+        """Hash of the weights of the CMVAE."""
         return {"cmvae_sha256": self.refiner.cmvae_sha256}
 
     def draw_noise(
@@ -144,12 +144,12 @@ class RefinerTask(Task):
         """
         inputs = {name: batch[name] for name in self.modality_names}
         mask, valid = batch["mask"], batch["valid"]
-        # Without any modality there is no source; without an image nothing to denoise.
+        # A sample without modalities has no source, one without images nothing to denoise.
         sources = mask | ~mask.any(1, keepdim=True)
         places = [self.modality_names.index(name) for name in self.refiner.modality_names]
         targets = torch.stack([mask[:, place] for place in places])  # (images, B)
         valid = valid & targets.any(0)
-        # Whatever precision a launcher switched on around this call is for networks alone.
+        # A precision that a launcher enabled around this call is for networks alone.
         with torch.autocast(valid.device.type, enabled=False):
             images = {name: inputs[name] for name in self.refiner.modality_names}
             generators = sample_generators(batch["_seed"], batch["_place"], mask.device)
@@ -239,7 +239,7 @@ class RefinerTask(Task):
         state: Mapping[str, Tensor],
         batches: Callable[[SplitName, int | None], Iterable[Mapping[str, Any]]],
     ) -> None:
-        """Write the refiner as an export, on one rank; it needs no `batches`."""
+        """Write the refiner as an export; called on rank 0 alone, and reads no `batches`."""
         own = self.refiner
         refiner = Refiner(own.config, own.modalities, own.shared_dim, own.cmvae_sha256)
         refiner.load_state_dict({name.removeprefix("refiner."): x for name, x in state.items()})

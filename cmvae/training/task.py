@@ -1,4 +1,4 @@
-"""What training knows of a model: a task maps a batch to a loss and a report, and knows how to export."""
+"""The interface between the loop and a model: a task maps a batch to a loss and a report, and exports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preview:
-    """What people look at while a model trains."""
+    """Figures and texts of a validation."""
 
     figures: dict[str, Figure]
     """By name."""
@@ -30,42 +30,42 @@ class Preview:
 
 
 class Task(nn.Module, ABC):
-    """Something to train, as one module so that data parallelism and ZeRO wrap all of it."""
+    """What is trained: one module, so that data parallelism and ZeRO wrap all of it."""
 
     name: ClassVar[str]
-    """What is trained, for people."""
+    """Name of the task in the tracker."""
     progress_metric: str
-    """The one number of the report that a progress bar has room for."""
+    """Name of the report's term that the progress bar shows."""
 
     channels_last: ClassVar[bool]
-    """Whether its convolutions are faster with weights in this layout."""
+    """Whether the convolutions are faster with channels-last weights."""
 
     @property
     @abstractmethod
     def modalities(self) -> Mapping[str, Modality]:
-        """The modalities that it reads, in the order of every M axis."""
+        """The modalities that the task reads, in the order of every M axis."""
 
     @property
     def modality_names(self) -> tuple[str, ...]:
-        """Their names."""
+        """Names of the modalities."""
         return tuple(self.modalities)
 
     @property
     @abstractmethod
     def networks(self) -> tuple[nn.Module, ...]:
-        """What takes nearly all of the time of a step."""
+        """The networks, which take nearly all of the time of a step."""
 
     @property
     @abstractmethod
     def autocast_dtype(self) -> torch.dtype | None:
-        """Precision of the networks, which may be set; None is fp32."""
+        """Precision of the networks, which can be set; None is fp32."""
 
     @autocast_dtype.setter
     @abstractmethod
     def autocast_dtype(self, dtype: torch.dtype | None) -> None: ...
 
     def compile_networks(self, backend: str = "inductor") -> None:
-        """Let torch compile the networks when they are first called; their weights keep their names.
+        """Let torch compile the networks at their first call; the weights keep their names.
 
         Args:
             backend: of `torch.compile`.
@@ -75,43 +75,43 @@ class Task(nn.Module, ABC):
 
     @property
     def frozen_hashes(self) -> dict[str, str]:
-        """Hashes of what is not trained but must be the same when a training goes on, by name."""
+        """Hashes of weights that are used but not trained, by name; a run resumes only with the same ones."""
         return {}
 
     @abstractmethod
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, a mean over valid samples, and a report of terms, (B, ...) each.
+        """Compute the loss of a batch, a mean over valid samples, and a report of terms, (B, ...) each.
 
         Args:
             batch: by modality data (B, *shape), see `cmvae.modalities`; `mask` (B, M), false where a sample
-                lacks a modality; `valid` (B,), false where a sample only pads the batch; and what all noise
-                is a function of, see `cmvae.utils.seeds.sample_generators`: `_seed`, an int that is the same
-                on all ranks, and `_place`, B ints, the places of the samples in the batch of all ranks.
+                lacks a modality; `valid` (B,), false where a sample only pads the batch; `_seed`, an int that
+                is the same on all ranks; and `_place`, B ints, the places of the samples in the global batch.
+                All noise is a function of the last two, see `cmvae.utils.seeds.sample_generators`.
         """
 
     def begin(self, total_steps: int) -> None:
-        """Called once before the first update, when it is known how many there are."""
+        """Prepare for a training of `total_steps` updates; called once before the first."""
 
     def reinitialize(
         self, step: int, train_batches: Callable[[int], Iterable[Mapping[str, Any]]]
     ) -> Mapping[nn.Parameter, Tensor]:
-        """Parameters that start anew before the update that follows `step` updates, and their new values.
+        """New values of parameters that are reinitialized before an update; by default none are.
 
-        Called on all ranks before every update; the first rank's values count. By default none start anew.
+        Called on all ranks before every update; the values of rank 0 are used.
 
         Args:
             step: number of updates so far.
-            train_batches: reads the first so many samples of the train split, the same on every rank.
+            train_batches: reads the first N samples of the train split, the same on every rank.
         """
         return {}
 
     @abstractmethod
     def validation_metrics(self, records: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """What the report over a split, (N, ...) each and `label` (N,), comes to."""
+        """Metrics of a split, from its report, (N, ...) each, and `label` (N,)."""
 
     @abstractmethod
     def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Preview:
-        """What the model makes of the first samples of a batch; to be called on every rank."""
+        """Draw what the model generates from the first samples of a batch; must be called on all ranks."""
 
     @abstractmethod
     def export(
@@ -120,10 +120,10 @@ class Task(nn.Module, ABC):
         state: Mapping[str, Tensor],
         batches: Callable[[SplitName, int | None], Iterable[Mapping[str, Any]]],
     ) -> None:
-        """Write an export, on one rank.
+        """Write an export; called on rank 0 alone.
 
         Args:
-            folder: where to.
-            state: the whole state of this task, gathered if it was spread over ranks.
-            batches: reads the first so many samples of a split, or all of it.
+            folder: where the export is written.
+            state: the whole state of this task, gathered if it was sharded over ranks.
+            batches: reads the first N samples of a split, or with None all of it.
         """

@@ -1,4 +1,4 @@
-"""The two tasks, CMVAE and refiner: all that training knows of a model."""
+"""The two tasks: CMVAE and refiner."""
 
 from __future__ import annotations
 

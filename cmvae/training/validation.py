@@ -21,12 +21,12 @@ from cmvae.utils.files import write_whole
 from cmvae.utils.seeds import derive_seed
 
 VALIDATION_NAME = "validation.json"
-"""In the folder of a run: the metrics of its last validation."""
+"""File in the run folder: the metrics of the last validation."""
 
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Let a module be in evaluation mode, without dropout, while the block lasts."""
+    """Set a module to evaluation mode while the block runs."""
     was_training = module.training
     module.eval()
     try:
@@ -43,7 +43,7 @@ def collect_records(
     seed: int,
     max_batches: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """The task's report over a split, on all ranks; to be called on all ranks.
+    """Collect the report of a task over a split; must be called on all ranks.
 
     Args:
         accelerator: the ranks.
@@ -65,7 +65,7 @@ def collect_records(
             batch = to_device(raw | streams, modalities, accelerator.device)
             loss, report = module(batch)
             valid = batch["valid"]
-            # The loss is a mean over the batch's valid samples: given to each, the split's mean is right.
+            # The loss is a mean over valid samples, so its mean over samples is that of the split.
             per_sample = {**report, "loss": loss.expand(len(valid))}
             gathered = accelerator.gather({**per_sample, "label": batch["label"], "valid": valid})
             valid = gathered.pop("valid")

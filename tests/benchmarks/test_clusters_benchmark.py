@@ -16,8 +16,9 @@ import pytest
 from clusters_data import ALL, DATA_SETS, DataSet, FeatureReader, FeatureSet, View, read_rows
 from clusters_methods import METHODS, choose_rows
 from clusters_ours import Trainings, run_command
-from clusters_results import Cell, Results, format_table
+from clusters_results import METRICS, Cell, Results, format_table, summarise
 from commands import run_tool
+from plots import metric_panels
 from sklearn.cluster import KMeans
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
@@ -173,7 +174,7 @@ def test_a_method_that_cannot_run_says_why_and_is_tried_again(shards, tmp_path, 
     assert all(Cell(**vars(group.cell)) not in results for group in results.groups())
 
 
-def test_a_table_has_means_over_seeds(tmp_path):
+def test_a_table_has_means_over_seeds_and_the_figure_draws_them(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     nmi = [0.5, 0.7, 0.9]
     for seed, value in enumerate(nmi):
@@ -188,6 +189,9 @@ def test_a_table_has_means_over_seeds(tmp_path):
     assert f"| ours [1] | all | found | 3 | 3, 4, 5 | 0.250 ± 0.000 | 0.700 ± {spread:.3f} | -0.100" in table
     assert "| k-means, best modality | 0.250 / 0.400 / -0.100 |" in table
     assert "| ours, number found | 0.250 / 0.700 / -0.100 |" in table
+    figure = metric_panels(*summarise(groups, titles, ["wine"]), METRICS)
+    drawn = [text.get_text() for ax in figure.axes for text in ax.texts]
+    assert sorted(drawn) == sorted([".25", ".25", ".70", ".40", "-.10", "-.10"])
 
 
 def test_a_line_that_is_no_cell_is_named(tmp_path):

@@ -70,7 +70,7 @@ def test_a_table_becomes_shards_a_config_and_a_sheet_of_every_kind(tmp_path):
         rows.append(f"{note},{n},{-n},{n % 2},{('red', 'blue')[n % 2]},{('odd', 'even')[n % 2]}")
     (tmp_path / "t.csv").write_text("\n".join(rows))
     flags = [
-        "pack", "table", "t.csv", "--text", "note", "--vector", "place=x,y", "--binary", "ok",
+        "pack", "table", "t.csv", "--text", "note", "--vector", "spot=x,y", "--binary", "ok",
         "--categorical", "colour", "--label", "kind", "--out", "shards/t", "--config", "configs/t.yaml",
     ]  # fmt: skip
     result = run_cmvae(*flags, folder=tmp_path)
@@ -78,7 +78,7 @@ def test_a_table_becomes_shards_a_config_and_a_sheet_of_every_kind(tmp_path):
     assert "note is missing in 10 of 40 samples" in result.stderr
     assert "cmvae train configs/t.yaml\n" in result.stdout
     config = load_config(tmp_path / "configs" / "t.yaml")
-    assert read_modalities(config) == ("note", "place", "ok", "colour")
+    assert read_modalities(config) == ("note", "spot", "ok", "colour")
     again = run_cmvae(*flags, folder=tmp_path)
     assert again.returncode == 2
     assert "configs/t.yaml: is there already" in again.stderr

@@ -26,12 +26,15 @@ def clusters_of(run, shards):
 
 
 def test_runs_are_trained_compared_and_gone_on_with(experiment_file, digits_shards, tmp_path):
-    # Enough training for clusters that differ from run to run, and an odd name, to be read as text.
+    # A strong contrast, for several clusters after a few steps, and an odd name, to be read as text.
     settings = [
         "train.max_steps=30",
         "name=2024-01",
         "tracking.enabled=true",
-        "objective.alignment={weight: 1}",
+        "optimizer.learning_rate=0.01",
+        "objective.beta=0.05",
+        "objective.alignment={weight: 500}",
+        "clusters.criterion=silhouette",
     ]
     command = ["restarts", experiment_file, *settings]
     done = run_cmvae(*command, "--restarts", 2, folder=tmp_path)
@@ -49,9 +52,9 @@ def test_runs_are_trained_compared_and_gone_on_with(experiment_file, digits_shar
         assert run["num_clusters"] == record["selected"]
         assert (run["seed"], run["bound"]) == (seed, validation["bound"])
         assert run["contrast"] == validation["alignment"]
-        curve = record["curves"]["entropy"]
+        curve = record["curves"]["silhouette"]
         place = curve["num_clusters"].index(run["num_clusters"])
-        assert run["criteria"]["entropy"] == curve["values"][place]
+        assert run["criteria"]["silhouette"] == curve["values"][place]
     bounds = [run["bound"] for run in answer["runs"]]
     assert answer["chosen"] == answer["runs"][int(np.argmax(bounds))]["folder"]
     assert f"chosen: {answer['chosen']}" in done.stdout

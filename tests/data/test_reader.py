@@ -193,6 +193,17 @@ def test_an_epoch_can_be_left_for_another(make_folder):
         assert keys(loader.epoch_batches(1)) == expected
 
 
+def test_reading_draws_nothing_from_the_global_random_state(make_folder):
+    folder = make_folder(SIZES)
+    before = torch.get_rng_state()
+    for num_workers in (0, 1):
+        list(training(folder, num_workers=num_workers).epoch_batches(0))
+        list(
+            EvaluationLoader(folder, split="train", modalities=["m0"], batch_size=4, num_workers=num_workers)
+        )
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (2, 0), (5, 0), (2, 2)])
 def test_evaluation_reads_every_key_exactly_once(make_folder, world_size, num_workers):
     folder = make_folder(SIZES, split="test")

@@ -70,7 +70,7 @@ def test_the_damage_is_named(folder):
     (newest / "shards/rank_1.pt").unlink()
     assert find_damage(newest) == "shards/rank_1.pt is missing"
     flip_a_bit(newest / "model.safetensors")
-    assert find_damage(newest).startswith("model.safetensors is not what was written")
+    assert find_damage(newest) == "model.safetensors does not match its checksum"
 
 
 def test_several_damaged_ones_in_a_row(folder):

@@ -132,7 +132,7 @@ def test_training_lowers_the_loss(refiner_experiment, monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stop_and_resume_is_bit_equal(refiner_experiment, tmp_path, precision):
     settings = ["train.max_steps=6", f"train.mixed_precision={precision}"]
-    # Dropout does not depend on what else draws from torch's default stream, as DataLoader's workers do.
+    # Neither validations nor reader processes change what a step draws.
     others = ["train.checkpoint_every=null", "train.validate_every=2", "data.num_workers=2"]
     whole = refiner_experiment(*settings, f"output_dir={tmp_path / 'whole'}", *others)
     train(whole)

@@ -1,6 +1,7 @@
 """Compare clusterings: python tools/benchmarks/clusters.py --shared ../shared/data --out runs/clusters.
 
-Packs missing data, runs missing cells, appends each finished cell to results.jsonl, and writes table.md.
+Packs missing data, runs missing cells, appends each finished cell to results.jsonl, and writes table.md and
+figure.png.
 After an interruption, the same command continues.
 """
 
@@ -23,7 +24,7 @@ import torch
 from clusters_data import ALL, DATA_SETS, DataSet, FeatureReader, View, feature_sets
 from clusters_methods import METHODS, NotRunError
 from clusters_ours import ROOT, TITLES, VARIANTS, Trainings, run_command
-from clusters_results import Cell, Results, format_table
+from clusters_results import METRICS, Cell, Results, format_table, summarise
 from threadpoolctl import threadpool_limits
 
 from cmvae.clustering import clustering_metrics
@@ -76,7 +77,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         type=Path,
         default=Path("runs/clusters"),
         metavar="FOLDER",
-        help="for results.jsonl, table.md and the runs of our models (default: %(default)s)",
+        help="for results.jsonl, table.md, figure.png, and the runs of our models (default: %(default)s)",
     )
     parser.add_argument(
         "--data",
@@ -245,9 +246,14 @@ def run_suite(arguments: argparse.Namespace, results: Results) -> list[str]:
 
 
 def write_table(out: Path, results: Results) -> None:
-    """Write table.md of all cells, including those of earlier calls."""
-    table = format_table(results.groups(), _ALL_TITLES, list(DATA_SETS))
-    write_whole(out / "table.md", table.encode())
+    """Write table.md and figure.png of all cells, including those of earlier calls."""
+    groups = results.groups()
+    write_whole(out / "table.md", format_table(groups, _ALL_TITLES, list(DATA_SETS)).encode())
+    if any(group.not_run is None for group in groups):
+        from plots import metric_panels
+
+        columns, rows = summarise(groups, _ALL_TITLES, list(DATA_SETS))
+        metric_panels(columns, rows, METRICS).savefig(out / "figure.png")
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -273,7 +279,7 @@ def main() -> int:
             write_table(arguments.out, results)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
-    print(f"written to {arguments.out}: results.jsonl, table.md")
+    print(f"written to {arguments.out}: results.jsonl, table.md, figure.png")
     return 2 if failures else 0
 
 

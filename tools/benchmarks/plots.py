@@ -7,6 +7,7 @@ from itertools import cycle
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -224,3 +225,42 @@ def _place_labels(
 
 def _area(box: Bbox | None) -> float:
     return 0.0 if box is None else float(box.width * box.height)
+
+
+def metric_panels(
+    columns: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, float] | None]], metrics: Sequence[str]
+) -> Figure:
+    """Draw a table of metrics, one panel per metric, with values as numbers and colours; the best is bold.
+
+    Args:
+        columns: C names of columns.
+        rows: name of a row → C metrics by name, None where there are none.
+        metrics: the metrics to draw, in [0, 1] where they are good.
+    """
+    # Panels lie below each other, so that numbers stay legible on a narrow page.
+    size = (3.4 + 0.58 * len(columns), 1.3 + len(metrics) * (0.4 + 0.27 * len(rows)))
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    axes = figure.subplots(len(metrics), 1, squeeze=False, sharex=True)[:, 0]
+    for ax, metric in zip(axes, metrics, strict=True):
+        values = np.array([[cell[metric] if cell else np.nan for cell in cells] for cells in rows.values()])
+        ax.imshow(values, vmin=0, vmax=1, cmap="YlGnBu", aspect="auto")
+        best = np.nanmax(values, axis=0, initial=-1)
+        for (row, column), value in np.ndenumerate(values):
+            if np.isnan(value):
+                continue
+            ax.text(
+                column,
+                row,
+                f"{round(value, 2) + 0.0:.2f}".replace("0.", ".", 1),  # no minus before zero
+                ha="center",
+                va="center",
+                fontsize=7.5,
+                color="white" if value > 0.5 else INK,
+                fontweight="bold" if value == best[column] else "normal",
+            )
+        ax.set_title(metric.upper(), fontsize=10, color=INK, fontweight="bold")
+        ax.set_yticks(range(len(rows)), list(rows), fontsize=8, color=INK)
+        ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8, color=INK)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    return figure

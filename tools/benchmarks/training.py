@@ -221,4 +221,4 @@ def read_forever(config: CMVAEExperiment, names: Sequence[str]) -> Iterator[dict
     )
     batches = itertools.chain.from_iterable(map(loader.epoch_batches, itertools.count()))
     for step, batch in enumerate(batches):
-        yield batch | {"seed": step, "_place": range(config.train.batch_size)}
+        yield batch | {"_seed": step, "_place": range(config.train.batch_size)}
