@@ -128,7 +128,7 @@ def test_too_few_samples_for_a_distance_are_refused(run, num_samples, settings, 
 
 def test_without_classifiers_nothing_is_measured(run):
     config, index = run
-    with pytest.raises(UserError, match=r"no classifier for modality m0.*train_classifiers\.py"):
+    with pytest.raises(UserError, match=r"no classifier for modality m0.*cmvae classifiers"):
         next(measure_samplers(config, index.model_copy(update={"classifiers": {}}), config.run_dir, SAMPLERS))
 
 

@@ -119,7 +119,7 @@ def test_shards_without_classifiers_are_refused_with_the_command(call, folder, q
     code, out, err = call(folder / "refiner", "num_steps=1")
     assert code == 2
     assert "error: " in err
-    assert f"train_classifiers.py {shards}" in err
+    assert f"cmvae classifiers {shards}" in err
     assert out == ""
 
 

@@ -248,7 +248,7 @@ def test_without_labels_or_classifiers_metrics_are_left_out_with_the_command(
     index = ShardIndex.load(quadrants_shards)
     for change, reason in (
         ({"class_names": None}, "no labels"),
-        ({"classifiers": {}}, "train_classifiers.py"),
+        ({"classifiers": {}}, "cmvae classifiers"),
     ):
         result = evaluate_generative(evaluation_context(oracle, index.model_copy(update=change)), ALL)
         assert result.metrics == {}
@@ -503,6 +503,6 @@ def test_text_alone_has_coherence_and_no_distances(mixed_shards):
     index = context.index.model_copy(update={"classifiers": {}})
     result = evaluate_generative(dataclasses.replace(context, index=index), {"coherence", "frechet"})
     assert result.metrics["coherence/conditional"] == 1
-    assert "train_classifiers.py" in result.left_out["coherence/photo"]
+    assert "cmvae classifiers" in result.left_out["coherence/photo"]
     assert "two modalities with a classifier" in result.left_out["coherence/unconditional"]
     assert not [name for name in result.metrics if not name.startswith("coherence/")]
