@@ -134,11 +134,12 @@ class ObjectiveConfig(_Settings):
     cross_sources: Literal["all"] | PositiveInt = "all"
     """Other modalities that each is decoded from in a training step: all, or so many, drawn anew every step
     and weighted to keep the bound's expectation. Takes time linear in the number of modalities."""
-    max_decoded: PositiveInt | None = None
-    """Samples of which each decoder keeps its feature maps. Those above are decoded in parts of that size at
-    most, and computed again in the backward pass: the memory no longer grows with the number of samples or
-    with the square of the number of modalities, and a step takes longer by the decoding of those above. null
-    keeps all, and so does a decoder with batch norm, since its statistics are those of all samples."""
+    decoder_checkpoint_above: PositiveInt | None = None
+    """Gradient checkpointing of decoders: number of samples for which each decoder keeps its feature maps.
+    The others are decoded in parts of at most this size, and again in the backward pass. Memory then does not
+    grow with the number of samples or with the square of the number of modalities; a step takes longer by the
+    second decoding. null keeps all maps. So does a decoder with batch norm, whose statistics are those
+    of all samples."""
     refit_clusters_at: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_several)] = ()
     """Before the update that follows so many, the cluster means are found anew by k-means on encoded train
     data, see `cmvae.clustering.find_cluster_means`, and π becomes uniform: at one step, at several (`[800,
