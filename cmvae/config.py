@@ -136,7 +136,7 @@ class ObjectiveConfig(_Settings):
     """Number of other modalities that each modality is decoded from in a step: all, or a number of random
     ones, which are weighted so that the expectation of the bound stays the same. With a number, the time per
     step is linear in the number of modalities."""
-    max_decoded: PositiveInt | None = None
+    decoder_checkpoint_above: PositiveInt | None = None
     """Number of samples whose feature maps each decoder keeps for the backward pass; null keeps all. Further
     samples are decoded in parts of at most this size and again in the backward pass. Memory then does not
     grow with the number of samples or with the square of the number of modalities, and a step takes longer.
