@@ -295,8 +295,8 @@ class CMVAETask(Task):
         return data_log_prob(self.model.likelihoods[name], scale, x, parameters)
 
     def _decode_in_parts(self, name: str, x: Tensor, shared: Tensor, private: Tensor) -> Tensor:
-        """Like `_decode`, but keeps the feature maps of `max_decoded` latents and recomputes the others."""
-        lead, part = shared.shape[:-1], self.objective.max_decoded
+        """Like `_decode`, with gradient checkpointing above `decoder_checkpoint_above` latents."""
+        lead, part = shared.shape[:-1], self.objective.decoder_checkpoint_above
         total = lead.numel()
         if part is None or part >= total or has_batch_norm(self.model.decoders[name]):
             return self._decode(name, x, shared, private)

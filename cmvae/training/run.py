@@ -194,9 +194,10 @@ def out_of_memory_advice(config: ExperimentConfig, zero_stage: int) -> str:
             remedies.append(f"objective.num_samples below {config.objective.num_samples}")
         if config.objective.cross_sources == "all" and len(config.model.modalities) > 2:
             remedies.append("objective.cross_sources=1, which decodes fewer modalities at a time")
-        if config.objective.max_decoded is None:
+        if config.objective.decoder_checkpoint_above is None:
             remedies.append(
-                f"objective.max_decoded={2 * train.batch_size}, which decodes in parts, and longer"
+                f"objective.decoder_checkpoint_above={2 * train.batch_size}, which decodes in parts "
+                "and takes longer"
             )
     if zero_stage < 3:
         remedies.append(

@@ -188,7 +188,7 @@ def test_out_of_memory_names_the_settings(tmp_path, digits_shards):
         "train.mixed_precision=bf16",
         "objective.num_samples below 4",
         "objective.cross_sources=1",
-        "objective.max_decoded=32",
+        "objective.decoder_checkpoint_above=32",
         "configs/accelerate/zero2.yaml",
     ):
         assert setting in training.log
@@ -196,11 +196,21 @@ def test_out_of_memory_names_the_settings(tmp_path, digits_shards):
 
 
 def test_advice_is_for_what_is_not_done_yet(experiment):
-    done = "train.batch_size=1 train.mixed_precision=bf16 objective.cross_sources=1 objective.max_decoded=2"
-    config = experiment(*done.split())
+    config = experiment(
+        "train.batch_size=1",
+        "train.mixed_precision=bf16",
+        "objective.cross_sources=1",
+        "objective.decoder_checkpoint_above=2",
+    )
     advice = out_of_memory_advice(config, zero_stage=2)
     assert "zero3.yaml" in advice
-    for setting in ("batch_size", "mixed_precision", "num_samples", "cross_sources", "max_decoded"):
+    for setting in (
+        "batch_size",
+        "mixed_precision",
+        "num_samples",
+        "cross_sources",
+        "decoder_checkpoint_above",
+    ):
         assert setting not in advice
     assert "zero" not in out_of_memory_advice(config, zero_stage=3)
 

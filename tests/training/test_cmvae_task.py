@@ -87,7 +87,7 @@ def test_decoding_in_parts_changes_nothing_but_what_is_kept(batch, name):
     whole = ObjectiveConfig(name=name, num_samples=2)
     loss, gradients, sizes, again, kept = run_step(whole, batch)
     assert (sizes, again) == ([3 * 2 * 9] * 3, 0)
-    parts = whole.model_copy(update={"max_decoded": 20})
+    parts = whole.model_copy(update={"decoder_checkpoint_above": 20})
     loss_in_parts, gradients_in_parts, sizes, again, kept_in_parts = run_step(parts, batch)
     # Neither a batch nor a source ends where a part does.
     assert (sizes, again) == ([20, 14, 20] * 3, 2 * 3)
@@ -96,10 +96,12 @@ def test_decoding_in_parts_changes_nothing_but_what_is_kept(batch, name):
         # Sums in another order, of terms that cancel.
         assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
     # A part that is kept whole leaves less to compute again.
-    *_, sizes, again, kept_in_most = run_step(whole.model_copy(update={"max_decoded": 40}), batch)
+    *_, sizes, again, kept_in_most = run_step(
+        whole.model_copy(update={"decoder_checkpoint_above": 40}), batch
+    )
     assert (sizes, again) == ([14, 40] * 3, 3)
     # What the encoders, the densities and the last part of each decoder need stays.
-    *_, kept_in_more = run_step(whole.model_copy(update={"max_decoded": 6}), batch)
+    *_, kept_in_more = run_step(whole.model_copy(update={"decoder_checkpoint_above": 6}), batch)
     assert kept_in_more < 0.5 * kept
     assert kept_in_more < kept_in_parts < 0.7 * kept < kept_in_most < kept
 
@@ -110,7 +112,9 @@ def test_decoders_with_batch_norm_are_never_decoded_in_parts():
         shared_dim=5, private_dim=4, num_clusters=6, modalities={"caption": ModalityConfig(width=4)}
     )
     torch.manual_seed(0)
-    task = CMVAETask(CMVAE(config, {"caption": modality}), ObjectiveConfig(num_samples=4, max_decoded=3))
+    task = CMVAETask(
+        CMVAE(config, {"caption": modality}), ObjectiveConfig(num_samples=4, decoder_checkpoint_above=3)
+    )
     sizes = []
     task.model.decoders["caption"].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     ones = {"valid": torch.ones(2, dtype=torch.bool), "mask": torch.ones(2, 1, dtype=torch.bool)}

@@ -34,7 +34,7 @@ def train(config, **arguments):
 
 
 def test_a_compiled_training_is_the_same(experiment, backend):
-    settings = ["train.max_steps=3", "objective.num_samples=2", "objective.max_decoded=48"]
+    settings = ["train.max_steps=3", "objective.num_samples=2", "objective.decoder_checkpoint_above=48"]
     train(experiment(*settings))
     expected = load_file(experiment().run_dir / "export/model.safetensors")
     assert backend.frame_count == 0

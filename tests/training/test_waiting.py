@@ -87,7 +87,7 @@ def stored_batch(modalities):
     [
         lambda: cmvae_task(num_samples=1),
         lambda: cmvae_task(num_samples=1, cross_sources=2),
-        lambda: cmvae_task(name="dreg", num_samples=3, max_decoded=8),
+        lambda: cmvae_task(name="dreg", num_samples=3, decoder_checkpoint_above=8),
         lambda: refiner_task("any"),
         lambda: refiner_task("self"),
     ],
