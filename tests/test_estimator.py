@@ -201,7 +201,8 @@ def test_a_training_leaves_the_random_state_of_the_caller(fitted):
     [
         ({}, {}, "there is no modality"),
         ({"a": [1.0, 2.0], "b": [1.0]}, {}, "different numbers of samples"),
-        ({"a": [[1.0, np.inf]] * 9}, {}, "a: holds an infinite number"),
+        ({"a": [[1.0, np.inf]] * 9}, {}, "a: holds inf, which is out of the range"),
+        ({"a": [[1.0, 1e39]] * 9}, {}, r"a: holds 1e\+39, which is out of the range"),
         ({"a": [["x", 1.0]] * 9}, {}, "a: not all values are numbers"),
         ({"a": np.zeros((9, 2))}, {"kinds": {"b": "text"}}, "kinds: no modality 'b'"),
         ({"a": np.zeros((9, 2))}, {"kinds": {"a": "sound"}}, "'sound' is none of"),
