@@ -88,7 +88,7 @@ def verify(location: Location, index: ShardIndex) -> dict[str, Tally]:
     Raises:
         UserError: a shard is not what the index says; all bad shards are named.
     """
-    from cmvae.data.reader import SplitReader, member_suffix
+    from cmvae.data.split_reader import SplitReader, member_suffix
     from cmvae.utils.progress import progress_bar
 
     tallies: dict[str, Tally] = {}

@@ -83,7 +83,7 @@ def test_a_damaged_group_is_damage_of_its_sample(tmp_path, on_error):
     shard.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
     loader = EvaluationLoader(tmp_path, split="train", modalities=["m0"], batch_size=60, on_error=on_error)
     if on_error == "error":
-        with pytest.raises(UserError, match=r"group: b'\\xffhoto 7 .*' is no name in UTF-8"):
+        with pytest.raises(UserError, match=r"group: b'\\xffhoto 7 .*' is not a name in UTF-8"):
             next(iter(loader))
     else:
         batch = next(iter(loader))

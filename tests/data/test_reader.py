@@ -15,7 +15,7 @@ import torch
 from handmade_shards import SHAPES, members_of, picture, png, write_index, write_tar
 from PIL import Image
 
-from cmvae.data import reader
+from cmvae.data import split_reader
 from cmvae.data.plan import TrainingPlan
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
 from cmvae.modalities import ImageModality
@@ -147,7 +147,7 @@ class WatchedSample(dict):
 
 def test_undecoded_samples_are_held_only_from_their_window_to_their_use(make_folder, monkeypatch):
     samples: list[weakref.ref] = []
-    read_shard = reader.SplitReader.read_shard
+    read_shard = split_reader.SplitReader.read_shard
 
     def watched(self, shard):
         for sample in read_shard(self, shard):
@@ -158,7 +158,7 @@ def test_undecoded_samples_are_held_only_from_their_window_to_their_use(make_fol
     def count_alive() -> int:
         return sum(sample() is not None for sample in samples)
 
-    monkeypatch.setattr(reader.SplitReader, "read_shard", watched)
+    monkeypatch.setattr(split_reader.SplitReader, "read_shard", watched)
     folder = make_folder([10] * 12)
     # Windows of one shard, read in four lanes: four windows at most, and the batch in hand.
     alive = [count_alive() for _ in training(folder, shuffle_window=10, batch_size=5).epoch_batches(0)]
@@ -173,13 +173,13 @@ def test_undecoded_samples_are_held_only_from_their_window_to_their_use(make_fol
 
 def test_each_shard_is_opened_once_a_worker(make_folder, monkeypatch):
     opened = []
-    read_shard = reader.SplitReader.read_shard
+    read_shard = split_reader.SplitReader.read_shard
 
     def watched(self, shard):
         opened.append(shard.name)
         return read_shard(self, shard)
 
-    monkeypatch.setattr(reader.SplitReader, "read_shard", watched)
+    monkeypatch.setattr(split_reader.SplitReader, "read_shard", watched)
     list(training(make_folder(SIZES)).epoch_batches(0))
     assert sorted(opened) == [f"train-{number}.tar" for number in range(len(SIZES))]
 
@@ -340,10 +340,10 @@ DAMAGES = {
         ["train-0.tar", "k00001", ".m1.png"],
     ),
     "a repeated member": (lambda members: [members[0], *members], ["train-0.tar", "k00000.cls"]),
-    "a missing sample": (lambda members: members[3:], ["train-0.tar", "holds 2 samples", "says 3"]),
+    "a missing sample": (lambda members: members[3:], ["train-0.tar", "has 2 samples", "says 3"]),
     "a sample too many": (
         lambda members: [*members, *((f"x{name}", content) for name, content in members[:3])],
-        ["train-0.tar", "holds more samples than the 3"],
+        ["train-0.tar", "has more samples than the 3"],
     ),
     "no PNG": (replace("k00002.m0.png", b"GIF89a"), ["train-0.tar", "k00002.m0.png", "decoded"]),
     "half a PNG": (
@@ -365,7 +365,7 @@ DAMAGES = {
 
 DAMAGES["a sample that is there twice"] = (
     lambda members: [*members[:6], *members[:3]],
-    ["train-0.tar", "k00000 is there twice"],
+    ["train-0.tar", "k00000 occurs twice"],
 )
 
 
@@ -375,7 +375,7 @@ def test_damage_is_named(make_folder, damage):
     folder = make_folder([3], change=change)
     with pytest.raises(UserError) as problem:
         list(training(folder).epoch_batches(0))
-    for word in [*words, "inspect_shards.py"]:
+    for word in [*words, "cmvae inspect"]:
         assert word in str(problem.value)
 
 
@@ -408,7 +408,7 @@ SPOILT = {
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("spoilt", SPOILT)
-def test_a_damaged_sample_is_skipped_and_told_and_no_batch_is_lost(make_folder, spoilt, num_workers):
+def test_a_damaged_sample_is_skipped_and_reported_and_no_batch_is_lost(make_folder, spoilt, num_workers):
     folder = make_folder([3, 3, 3], change=damage_key("k00004", SPOILT[spoilt]))
     if spoilt == "another sample's key":
         # Side by side they are one sample, with members twice: told apart, the second one is skipped.
@@ -436,7 +436,7 @@ def test_a_damaged_sample_is_skipped_and_told_and_no_batch_is_lost(make_folder, 
             check_content(batch)
     (told,) = [problem for batch in read for problem in batch["skipped"]]
     assert "train-1.tar: " in told
-    assert "inspect_shards.py" in told
+    assert "cmvae inspect" in told
 
 
 def write_tar_apart(folder):
@@ -483,7 +483,7 @@ def test_a_disk_that_fails_is_no_damage(make_folder, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
         yield
 
-    monkeypatch.setattr(reader, "read_members", failing)
+    monkeypatch.setattr(split_reader, "read_members", failing)
     loader = training(make_folder([4]), on_error="skip")
     with pytest.raises(UserError, match=r"train-0\.tar: cannot be read: Input/output error"):
         list(loader.epoch_batches(0))
@@ -520,7 +520,7 @@ def test_a_truncated_tar_is_named(make_folder, length):
     folder = make_folder([4])
     shard = folder / "train-0.tar"
     shard.write_bytes(shard.read_bytes()[:length])
-    with pytest.raises(UserError, match=r"train-0\.tar: has \d+ bytes, its index says \d+"):
+    with pytest.raises(UserError, match=r"train-0\.tar: has \d+ bytes, but its index says \d+"):
         training(folder)
     # The same while reading, where the index agrees with the short file.
     write_index(folder, "train", [4])

@@ -146,11 +146,11 @@ def test_a_refusal_is_not_asked_again(cache, server):
 def test_a_reader_says_which_shard_a_server_lacks(cache, folder, server):
     loader = EvaluationLoader(server.url, split="train", modalities=MODALITIES, batch_size=16)
     (folder / "train-1.tar").unlink()
-    with pytest.raises(UserError, match=f"{re.escape(server.url)}/train-1.tar: missing, though the index"):
+    with pytest.raises(UserError, match=f"{re.escape(server.url)}/train-1.tar: missing, but the index"):
         list(loader)
 
 
-def test_an_address_without_a_data_set_is_told(cache, server):
+def test_an_address_without_a_data_set_is_reported(cache, server):
     with pytest.raises(UserError, match=r"/elsewhere: has no index.json"):
         ShardIndex.load(f"{server.url}/elsewhere")
 
@@ -182,7 +182,7 @@ def test_an_index_leads_nowhere_but_to_its_own_files(cache, folder, server, name
 
 
 @pytest.mark.parametrize("location", ["foo://bar/x", "s3x://bucket/y"])
-def test_an_unknown_kind_of_address_is_told(cache, location):
+def test_an_unknown_kind_of_address_is_reported(cache, location):
     with pytest.raises(UserError, match=f"{location}/index.json: .*rotocol"):
         ShardIndex.load(location)
 
@@ -225,14 +225,14 @@ def test_a_file_that_is_open_outlives_its_place_in_the_cache(cache, folder, serv
         assert file.read() == (folder / "train-0.tar").read_bytes()
 
 
-def test_a_shard_that_is_bigger_than_the_cache_is_told(cache, server, monkeypatch):
+def test_a_shard_that_is_bigger_than_the_cache_is_reported(cache, server, monkeypatch):
     monkeypatch.setenv("CMVAE_CACHE_GIGABYTES", "1e-6")
     with pytest.raises(UserError, match=r"holds at most 1,000\. Set CMVAE_CACHE_GIGABYTES to more"):
         fetch(server.url)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "much", "nan"])
-def test_a_bound_that_is_none_is_told(monkeypatch, text):
+def test_a_bound_that_is_none_is_reported(monkeypatch, text):
     monkeypatch.setenv("CMVAE_CACHE_GIGABYTES", text)
     with pytest.raises(UserError, match=f"CMVAE_CACHE_GIGABYTES={text}: must be a number above 0"):
         Cache.from_environment()
