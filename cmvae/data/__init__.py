@@ -1,1 +1,1 @@
-"""From a data set to batches: sources, shard writer, read plan, reader."""
+"""Read packed data sets: index, plan, downloads, reader."""

@@ -1,4 +1,4 @@
-"""Groups of samples that belong together, such as the ten captions of one photograph, as numbers."""
+"""Numbers for groups of samples that belong together, such as the ten captions of one photograph."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from cmvae.utils.errors import UserError
 
 NO_GROUP = -1
-"""The number of a sample that has no group."""
+"""Number for a sample without a group."""
 
 
 def group_number(name: str | None) -> int:
-    """The number of a group: 63 bits that depend on its name alone, -1 for None.
+    """The number of a group: 63 bits of a hash of its name, -1 for None.
 
-    Shards hold names; batches hold numbers, since ranks exchange tensors. A number depends on nothing but the
-    name, so that reader processes and ranks agree without asking each other.
+    Shards hold names; batches also hold numbers, because ranks exchange tensors. Reader processes and ranks
+    agree on the numbers without communication.
     """
     if name is None:
         return NO_GROUP
@@ -24,21 +24,20 @@ def group_number(name: str | None) -> int:
 
 
 def check_group_names(names: Iterable[str]) -> None:
-    """Refuse names that `group_number` would not tell apart.
+    """Check that `group_number` is unique; packing calls this, so readers can rely on it.
 
-    Among a million groups two have the same number with a probability of 5e-8. Packing checks it, so that
-    whatever reads packed data can rely on it.
+    Among a million groups, two have the same number with a probability of 5e-8.
 
     Args:
-        names: the groups of a data set, each once.
+        names: names of the groups of a data set, without duplicates.
 
     Raises:
-        UserError: a name is empty, or two have the same number.
+        UserError: a name is empty, or two names have the same number.
     """
     name_of: dict[int, str] = {}
     for name in names:
         if not name:
-            raise UserError("a group has an empty name. Name it, or leave its samples without a group")
+            raise UserError("a group has an empty name. Name the group, or give its samples no group")
         other = name_of.setdefault(group_number(name), name)
         if other != name:
             raise UserError(f"groups {other!r} and {name!r} have the same number. Rename one of them")

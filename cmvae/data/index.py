@@ -1,4 +1,4 @@
-"""What a packed data set is: its modalities, its shards and `index.json`.
+"""The index of a packed data set, `index.json`: its modalities, splits and shards.
 
 This module imports neither torch nor webdataset, so that a wrong path or a missing modality is reported
 in the first second.
@@ -22,14 +22,14 @@ from cmvae.utils.errors import UserError
 INDEX_NAME = "index.json"
 CLASSIFIERS_FOLDER = "classifiers"
 FORMAT_VERSION: Final = 1
-# Fields of a modality in which data may differ from what a model was trained on.
-_OF_A_DATA_SET = {"optional", "mean", "std"}
+# Fields of a modality that may differ between the data of a model and other data.
+_FREE_FIELDS = {"optional", "mean", "std"}
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 _CLASSIFIER_FILE = re.compile(rf"{CLASSIFIERS_FOLDER}/{NAME_PATTERN}\.safetensors")
 
 
 def _check_shard_name(name: str) -> str:
-    # Shards lie beside their index: a name with a slash or `..` could make a reader open any file.
+    # Shards are in the folder of their index. A name with a slash or `..` could open any file.
     if not _SHARD_NAME.fullmatch(name):
         raise ValueError(f"shard name {name!r} must be a plain file name that ends in .tar")
     return name
@@ -45,7 +45,7 @@ ShardName = Annotated[str, AfterValidator(_check_shard_name)]
 ClassifierFile = Annotated[str, AfterValidator(_check_classifier_file)]
 SplitName = Literal["train", "validation", "test"]
 OnError = Literal["error", "skip"]
-"""What a damaged sample leads to."""
+"""What to do about a damaged sample."""
 
 
 class _Schema(BaseModel):
@@ -53,7 +53,7 @@ class _Schema(BaseModel):
 
 
 class ShardSchema(_Schema):
-    """One tar file, beside the index."""
+    """One tar file, in the folder of the index."""
 
     name: ShardName
     num_samples: int = Field(ge=1)
@@ -67,25 +67,24 @@ class SplitSchema(_Schema):
     num_samples: int = Field(ge=1)
     shards: tuple[ShardSchema, ...]
     num_groups: int = Field(default=0, ge=0)
-    """Groups that its samples name; 0 where no sample has a group. A reader yields groups where there are
-    some."""
+    """Number of groups of its samples; 0 if no sample has a group, and batches have no groups then."""
 
     @model_validator(mode="after")
     def _counts_agree(self) -> SplitSchema:
         total = sum(shard.num_samples for shard in self.shards)
         if total != self.num_samples:
-            raise ValueError(f"num_samples is {self.num_samples}, but its shards hold {total}")
+            raise ValueError(f"num_samples is {self.num_samples}, but its shards have {total}")
         return self
 
 
 class ClassifierSchema(_Schema):
-    """What reads the class of one modality's images when models are evaluated; trained on these shards."""
+    """The classifier of one image modality for evaluation, trained on these shards."""
 
     file: ClassifierFile
-    """Below the folder of the index."""
+    """Path relative to the folder of the index."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     width: int = Field(ge=1)
-    """Channels of its first convolution."""
+    """Number of channels of its first convolution."""
     epochs: int = Field(ge=1)
     seed: int = Field(ge=0)
     accuracy: float = Field(ge=0, le=1)
@@ -93,25 +92,25 @@ class ClassifierSchema(_Schema):
 
 
 class ShardIndex(_Schema):
-    """`index.json`: everything that a reader needs to know before it opens a tar."""
+    """`index.json`: all that a reader needs before it opens a tar."""
 
     format_version: Literal[1] = FORMAT_VERSION
     name: str
     source: dict[str, str | int | float | bool | None]
-    """Where the data came from and the settings it was packed with, for people."""
+    """Origin of the data and settings of its packing, for people."""
     modalities: dict[ModalityName, AnyModality]
     class_names: tuple[str, ...] | None
-    """Names of the labels 0, 1, …; null where the data has no labels."""
+    """Names of the labels 0, 1, …; null if the data has no labels."""
     splits: dict[SplitName, SplitSchema]
     classifiers: dict[ModalityName, ClassifierSchema] = {}
-    """By modality; `cmvae classifiers` adds them to an index that is already there."""
+    """By modality; `cmvae classifiers` adds them to an existing index."""
 
     @classmethod
     def load(cls, location: Location) -> ShardIndex:
         """Read the `index.json` of a folder or a URL.
 
         Raises:
-            UserError: the data set or its index is missing or damaged, or cannot be fetched.
+            UserError: the index is missing or damaged, or cannot be downloaded.
         """
         try:
             return cls.model_validate_json(read_file(location, INDEX_NAME))
@@ -126,7 +125,7 @@ class ShardIndex(_Schema):
             ) from error
 
     def split(self, name: str, location: Location) -> SplitSchema:
-        """The split called `name`; `location` only names the data set in the error message.
+        """The split `name`; `location` is for the error message.
 
         Raises:
             UserError: the data set has no such split.
@@ -137,14 +136,14 @@ class ShardIndex(_Schema):
         raise UserError(f"{location}: no split {name!r}; it has {', '.join(self.splits)}")
 
     def check_modalities(self, trained_on: Mapping[str, Modality], location: Location) -> None:
-        """Refuse data that is not of the kind and shape that a model was trained on.
+        """Check that the data has the modalities that a model was trained on.
 
         Args:
-            trained_on: the modalities that are to be read, as the model knows them.
-            location: names the data set in the error message.
+            trained_on: modalities of the model, by name.
+            location: location of the data set, for the error message.
 
         Raises:
-            UserError: a modality is missing or has another kind, shape, dtype or other names.
+            UserError: a modality is missing, or has another kind, shape, dtype or names.
         """
         path = f"{location}/{INDEX_NAME}"
         for name, expected in trained_on.items():
@@ -152,11 +151,11 @@ class ShardIndex(_Schema):
             if found is None:
                 raise UserError(
                     f"{path}: modalities: no {name!r}, only {', '.join(self.modalities)}. Pack a data set "
-                    "that has it, or leave it out"
+                    "with this modality, or do without it"
                 )
             present = found.model_dump()
-            # `kind` is the first: a modality of another kind has other fields.
-            for key, before in expected.model_dump(exclude=_OF_A_DATA_SET).items():
+            # `kind` is compared first: a modality of another kind has other fields.
+            for key, before in expected.model_dump(exclude=_FREE_FIELDS).items():
                 if before != (now := present[key]):
                     raise UserError(
                         f"{path}: modalities.{name}.{key}: {_shorten(now)}, but the model was trained on "
@@ -167,8 +166,7 @@ class ShardIndex(_Schema):
 def _missing_index(location: Location) -> str:
     if is_remote(location):
         return (
-            f"{location}: has no {INDEX_NAME}. Give the address of a copy of a whole shard folder, as "
-            "cmvae pack writes it"
+            f"{location}: has no {INDEX_NAME}. Give the URL of a copy of a whole folder that cmvae pack wrote"
         )
     if not Path(location).is_dir():
         return (
@@ -176,11 +174,11 @@ def _missing_index(location: Location) -> str:
             f"for example: cmvae pack digits --out {location}"
         )
     return (
-        f"{location}/{INDEX_NAME}: missing, so {location} is no finished shard folder (packing may have been "
-        f"interrupted). Run cmvae pack again with --out {location}"
+        f"{location}/{INDEX_NAME}: missing, so packing was not finished (it may have been interrupted). Run "
+        f"cmvae pack again with --out {location}"
     )
 
 
 def _shorten(value: object) -> str:
-    """A value for a message: a vocabulary has thousands of words."""
+    """Shorten a value for a message: a vocabulary has thousands of words."""
     return textwrap.shorten(str(value), 80, placeholder=" …")

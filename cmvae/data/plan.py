@@ -1,10 +1,10 @@
-"""Who reads what, when: pure arithmetic on the sample counts of the index.
+"""Which rank reads which samples in which order, computed from the sample counts of the index.
 
-A sample is known by its *position*: its place when a split's shards are laid end to end in index order. Both
-plans split samples, not shards, between the ranks, so that any number of shards gives every rank equally many
-batches; and both are functions of numbers that every process has, so that no process has to ask another.
+The *position* of a sample is its place in the concatenation of the split's shards in index order. Both
+plans divide samples, not shards, between the ranks, so all ranks have equally many batches for any number of
+shards. Both are functions of numbers that every process has, so no communication is needed.
 
-Imports only numpy.
+This module imports only numpy.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ import numpy as np
 from cmvae.utils.errors import UserError
 
 NUM_LANES = 4
-"""Places of a rank's run that are read in turn: up to this many reader processes share no shard's reading.
+"""Parts of a rank's samples that are read in turn: up to this number of reader processes, no two processes
+have to read the same shard.
 
-A constant of the order itself, hence not a setting: the order must not depend on the number of processes.
+This is not a setting, because the order must not depend on the number of processes.
 """
 
-# First word of each random stream, so that no two uses of one seed share random numbers.
+# First part of the key of each random stream, so that uses of one seed do not share random numbers.
 _SHUFFLE_STREAM = 0
 _LEFT_OUT_STREAM = 1
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one rank reads in one pass."""
+    """What one rank reads in one epoch."""
 
     batches: np.ndarray
-    """(num_batches, B) int64: positions of the samples of each batch, in the order of the batches."""
+    """(num_batches, B) int64: positions of the samples of each batch."""
     valid: np.ndarray
-    """(num_batches, B) bool: False where a sample only fills up a batch and is counted elsewhere."""
+    """(num_batches, B) bool: False for a sample that only fills up a batch and is valid elsewhere."""
     window_of_shard: np.ndarray
-    """(num_shards,) int64: shards of the same number are worth loading together."""
+    """(num_shards,) int64: number of each shard's window; the shards of a window are loaded together."""
 
 
 @dataclass(frozen=True)
@@ -52,35 +53,36 @@ class WorldSizeChange:
 
 
 class Plan(Protocol):
-    """A way to deal the samples of a split to the ranks."""
+    """A way to distribute the samples of a split over the ranks."""
 
     batch_size: int
     world_size: int
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches of each rank in one pass, the same on all ranks."""
+        """Number of batches per epoch on each rank."""
 
     def for_rank(self, epoch: int, rank: int) -> RankPlan:
-        """What `rank` reads in pass number `epoch`."""
+        """What `rank` reads in epoch number `epoch`."""
 
 
 class TrainingPlan:
-    """A new order each epoch, a function of (seed, epoch); equally many full batches on all ranks.
+    """A new order in each epoch, a function of (seed, epoch); equally many full batches on all ranks.
 
-    The shards are permuted; neighbours form windows of at least `shuffle_window` samples; the samples of each
-    window are shuffled. Of the N samples, the N mod (W·B) that do not fill a global batch are left out. They
-    are taken in turn from one fixed permutation, so that over the epochs every sample is left out equally
-    often. Each rank owns one contiguous run of what remains, cut into `NUM_LANES` lanes, a batch of each in
-    turn. What ranks of another number have left of an epoch is dealt in the same way.
+    The shards are permuted; consecutive shards form windows of at least `shuffle_window` samples; the samples
+    of each window are shuffled. The N mod (W·B) samples that do not fill a global batch are left out. They
+    are taken in turn from one fixed permutation, so over the epochs every sample is left out equally often.
+    Each rank reads one contiguous part of the remaining order, divided into `NUM_LANES` lanes, from which
+    batches are taken in turn. If the world size changes during an epoch, the rest of the epoch is distributed
+    in the same way.
 
     Args:
-        shard_sizes: samples in each shard of the split.
-        batch_size: B, samples of one batch on one rank.
+        shard_sizes: number of samples of each shard of the split.
+        batch_size: B, number of samples per batch on one rank.
         world_size: W, number of ranks.
         seed: seed of the order.
-        shuffle_window: samples that are shuffled together, at least; the memory of a reader process is a
-            few times as many undecoded samples.
+        shuffle_window: minimum number of samples that are shuffled together; a reader process holds a few
+            times this number of undecoded samples in memory.
         world_size_changes: where the number of ranks changed within the run, in order; W·B did not.
 
     Raises:
@@ -106,27 +108,27 @@ class TrainingPlan:
         if self.batches_per_epoch == 0:
             largest = self.num_samples // world_size
             raise UserError(
-                f"train.batch_size: {batch_size} a rank on {world_size} rank(s) makes a global batch of "
+                f"train.batch_size: {batch_size} per rank on {world_size} rank(s) is a global batch of "
                 f"{batch_size * world_size}, but the split has only {self.num_samples} samples. "
                 + (f"Set train.batch_size to at most {largest}" if largest else "Start fewer ranks")
             )
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches of each rank in one epoch."""
+        """Number of batches per epoch on each rank."""
         return self.num_samples // (self.world_size * self.batch_size)
 
     def left_out(self, epoch: int) -> np.ndarray:
-        """Positions that no rank reads in this epoch, (N mod W·B,) int64."""
+        """Positions of the samples that no rank reads in this epoch, (N mod W·B,) int64."""
         num_left_out = self.num_samples % (self.world_size * self.batch_size)
         turns = self._random(_LEFT_OUT_STREAM).permutation(self.num_samples)
         return turns[(epoch * num_left_out + np.arange(num_left_out)) % self.num_samples]
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's global order and its windows.
+        """The global order of an epoch and its windows.
 
         Returns:
-            Positions, (W·B·batches_per_epoch,) int64; and the window of each shard, (num_shards,) int64.
+            Positions (W·B·batches_per_epoch,) int64, and the window of each shard (num_shards,) int64.
         """
         rng = self._random(_SHUFFLE_STREAM, epoch)
         first_positions = np.cumsum(self.shard_sizes) - self.shard_sizes
@@ -147,7 +149,7 @@ class TrainingPlan:
         return RankPlan(batches, np.ones(batches.shape, dtype=bool), window_of_shard)
 
     def _deal(self, epoch: int, order: np.ndarray) -> np.ndarray:
-        """What all ranks read together, batch by batch: (batches_per_epoch, W·B) int64."""
+        """Positions of the global batches, (batches_per_epoch, W·B) int64."""
         global_batch = self.world_size * self.batch_size
         consumed = np.empty((0, global_batch), dtype=np.int64)
         for change in self.world_size_changes:
@@ -161,7 +163,7 @@ class TrainingPlan:
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=stream))
 
     def _group(self, shards: np.ndarray) -> list[list[int]]:
-        """Neighbouring shards in groups of at least `shuffle_window` samples, or all in one."""
+        """Group consecutive shards to windows of at least `shuffle_window` samples, or to one window."""
         groups: list[list[int]] = [[]]
         size = 0
         for shard in shards.tolist():
@@ -177,10 +179,10 @@ class TrainingPlan:
 
 
 def _deal_to_ranks(order: np.ndarray, world_size: int, global_batch: int) -> np.ndarray:
-    """A run of `order` for each rank, in lanes: (num_batches, global_batch), the ranks in a row."""
+    """Divide `order` over the ranks, in lanes: (num_batches, global_batch), rank after rank in each row."""
     runs = order.reshape(world_size, -1, global_batch // world_size)
     lanes = np.array_split(np.arange(runs.shape[1]), NUM_LANES)
-    # array_split makes the first lanes the longer ones, so turns end with the first lanes.
+    # array_split makes the first lanes longer, so the last turn consists of the first lanes.
     turns = [lane[turn] for turn in range(len(lanes[0])) for lane in lanes if turn < len(lane)]
     return runs[:, turns].swapaxes(0, 1).reshape(-1, global_batch)
 
@@ -188,14 +190,14 @@ def _deal_to_ranks(order: np.ndarray, world_size: int, global_batch: int) -> np.
 class EvaluationPlan:
     """Natural order; over all ranks every sample is valid exactly once; all ranks have equally many batches.
 
-    Rank r of W owns one contiguous part; parts differ by at most one sample. A part is filled up with repeats
-    of its last sample, marked as not valid.
+    Each rank reads one contiguous part; the sizes of the parts differ by at most one sample. A part is filled
+    up with repetitions of its last sample, marked invalid.
 
     Args:
-        shard_sizes: samples in each shard of the split.
-        batch_size: B, samples of one batch on one rank.
+        shard_sizes: number of samples of each shard of the split.
+        batch_size: B, number of samples per batch on one rank.
         world_size: W, number of ranks.
-        num_samples: only the first so many, if there are more.
+        num_samples: maximum number of samples, the first of the split.
     """
 
     def __init__(
@@ -213,15 +215,15 @@ class EvaluationPlan:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches of each rank in one pass."""
+        """Number of batches per epoch on each rank."""
         largest_part = -(-self.num_samples // self.world_size)
         return -(-largest_part // self.batch_size)
 
     def for_rank(self, epoch: int, rank: int) -> RankPlan:
-        """What `rank` reads; every pass is the same."""
+        """What `rank` reads, the same in every epoch."""
         part = np.array_split(np.arange(self.num_samples), self.world_size)[rank]
         shape = (self.batches_per_epoch, self.batch_size)
-        # With more ranks than samples a part is empty: any sample will do to fill it up.
+        # With more ranks than samples, some parts are empty, and any sample can fill them up.
         filled = np.full(shape, part[-1] if len(part) else 0, dtype=np.int64)
         filled.flat[: len(part)] = part
         valid = np.arange(filled.size).reshape(shape) < len(part)

@@ -1,4 +1,9 @@
-"""Members of a tar, one after the other."""
+"""Read the members of a tar.
+
+Plain headers, as `cmvae pack` and GNU tar write them, are parsed here. tarfile, which WebDataset uses, makes
+an object per member, and training then reads small images at half the speed; docs/performance.md has the
+comparison.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ from webdataset.tariterators import tar_file_iterator
 
 _BLOCK = 512
 _END = bytes(_BLOCK)
-# Fields of a header (POSIX.1-1988), and the marks of that format and of GNU's.
+# Fields of a header (POSIX.1-1988), and the magic numbers of that format and of GNU tar.
 _NAME, _SIZE, _CHECKSUM, _TYPE, _FORMAT = (
     slice(100),
     slice(124, 136),
@@ -26,13 +31,11 @@ _PADDING = b" \x00"
 def read_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the regular files of a tar, in its order.
 
-    Python's tarfile makes an object of every header, which takes longer than decoding a small image. Plain
-    headers, as `write_shards` and GNU tar write them, are therefore read here. From the first one that is not
-    plain, or not whole, WebDataset goes on: it knows long names, sparse files and compressed tars, and says
-    what is wrong with a damaged one.
+    From the first header that is not plain or is incomplete, WebDataset reads the rest: it supports long
+    names, sparse files and compressed tars, and its errors say how a tar is damaged.
 
     Args:
-        stream: at the beginning of the tar; it must be seekable.
+        stream: seekable, at the beginning of the tar.
 
     Raises:
         tarfile.TarError, OSError, EOFError, ValueError: the tar is damaged.
@@ -58,11 +61,11 @@ def read_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
 
 
 def _parse(header: bytes) -> tuple[str, int] | None:
-    """Name and size of a regular file; None if a header says anything else."""
+    """Name and size of a regular file; None for any other header."""
     if len(header) < _BLOCK or header[_FORMAT] not in _FORMATS or header[_TYPE] != _REGULAR_FILE:
         return None
     if header[_PREFIX]:
-        return None  # what stands before a long name
+        return None  # the first part of a long name
     try:
         name = header[_NAME].partition(b"\x00")[0].decode()
         size, checksum = (int(header[field].strip(_PADDING), 8) for field in (_SIZE, _CHECKSUM))
@@ -70,8 +73,8 @@ def _parse(header: bytes) -> tuple[str, int] | None:
         return None
     if size < 0:
         return None
-    # Of all bytes, those of the checksum itself taken for spaces.
+    # The sum of all bytes, with spaces in place of the checksum itself.
     if sum(header) - sum(header[_CHECKSUM]) + 8 * ord(" ") != checksum:
         return None
-    # What WebDataset keeps for itself, it also recognises.
+    # WebDataset reserves these names, and checks for them.
     return None if name.startswith("__") else (name, size)

@@ -1,6 +1,6 @@
-"""The data sets that can be packed: name of the sub-command to its module.
+"""Data sets that can be packed: the module of each sub-command of `cmvae pack`.
 
-Importing this imports no library that is slow to import: the modules import theirs when a source is opened.
+The modules import slow libraries only when a source is opened.
 """
 
 from cmvae.datasets import cubicc, digits, digits_mixed, folder, polymnist, table

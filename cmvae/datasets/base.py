@@ -1,4 +1,4 @@
-"""What a source of samples is: the one interface between a data set and the shard writer."""
+"""The interface between a data set and the shard writer."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from cmvae.data.index import SplitName
 from cmvae.modalities import Modality
 
 SPLIT_NUMBERS: dict[SplitName, int] = {"train": 0, "validation": 1, "test": 2}
-"""Place of each split in the keys of random streams."""
+"""Number of each split in the keys of random streams."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as it goes into a shard."""
+    """One sample to be written to a shard."""
 
     values: Mapping[str, np.ndarray]
-    """Modality to what is stored of it, see `cmvae.modalities`; without those optional ones that it lacks."""
+    """Stored value of each modality that the sample has; see `cmvae.modalities`."""
     label: int | None
-    """Number of the class, null where the data has no labels."""
+    """Number of its class; None if the data has no labels."""
     key: str | None = None
-    """What it is called in the shards, without dots and slashes; None is the split and its number there."""
+    """Its key in the shards, without dots and slashes; None makes one from split and index."""
     group: str | None = None
-    """Name of the samples that it belongs together with, such as their photograph; None is a sample alone."""
+    """Name of the group that it belongs to, such as the samples of one photograph; None if it has none."""
 
 
 class Source(Protocol):
     """A data set that can be packed.
 
-    A sample must be a function of (split, index) and the settings of the source alone, never of what was
-    asked for before: several processes ask, each for other samples.
+    A sample must be a function of (split, index) and the settings of the source, not of earlier calls:
+    several processes read different samples.
     """
 
     @property
@@ -44,22 +44,22 @@ class Source(Protocol):
 
     @property
     def modalities(self) -> Mapping[str, Modality]:
-        """What each sample holds."""
+        """The modalities of the samples, by name."""
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the labels 0, 1, …; null where the data has no labels."""
+        """Names of the labels 0, 1, …; None if the data has no labels."""
 
     @property
     def settings(self) -> Mapping[str, str | int | float | bool | None]:
-        """Where the data came from and how it was made, for `ShardIndex.source`."""
+        """Origin of the data and how it was made, for `ShardIndex.source`."""
 
     @property
     def split_sizes(self) -> Mapping[SplitName, int]:
-        """Samples of each split."""
+        """Number of samples of each split."""
 
     def sample(self, split: SplitName, index: int) -> Sample:
-        """Sample number `index`, below `split_sizes[split]`, of `split`."""
+        """Sample number `index` of `split`, from 0 to below `split_sizes[split]`."""
 
 
 class SourceModule(Protocol):
@@ -67,26 +67,26 @@ class SourceModule(Protocol):
 
     @property
     def DESCRIPTION(self) -> str:  # noqa: N802 (a constant of the module)
-        """What it is, in a line."""
+        """Description of the data set in one line."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add the source's own flags to its sub-command."""
+        """Add the flags of the source to its sub-command."""
 
     def config_for(self, arguments: argparse.Namespace) -> Path | None:
-        """The experiment in configs/ that fits what the flags describe.
+        """The experiment in configs/ for the data that the flags describe.
 
-        None for people's own data: there a config to start from is made of what was packed, and a flag
-        `--config PATH` says where to.
+        None for users' own data: a starter config is made from the packed data instead, and written to the
+        file of the flag `--config`.
         """
 
     def from_arguments(self, arguments: argparse.Namespace) -> Source:
-        """Open the source.
+        """Open the source that the flags describe.
 
         Raises:
-            UserError: what it reads is missing or damaged.
+            UserError: files are missing or damaged, or flags do not fit together.
         """
 
 
 def random_stream(seed: int, *key: int) -> np.random.Generator:
-    """The random numbers that belong to `key`, whatever was drawn for other keys or in other processes."""
+    """Random numbers for `key`, independent of draws for other keys and in other processes."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))

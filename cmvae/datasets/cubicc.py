@@ -1,8 +1,8 @@
-"""CUBICC: photographs of birds with captions that people wrote, subspecies grouped into species.
+"""CUBICC: photographs of birds with captions written by people; subspecies are grouped into species.
 
 Source: Palumbo, Manduchi, Laguna, Chopard, Vogt, "Deep Generative Clustering with Multimodal Diffusion
 Variational Autoencoders", ICLR 2024, from CUB-200-2011 (Wah et al., 2011) and the captions of Reed et al.,
-CVPR 2016. A sample is a photograph with one of its ten captions; all ten are in one split.
+CVPR 2016. A sample is a photograph with one of its ten captions; all ten are in the same split.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SPECIES = {
     "Warbler": ("Pine_Warbler", "Kentucky_Warbler", "Yellow_Warbler"),
     "Wren": ("House_Wren", "Marsh_Wren", "Carolina_Wren"),
 }
-"""Species to the subspecies of CUBICC, as the folders of CUB-200-2011 spell them."""
+"""The subspecies of each species of CUBICC, spelt as in the folders of CUB-200-2011."""
 FAMILIES = {
     "Albatross": ("Black_footed_Albatross", "Laysan_Albatross", "Sooty_Albatross"),
     "Auklet": ("Crested_Auklet", "Least_Auklet", "Parakeet_Auklet", "Rhinoceros_Auklet"),
@@ -61,8 +61,8 @@ FAMILIES = {
     "Finch": ("Gray_crowned_Rosy_Finch", "Purple_Finch"),
     "Flycatcher": ("Acadian_Flycatcher", "Great_Crested_Flycatcher", "Yellow_bellied_Flycatcher"),
 }
-"""The same of cub_mini64. Its four lone subspecies, bunting, cormorant, crow and flicker, are left out: each
-would be a class of a third of the others' size, with nothing to be grouped."""
+"""The same for cub_mini64. Its four single subspecies, bunting, cormorant, crow and flicker, are left out:
+each would be a class of one subspecies, a third as large as the others."""
 
 _SPLIT_STREAM = 0
 _SPLIT_FILES: dict[SplitName, str] = {
@@ -74,14 +74,14 @@ _RELEASED_FILES = ("images.pt", "captions.pt", "labels.pt", "original_labels.pt"
 _RELEASED_MEMBER = re.compile(
     r"(?:.*/)?((?:images|captions|labels|original_labels)\.pt|(?:train|validation|test)_split\.npy|cub\.vocab)"
 )
-# What the released vocabulary calls the special tokens; the others of its names are its words.
+# Names of the special tokens in the released vocabulary; its other names are words.
 _RELEASED_TOKENS = {"<pad>": PAD, "<eos>": EOS, "<exc>": UNKNOWN, "<unk>": UNKNOWN}
 _CHUNK = 512
-"""Samples that are converted at once: all captions as one-hot vectors take gigabytes."""
+"""Number of samples that are converted at once: one-hot vectors of all captions take gigabytes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `make_shards.py cubicc`."""
+    """Add the flags of `cmvae pack cubicc`."""
     origin = parser.add_mutually_exclusive_group(required=True)
     origin.add_argument(
         "--released", type=Path, metavar="FOLDER", help="the released folder: images.pt, captions.pt, …"
@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cub",
         type=Path,
         metavar="FOLDER",
-        help="CUB_200_2011, with images/CLASS/*.jpg and captions in text/ or text_c10/, or see --captions",
+        help="CUB_200_2011, with images/CLASS/*.jpg, and captions in text/, text_c10/ or --captions",
     )
     origin.add_argument(
         "--mini", type=Path, metavar="FOLDER", help="cub_mini64: images.npz and captions.json"
@@ -100,26 +100,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--captions",
         type=Path,
         metavar="FOLDER",
-        help="with --cub: CLASS/*.txt, a file an image, a line a caption (default: in the folder of --cub)",
+        help="with --cub: folder with CLASS/*.txt, one file per image, one caption per line (default: in the "
+        "folder of --cub)",
     )
     parser.add_argument(
         "--fractions",
         type=fractions,
         default=(0.7, 0.15, 0.15),
         metavar="TRAIN,VALIDATION,TEST",
-        help="shares of the images of every subspecies; the release has its own (default: 0.7,0.15,0.15)",
+        help="shares of the splits in every subspecies; the release has its own splits "
+        "(default: 0.7,0.15,0.15)",
     )
 
 
 def config_for(arguments: argparse.Namespace) -> Path:
-    """As `SourceModule.config_for`: cub_mini64 has one of its own, for a CPU."""
+    """The experiment configs/cubicc.yaml, or configs/cub_mini.yaml for cub_mini64 on a CPU."""
     return Path("configs/cubicc.yaml" if arguments.mini is None else "configs/cub_mini.yaml")
 
 
 def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
-    """The source that the flags describe."""
+    """Open the source that the flags describe.
+
+    Raises:
+        UserError: files are missing or damaged, or cannot be downloaded.
+    """
     if arguments.captions is not None and arguments.cub is None:
-        raise UserError("--captions: only goes with --cub; the others hold their captions")
+        raise UserError(
+            "--captions: can only be used with --cub; the other sources contain captions. Remove it"
+        )
     if arguments.mini is not None:
         return open_mini(arguments.mini, arguments.fractions, arguments.seed)
     if arguments.cub is not None:
@@ -129,12 +137,12 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
 
 
 def open_mini(folder: Path, shares: tuple[float, float, float], seed: int) -> ColumnSource:
-    """cub_mini64 in families, without its four lone subspecies.
+    """Open cub_mini64, grouped into families, without its four single subspecies.
 
     Args:
-        folder: of images.npz and captions.json.
-        shares: of the splits in the images of every subspecies.
-        seed: of the splits.
+        folder: folder of images.npz and captions.json.
+        shares: shares of the splits in the images of every subspecies.
+        seed: seed of the splits.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -147,11 +155,11 @@ def open_mini(folder: Path, shares: tuple[float, float, float], seed: int) -> Co
         classes, files, captions = texts["classes"], texts["files"], texts["captions"]
     except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{folder}: cannot be read as cub_mini64 ({error}). It holds images.npz (images, labels) and "
-            "captions.json (classes, files, captions)"
+            f"{folder}: cannot be read as cub_mini64 ({error}). Give a folder with images.npz (images, "
+            "labels) and captions.json (classes, files, captions)"
         ) from error
     if not len(images) == len(labels) == len(files) == len(captions):
-        raise UserError(f"{folder}: images, labels, files and captions differ in number. Copy it again")
+        raise UserError(f"{folder}: the numbers of images, labels, files and captions differ. Copy it again")
     subspecies = [_strip_number(classes[label]) for label in labels.tolist()]
     kept = [number for number, name in enumerate(subspecies) if _group_of(name, FAMILIES) is not None]
     rows = _CaptionRows([captions[number] for number in kept])
@@ -170,13 +178,13 @@ def open_mini(folder: Path, shares: tuple[float, float, float], seed: int) -> Co
 def open_cub(
     folder: Path, captions: Path | None, shares: tuple[float, float, float], seed: int
 ) -> ColumnSource:
-    """The subspecies of CUBICC out of CUB-200-2011, whole frames.
+    """Open the subspecies of CUBICC in CUB-200-2011, with whole photographs.
 
     Args:
-        folder: `CUB_200_2011`, or what it holds: `images/NUMBER.CLASS/NAME.jpg`.
-        captions: `NUMBER.CLASS/NAME.txt`; None looks in the folder.
-        shares: of the splits in the images of every subspecies.
-        seed: of the splits.
+        folder: `CUB_200_2011` or its parent, with `images/NUMBER.CLASS/NAME.jpg`.
+        captions: folder with `NUMBER.CLASS/NAME.txt`; None searches for it in `folder`.
+        shares: shares of the splits in the images of every subspecies.
+        seed: seed of the splits.
 
     Raises:
         UserError: folders or captions are missing.
@@ -187,8 +195,8 @@ def open_cub(
         captions = next((place for place in places if place.is_dir()), None)
         if captions is None:
             raise UserError(
-                f"{root}: holds neither text/ nor text_c10/ with captions. Fetch them (Reed et al., 2016, "
-                "cvpr2016_cub) and give their folder as --captions"
+                f"{root}: has neither text/ nor text_c10/ with captions. Download them (Reed et al., 2016, "
+                "cvpr2016_cub), and give their folder as --captions"
             )
     classes = sorted(
         path
@@ -200,7 +208,7 @@ def open_cub(
     if lacking:
         raise UserError(
             f"{root / 'images'}: no folder NUMBER.{lacking[0]}, and {len(lacking) - 1} more of the 22 of "
-            "CUBICC. Give the folder of CUB-200-2011 that holds images/"
+            "CUBICC are missing. Give the folder of CUB-200-2011 that contains images/"
         )
     paths = [path for folder in classes for path in sorted(folder.glob("*.jpg"))]
     rows = _CaptionRows([_read_captions(captions / path.parent.name / f"{path.stem}.txt") for path in paths])
@@ -217,19 +225,19 @@ def open_cub(
 
 
 def open_release(folder: Path, shares: tuple[float, float, float], seed: int) -> ColumnSource:
-    """The released folder, with its own splits as long as no photograph is in two of them.
+    """Open the released folder, with the released splits unless a photograph is in two of them.
 
     Args:
-        folder: of images.pt, captions.pt, labels.pt, original_labels.pt, *_split.npy and cub.vocab.
-        shares: of the splits in the images of every subspecies, if they have to be drawn.
-        seed: likewise.
+        folder: folder of images.pt, captions.pt, labels.pt, original_labels.pt, *_split.npy and cub.vocab.
+        shares: shares of the splits in the images of every subspecies, if the splits are drawn.
+        seed: seed of the splits, if they are drawn.
 
     Raises:
-        UserError: a file is missing or damaged, or holds what it should not.
+        UserError: a file is missing or damaged, or has other contents than expected.
     """
     for name in (*_RELEASED_FILES, *_SPLIT_FILES.values()):
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: missing. Give the released folder, or --download it")
+            raise UserError(f"{folder / name}: missing. Give the released folder, or use --download")
     images = _read_released_images(folder / "images.pt")
     labels, subspecies = (
         np.asarray(_load_tensor(folder / name)).reshape(-1).astype(np.int64)
@@ -237,8 +245,8 @@ def open_release(folder: Path, shares: tuple[float, float, float], seed: int) ->
     )
     tokens, vocabulary = _read_released_captions(folder)
     if not len(images) == len(labels) == len(subspecies) == len(tokens):
-        raise UserError(f"{folder}: images, captions and labels differ in number. Fetch it again")
-    # The ten pairs of a photograph hold the same pixels.
+        raise UserError(f"{folder}: the numbers of images, captions and labels differ. Download it again")
+    # The ten pairs of a photograph have the same pixels.
     first_row, image_of_row = np.unique(
         images.reshape(len(images), -1), axis=0, return_index=True, return_inverse=True
     )[1:]
@@ -246,7 +254,7 @@ def open_release(folder: Path, shares: tuple[float, float, float], seed: int) ->
     splits = _read_released_splits(folder, len(labels))
     if _is_shared(image_of_row, splits):
         print(
-            "note: in the released splits photographs are in two of them; split anew by photograph",
+            "note: photographs are in two of the released splits; the data is split again by photograph",
             file=sys.stderr,
         )
         splits = draw_splits(image_of_row, shares, random_stream(seed, _SPLIT_STREAM), labels=subspecies)
@@ -259,11 +267,11 @@ def open_release(folder: Path, shares: tuple[float, float, float], seed: int) ->
         },
         splits=splits,
         labels=np.searchsorted(classes, labels),
-        # Which of the eight names belongs to which number is not in the folder.
+        # The folder does not say which species has which number.
         class_names=tuple(f"species {label}" for label in classes.tolist()),
         keys=[f"pair-{row:05d}" for row in range(len(labels))],
         settings={"source": "released CUBICC", "folder": str(folder)},
-        # The folder has no names of photographs: each is called after its first pair.
+        # The folder has no names of photographs: each is named after its first pair.
         groups=[f"photo-{row:05d}" for row in first_row[image_of_row].tolist()],
     )
 
@@ -281,10 +289,10 @@ def download_release(cache: Path) -> Path:
 
 
 class _CaptionRows:
-    """A row a caption.
+    """One row per caption.
 
     Args:
-        captions: of every image.
+        captions: captions of each image.
     """
 
     def __init__(self, captions: Sequence[Sequence[str]]) -> None:
@@ -303,7 +311,7 @@ class _CaptionRows:
         seed: int,
         settings: Mapping[str, str | int | float | bool | None],
     ) -> ColumnSource:
-        """Split by image, evenly over the subspecies, and label by group."""
+        """Make the source: split by image, stratified by subspecies, and labelled by group."""
         class_names = tuple(groups)
         labels = np.array([class_names.index(str(_group_of(name, groups))) for name in subspecies])
         numbers = np.unique(np.array(subspecies), return_inverse=True)[1]
@@ -340,27 +348,27 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file. Give the folder that holds it") from error
+        raise UserError(f"{path}: no such file. Give the folder that contains it") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}). Copy it again") from error
 
 
 def _read_captions(path: Path) -> list[str]:
-    """The captions of one image, a line each."""
+    """The captions of one image, one per line."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read: {error}. Give the captions' folder as --captions"
+            f"{path}: cannot be read: {error}. Give the folder of the captions as --captions"
         ) from error
     captions = [line for line in lines if line]
     if not captions:
-        raise UserError(f"{path}: holds no caption. Give the captions' folder as --captions")
+        raise UserError(f"{path}: has no caption. Give the folder of the captions as --captions")
     return captions
 
 
 def _load_tensor(path: Path) -> Any:
-    """A tensor, mapped where the file allows it; what is pickled in it is not run."""
+    """Load a tensor, memory-mapped if possible; pickled code in the file is not run."""
     import torch
 
     try:
@@ -368,11 +376,11 @@ def _load_tensor(path: Path) -> Any:
             tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # a file from before torch 1.6 cannot be mapped
             tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what its unpickler does
+    except Exception as error:  # torch raises what its unpickler raises
         message = str(error).partition("\n")[0]
-        raise UserError(f"{path}: cannot be read as a tensor ({message}). Fetch it again") from error
+        raise UserError(f"{path}: cannot be read as a tensor ({message}). Download it again") from error
     if not isinstance(tensor, torch.Tensor):
-        raise UserError(f"{path}: holds {type(tensor).__name__}, expected a tensor. Fetch it again")
+        raise UserError(f"{path}: contains {type(tensor).__name__}, expected a tensor. Download it again")
     return tensor
 
 
@@ -381,7 +389,8 @@ def _read_released_images(path: Path) -> np.ndarray:
     tensor = _load_tensor(path)
     if tensor.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
         raise UserError(
-            f"{path}: of shape {tuple(tensor.shape)}, expected (N, 3, {IMAGE_SIZE}, {IMAGE_SIZE})"
+            f"{path}: has shape {tuple(tensor.shape)}, expected (N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}). Download "
+            "it again"
         )
     if not tensor.is_floating_point():
         return tensor.numpy().astype(np.uint8)
@@ -389,24 +398,26 @@ def _read_released_images(path: Path) -> np.ndarray:
     for start in range(0, len(images), _CHUNK):
         part = tensor[start : start + _CHUNK].float().numpy()
         if not (part.min() >= 0 and part.max() <= 1):
-            raise UserError(f"{path}: values of {part.min():g} to {part.max():g}, expected 0 to 1")
+            raise UserError(
+                f"{path}: values from {part.min():g} to {part.max():g}, expected 0 to 1. Download it again"
+            )
         images[start : start + _CHUNK] = (part * 255).round()
     return images
 
 
 def _read_released_captions(folder: Path) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(N, 32) int64 and the vocabulary, which begins with the special tokens."""
+    """Tokens (N, 32) int64, and the vocabulary, which begins with the special tokens."""
     path = folder / "cub.vocab"
     try:
         words = _read_json(path)["i2w"]
         names = [_RELEASED_TOKENS.get(words[str(place)], words[str(place)]) for place in range(len(words))]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: has no i2w from 0, 1, … to words. Fetch it again") from error
+        raise UserError(f"{path}: has no i2w from 0, 1, … to words. Download it again") from error
     one_hot = _load_tensor(folder / "captions.pt")
     if one_hot.ndim != 3 or one_hot.shape[2] != len(names):
         raise UserError(
-            f"{folder / 'captions.pt'}: of shape {tuple(one_hot.shape)}, expected (N, length, {len(names)}) "
-            "for the words of cub.vocab. Fetch it again"
+            f"{folder / 'captions.pt'}: has shape {tuple(one_hot.shape)}, expected (N, length, {len(names)}) "
+            "for the words of cub.vocab. Download it again"
         )
     vocabulary = (*SPECIAL_TOKENS, *(name for name in names if name not in SPECIAL_TOKENS))
     places = {name: place for place, name in enumerate(vocabulary)}
@@ -424,16 +435,23 @@ def _read_released_splits(folder: Path, number: int) -> Splits:
         try:
             rows = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: cannot be read as a NumPy array ({error}). Fetch it again") from error
+            raise UserError(
+                f"{path}: cannot be read as a NumPy array ({error}). Download it again"
+            ) from error
         if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer) or len(rows) == 0:
-            raise UserError(f"{path}: {rows.dtype} of shape {rows.shape}, expected numbers of pairs")
+            raise UserError(
+                f"{path}: {rows.dtype} of shape {rows.shape}, expected indices of pairs. Download it again"
+            )
         if rows.min() < 0 or rows.max() >= number:
-            raise UserError(f"{path}: numbers {rows.min()} to {rows.max()}, but there are {number} pairs")
+            raise UserError(
+                f"{path}: indices {rows.min()} to {rows.max()}, but there are {number} pairs. Download "
+                "it again"
+            )
         splits[split] = np.sort(rows.astype(np.int64))
     return splits
 
 
 def _is_shared(groups: np.ndarray, splits: Splits) -> bool:
-    """Whether a group is in two splits."""
+    """Whether a group is in more than one split."""
     found = [set(groups[rows].tolist()) for rows in splits.values()]
     return len(set.union(*found)) < sum(map(len, found))

@@ -1,7 +1,7 @@
-"""The embedded data set: scikit-learn's handwritten digits through several colour modalities, no download.
+"""The embedded data set: scikit-learn's handwritten digits in several colour modalities; needs no download.
 
-Backgrounds are one dark colour with slight noise. That is deliberate: with photographs behind digits this
-small, a model finds the backgrounds and not the ten digits.
+A background is one dark colour with slight noise. With photographs behind digits this small, a model would
+cluster the backgrounds, not the digits.
 """
 
 from __future__ import annotations
@@ -22,63 +22,64 @@ from cmvae.utils.errors import UserError
 DESCRIPTION = "scikit-learn's 1,797 digits in three colour modalities of 3×16×16, or more; needs no download"
 
 MAX_MODALITIES = 8
-"""Of more, the hues could no longer be told apart by eye."""
+"""With more, the hues would be too similar to distinguish."""
 PALETTE_SIZE = 8
 NUM_TRAIN_IMAGES = 1500
 INK_THRESHOLD = 7
-"""Of the originals' range 0..16: pixels above are ink. Half of the range keeps the strokes closed."""
+"""Pixels above are ink, in the range 0..16 of the originals. Half of the range keeps the strokes closed."""
 NOISE_STD = 4.0
-"""Standard deviation of the background's noise, in grey levels out of 255."""
+"""Standard deviation of the noise of the background, in grey levels 0..255."""
 
-# First word of each random stream.
+# First part of the key of each random stream.
 _SPLIT_STREAM, _PARTNER_STREAM, _BACKGROUND_STREAM, _MISSING_STREAM = range(4)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `make_shards.py digits`."""
+    """Add the flags of `cmvae pack digits`."""
     add_pairing_arguments(parser)
     parser.add_argument(
         "--modalities",
         type=int,
         default=3,
         choices=range(2, MAX_MODALITIES + 1),
-        help="m0, m1, …, each with a part of the colour circle (default: 3, those of configs/digits.yaml)",
+        help="number of modalities m0, m1, …, each with its part of the colour circle (default: 3, as in "
+        "configs/digits.yaml)",
     )
     parser.add_argument(
         "--missing",
         type=fraction_below_one,
         default=0.0,
         metavar="SHARE",
-        help="each modality of a train or validation sample is left out with this probability, at least one "
-        "stays; test is complete (default: 0)",
+        help="probability that a train or validation sample lacks a modality; at least one stays, and the "
+        "test split is complete (default: 0)",
     )
 
 
 def add_pairing_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that say how many samples are made of an original."""
+    """Add the flags for the number of samples per original image."""
     parser.add_argument(
         "--pairings",
         type=int,
         default=4,
         metavar="N",
-        help="samples made of every train image, each with other partners and backgrounds (default: 4)",
+        help="samples per train image, each with other partners and backgrounds (default: 4)",
     )
     parser.add_argument(
         "--held-out-pairings",
         type=int,
         default=5,
         metavar="N",
-        help="the same for validation and test, whose few images would make noisy metrics (default: 5)",
+        help="the same for validation and test; few samples would make noisy metrics (default: 5)",
     )
 
 
 def config_for(arguments: argparse.Namespace) -> Path:
-    """As `SourceModule.config_for`."""
+    """The experiment configs/digits.yaml."""
     return Path("configs/digits.yaml")
 
 
 def from_arguments(arguments: argparse.Namespace) -> DigitsSource:
-    """The source that the flags describe."""
+    """Open the source that the flags describe."""
     return DigitsSource(
         arguments.seed,
         arguments.pairings,
@@ -89,9 +90,9 @@ def from_arguments(arguments: argparse.Namespace) -> DigitsSource:
 
 
 def make_palettes(num_modalities: int) -> np.ndarray:
-    """Eight dark colours a modality, its part of the colour circle: (M, 8, 3) in grey levels 0..255.
+    """Eight dark colours per modality: (M, 8, 3) RGB values 0..255.
 
-    The parts keep a gap between them, so that no two modalities share a hue.
+    Each modality has a part of the colour circle, with gaps between the parts, so modalities share no hue.
     """
     return np.array(
         [
@@ -105,16 +106,16 @@ def make_palettes(num_modalities: int) -> np.ndarray:
 
 
 class DigitsSource:
-    """Digits, binarised and doubled to 16×16, as M images of the same class on coloured backgrounds.
+    """M images of a class per sample: digits, binarised and enlarged to 16×16, on coloured backgrounds.
 
     Args:
-        seed: seed of the splits, the partners and the backgrounds.
-        pairings: samples made of each train image.
-        held_out_pairings: samples made of each validation or test image.
-        missing: probability of each modality of a sample to be left out, in train and validation: clusters
-            are selected on data as complete as what trains, and measured on complete data. Of a sample that
-            would have none one stays, so that the share that is missing is missing − missing^M / M.
-        num_modalities: M.
+        seed: seed of splits, partners and backgrounds.
+        pairings: number of samples per train image.
+        held_out_pairings: number of samples per validation or test image.
+        missing: probability that a train or validation sample lacks a modality. Clusters are selected on data
+            with as many missing modalities as in training, and evaluated on complete data. A sample that
+            would have no modality keeps one, so the share of missing values is missing − missing^M / M.
+        num_modalities: M, number of modalities.
 
     Raises:
         UserError: a number of pairings is below 1.
@@ -133,9 +134,9 @@ class DigitsSource:
     ) -> None:
         if min(pairings, held_out_pairings) < 1:
             raise UserError(
-                f"--pairings {pairings}, --held-out-pairings {held_out_pairings}: give at least 1"
+                f"--pairings {pairings}, --held-out-pairings {held_out_pairings}: must be at least 1"
             )
-        # Heavy to import, and needed for no other source.
+        # Slow to import, and only needed by this source.
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -143,7 +144,7 @@ class DigitsSource:
         self.seed = seed
         self.missing = missing
         self.grey = digits.images
-        """(1797, 8, 8): the originals, ink between 0 and 16."""
+        """(1797, 8, 8): the originals, with ink from 0 to 16."""
         self.labels = digits.target.astype(np.int64)
         self.masks = (digits.images > INK_THRESHOLD).repeat(2, axis=1).repeat(2, axis=2)
         """(1797, 16, 16) bool: where the ink is."""
@@ -175,11 +176,11 @@ class DigitsSource:
             "validation": self._pair("validation", validation, held_out_pairings),
             "test": self._pair("test", test, held_out_pairings),
         }
-        """Of each split (M, number of samples): the underlying image of every modality and sample."""
+        """By split, (M, number of samples): the underlying image of each modality and sample."""
         self.split_sizes = {split: partners.shape[1] for split, partners in self.partners.items()}
 
     def sample(self, split: SplitName, index: int) -> Sample:
-        """An image a modality, all of one class, each on a colour of its modality's palette, or fewer."""
+        """One image per present modality, all of one class, each on a colour of its modality's palette."""
         images = {}
         underlying = self.partners[split][:, index]
         for modality in self._present(split, index):
@@ -193,7 +194,7 @@ class DigitsSource:
         return Sample(images, label=int(self.labels[underlying[0]]))
 
     def _present(self, split: SplitName, index: int) -> list[int]:
-        """The modalities that a sample has. A larger share leaves out those of a smaller one, and more."""
+        """Modalities of a sample; with a larger `missing` a subset of those with a smaller one."""
         if split == "test":
             return list(range(len(self.modalities)))
         stream = random_stream(self.seed, _MISSING_STREAM, SPLIT_NUMBERS[split], index)

@@ -1,7 +1,6 @@
-"""The embedded data set of three kinds: a picture of a digit, statistics of another, a sentence naming it.
+"""The embedded data set of three kinds: an image of a digit, statistics of another, a sentence about it.
 
-The sentences share nothing with the picture but the digit: a colour told in them would be as good a reason
-for a cluster as the digit is.
+Sentences and images share only the digit: a model could also cluster by a colour that a sentence mentions.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ SENTENCES = (
 )
 ADJECTIVES = ("neat", "hasty", "clear", "shaky", "plain", "large")
 MAX_LENGTH = 16
-"""Tokens; the longest sentence has nine, its end included."""
+"""Number of tokens; the longest sentence has nine, `<eos>` included."""
 
 _WHITE = 16.0
-"""Full ink in the originals."""
-_SENTENCE_STREAM = 100  # far from those of the digits, which share the seed
+"""Value of full ink in the originals."""
+_SENTENCE_STREAM = 100  # not one of the streams of the digits, which have the same seed
 STATISTICS = (
     "ink",
     "mean_row",
@@ -49,42 +48,42 @@ add_arguments = digits.add_pairing_arguments
 
 
 def config_for(arguments: argparse.Namespace) -> Path:
-    """As `SourceModule.config_for`."""
+    """The experiment configs/digits_mixed.yaml."""
     return Path("configs/digits_mixed.yaml")
 
 
 def from_arguments(arguments: argparse.Namespace) -> DigitsMixedSource:
-    """The source that the flags describe."""
+    """Open the source that the flags describe."""
     return DigitsMixedSource(arguments.seed, arguments.pairings, arguments.held_out_pairings)
 
 
 class DigitsMixedSource:
-    """Samples of `image`, `statistics` and `caption`, of one class, the first two from different originals.
+    """Samples of `image`, `statistics` and `caption`, the first two of different originals of a class.
 
-    Splits, partners and pictures are those of `DigitsSource`: no original is in two splits.
+    Splits, partners and images are those of `DigitsSource`: no original is in two splits.
 
     Args:
-        seed: as of `DigitsSource`, and of the sentences.
-        pairings: as of `DigitsSource`.
-        held_out_pairings: likewise.
+        seed: seed of splits, partners, backgrounds and sentences.
+        pairings: number of samples per train image.
+        held_out_pairings: number of samples per validation or test image.
 
     Raises:
-        UserError: as of `DigitsSource`.
+        UserError: a number of pairings is below 1.
     """
 
     name = "digits_mixed"
     class_names = DigitsSource.class_names
 
     def __init__(self, seed: int = 0, pairings: int = 4, held_out_pairings: int = 5) -> None:
-        self._pictures = DigitsSource(seed, pairings, held_out_pairings)
-        self.split_sizes = self._pictures.split_sizes
-        self.settings = self._pictures.settings
-        self.partners = {split: partners[:2] for split, partners in self._pictures.partners.items()}
-        """Of each split (2, number of samples): the originals of the image and of the statistics."""
-        statistics = pixel_statistics(self._pictures.grey)
+        self._digits = DigitsSource(seed, pairings, held_out_pairings)
+        self.split_sizes = self._digits.split_sizes
+        self.settings = self._digits.settings
+        self.partners = {split: partners[:2] for split, partners in self._digits.partners.items()}
+        """By split, (2, number of samples): the originals of the images and of the statistics."""
+        statistics = pixel_statistics(self._digits.grey)
         modality, _ = fit_vector(statistics, STATISTICS, self.partners["train"][1])
         self._statistics = number_column(statistics, modality)
-        # A row a sample, one split after another.
+        # One row per sample, split after split.
         self._first_row: dict[SplitName, int] = {}
         sentences: list[str | None] = []
         for split, size in self.split_sizes.items():
@@ -93,37 +92,37 @@ class DigitsMixedSource:
         train = self._first_row["train"] + np.arange(self.split_sizes["train"])
         self._captions = TextColumn(sentences, fit_text(sentences, train, min_count=1, max_length=MAX_LENGTH))
         self.modalities = {
-            "image": self._pictures.modalities["m0"],
+            "image": self._digits.modalities["m0"],
             "statistics": self._statistics.modality,
             "caption": self._captions.modality,
         }
 
     def sample(self, split: SplitName, index: int) -> Sample:
-        """A picture, statistics of another original of the class, and a sentence that names the class."""
-        picture = self._pictures.sample(split, index)
+        """An image, statistics of another original of the class, and a sentence that names the class."""
+        digit = self._digits.sample(split, index)
         values = {
-            "image": picture.values["m0"],
+            "image": digit.values["m0"],
             "statistics": self._statistics.read(int(self.partners[split][1, index])),
             "caption": self._captions.read(self._first_row[split] + index),
         }
-        return Sample(values, picture.label)
+        return Sample(values, digit.label)
 
     def _write(self, seed: int, split: SplitName, index: int) -> str:
         rng = random_stream(seed, _SENTENCE_STREAM, SPLIT_NUMBERS[split], index)
-        label = self._pictures.labels[self.partners[split][0, index]]
+        label = self._digits.labels[self.partners[split][0, index]]
         sentence, adjective = rng.choice(SENTENCES), rng.choice(ADJECTIVES)
         return sentence.format(adjective=adjective, number=NUMBER_NAMES[label])
 
 
 def pixel_statistics(images: np.ndarray) -> np.ndarray:
-    """The numbers named in `STATISTICS`.
+    """Compute the numbers named in `STATISTICS`.
 
     Args:
-        images: (N, 8, 8), ink between 0 and 16.
+        images: (N, 8, 8), ink from 0 to 16.
 
     Returns:
-        (N, 22) float64: share of ink; mean and variance of the ink's rows and columns and their covariance,
-        in pixels; ink of every row and column.
+        (N, 22) float64: share of ink; means, variances and covariance of the row and column numbers of the
+        ink, in pixels and squared pixels; ink per row and per column.
     """
     ink = images / _WHITE
     total = ink.sum(axis=(1, 2))

@@ -1,4 +1,4 @@
-"""How PolyMNIST is made from single images: partners of the same class, colours inverted under the digit.
+"""Make PolyMNIST from single images: pair images of a class, invert colours under the digit.
 
 Source: Sutter, Daunhawer, Vogt, "Generalized Multimodal ELBO", ICLR 2021.
 """
@@ -11,16 +11,16 @@ import numpy as np
 def pair_within_classes(labels: np.ndarray, num_modalities: int, rng: np.random.Generator) -> np.ndarray:
     """Draw the underlying image of every sample and modality.
 
-    For each class and modality a separate random permutation of the images of that class: every image is
-    used exactly once in each modality, and the images of a sample share nothing but their class.
+    The images of each class are permuted separately for each modality. Every image is used exactly once per
+    modality, and the images of a sample share only their class.
 
     Args:
         labels: (N,) class of each underlying image; sample i has the class of image i.
-        num_modalities: M.
-        rng: where the permutations come from.
+        num_modalities: M, number of modalities.
+        rng: random number generator.
 
     Returns:
-        (M, N) numbers of the underlying images.
+        (M, N) indices of the underlying images.
     """
     partners = np.empty((num_modalities, len(labels)), dtype=np.int64)
     for modality in range(num_modalities):
@@ -31,7 +31,7 @@ def pair_within_classes(labels: np.ndarray, num_modalities: int, rng: np.random.
 
 
 def invert_under(background: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The background with its colours inverted where the digit is.
+    """Invert the colours of the background where the digit is.
 
     Args:
         background: (height, width, 3) uint8.

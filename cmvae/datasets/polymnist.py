@@ -1,6 +1,6 @@
-"""PolyMNIST: five photographs with an MNIST digit of the same class in each.
+"""PolyMNIST: five photographs, each with an MNIST digit of the same class.
 
-Either built from MNIST and a folder of photographs, or read from the released folder of PNG files.
+The data is made from MNIST and a folder of photographs, or read from the released folder of PNG files.
 Source: Sutter, Daunhawer, Vogt, "Generalized Multimodal ELBO", ICLR 2021; the archive is the one of the
 CMVAE paper.
 """
@@ -30,10 +30,10 @@ DESCRIPTION = "PolyMNIST: MNIST digits over photographs, 60,000 samples of five 
 RELEASE_URL = "https://polybox.ethz.ch/index.php/s/DvIsHiopIoPnKXI/download"
 IMAGE_SIZE = 28
 INK_THRESHOLD = 128
-"""Pixels of MNIST above this are the digit."""
+"""Pixels of MNIST above this value belong to the digit."""
 CLASS_NAMES = tuple(str(digit) for digit in range(10))
 
-# First word of each random stream.
+# First part of the key of each random stream.
 _SPLIT_STREAM, _PARTNER_STREAM, _CROP_STREAM = range(3)
 
 _RELEASED_MEMBER = re.compile(r"(?:.*/)?PolyMNIST/(train|test)/(m\d+)/(\d+\.\d\.png)")
@@ -48,13 +48,13 @@ _IDX_NAMES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `make_shards.py polymnist`."""
+    """Add the flags of `cmvae pack polymnist`."""
     origin = parser.add_mutually_exclusive_group(required=True)
     origin.add_argument(
         "--backgrounds",
         type=Path,
         metavar="FOLDER",
-        help="build the images: photographs whose sorted names give the modalities m0, m1, …",
+        help="make the images from these photographs, in alphabetical order the modalities m0, m1, …",
     )
     origin.add_argument(
         "--released", type=Path, metavar="FOLDER", help="the released folder PolyMNIST/{train,test}/m{0..4}"
@@ -65,23 +65,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="PATH",
         help="with --backgrounds: mnist.npz, or the folder of the four idx files, plain or .gz "
-        "(default: torchvision's download into --cache)",
+        "(default: downloaded into --cache by torchvision)",
     )
 
 
 def config_for(arguments: argparse.Namespace) -> Path:
-    """As `SourceModule.config_for`."""
+    """The experiment configs/polymnist.yaml."""
     return Path("configs/polymnist.yaml")
 
 
 def from_arguments(arguments: argparse.Namespace) -> Source:
-    """The source that the flags describe."""
+    """Open the source that the flags describe.
+
+    Raises:
+        UserError: files are missing or damaged, or cannot be downloaded.
+    """
     if arguments.backgrounds is not None:
         mnist_path = arguments.mnist if arguments.mnist is not None else download_mnist(arguments.cache)
         return PolyMNISTSource(read_mnist(mnist_path), arguments.backgrounds, arguments.seed)
     if arguments.mnist is not None:
         raise UserError(
-            "--mnist: only goes with --backgrounds; the released images have their digits in them"
+            "--mnist: can only be used with --backgrounds; the released images contain their digits. "
+            "Remove it"
         )
     if arguments.download:
         return ReleasedPolyMNISTSource(download_release(arguments.cache), arguments.seed)
@@ -90,7 +95,7 @@ def from_arguments(arguments: argparse.Namespace) -> Source:
 
 @dataclass(frozen=True)
 class MNIST:
-    """MNIST as it is published."""
+    """MNIST as published."""
 
     x_train: np.ndarray
     """(60000, 28, 28) uint8."""
@@ -101,7 +106,7 @@ class MNIST:
     y_test: np.ndarray
     """(10000,) class of each image."""
     origin: str
-    """The file or folder, for people."""
+    """File or folder, for messages."""
 
     def __post_init__(self) -> None:
         for part in ("train", "test"):
@@ -109,24 +114,24 @@ class MNIST:
             if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
                 raise UserError(
                     f"{self.origin}: x_{part}: {images.dtype} of shape {images.shape}, expected uint8 of "
-                    f"shape (N, {IMAGE_SIZE}, {IMAGE_SIZE}). Fetch MNIST again"
+                    f"shape (N, {IMAGE_SIZE}, {IMAGE_SIZE}). Download MNIST again"
                 )
             if labels.shape != images.shape[:1] or not np.isin(labels, np.arange(10)).all():
                 raise UserError(
-                    f"{self.origin}: y_{part}: expected {len(images)} labels 0..9. Fetch MNIST again"
+                    f"{self.origin}: y_{part}: expected {len(images)} labels 0..9. Download MNIST again"
                 )
 
 
 class PolyMNISTSource:
-    """MNIST digits on random crops of photographs, one photograph a modality.
+    """MNIST digits on random crops of photographs, one photograph per modality.
 
     Args:
         mnist: the digits.
         backgrounds: folder of photographs.
-        seed: seed of the split of the test images, the partners and the crops.
+        seed: seed of the split of the test images, of partners and crops.
 
     Raises:
-        UserError: the folder has no photographs, or one that cannot be read or is too small.
+        UserError: the folder has no photographs, or a photograph cannot be read or is too small.
     """
 
     name = "polymnist"
@@ -142,18 +147,18 @@ class PolyMNISTSource:
             "backgrounds": str(backgrounds),
         }
         self.images: dict[SplitName, np.ndarray] = {}
-        """Of each split (N, 28, 28) uint8: the underlying digits."""
+        """By split, (N, 28, 28) uint8: the underlying digits."""
         self.labels: dict[SplitName, np.ndarray] = {}
-        """Of each split (N,): the class of each underlying digit, and of the sample of the same number."""
+        """By split, (N,): class of each underlying digit, and of the sample with the same index."""
         self.partners: dict[SplitName, np.ndarray] = {}
-        """Of each split (M, N): the underlying digit of every modality and sample."""
+        """By split, (M, N): the underlying digit of each modality and sample."""
         self._add_split("train", mnist.x_train, mnist.y_train)
         for split, chosen in _halve(len(mnist.x_test), seed).items():
             self._add_split(split, mnist.x_test[chosen], mnist.y_test[chosen])
         self.split_sizes = {split: len(labels) for split, labels in self.labels.items()}
 
     def sample(self, split: SplitName, index: int) -> Sample:
-        """One digit a modality, all of one class, on a crop of the modality's photograph."""
+        """One digit per modality, all of one class, each on a crop of the modality's photograph."""
         images = {}
         for modality, photograph in enumerate(self.photographs):
             rng = random_stream(self.seed, _CROP_STREAM, SPLIT_NUMBERS[split], modality, index)
@@ -175,11 +180,11 @@ class ReleasedPolyMNISTSource:
     """The released PNG files, `{train,test}/m{0..4}/{index}.{digit}.png`, paired by file name.
 
     Args:
-        folder: the released folder `PolyMNIST`, or the one that holds it.
+        folder: the released folder `PolyMNIST`, or its parent.
         seed: seed of the split of the test images into validation and test.
 
     Raises:
-        UserError: the folder is no released PolyMNIST, or modalities lack images of each other.
+        UserError: the folder is not the released PolyMNIST, or images are missing in some modalities.
     """
 
     name = "polymnist"
@@ -191,8 +196,8 @@ class ReleasedPolyMNISTSource:
         )
         if root is None:
             raise UserError(
-                f"{folder}: no released PolyMNIST: train/m0 is in neither it nor its folder PolyMNIST. "
-                f"Fetch {RELEASE_URL}, unpack it, and give --released the folder PolyMNIST"
+                f"{folder}: not the released PolyMNIST: neither train/m0 nor PolyMNIST/train/m0 exists. "
+                f"Download and unpack {RELEASE_URL}, and give its folder PolyMNIST as --released"
             )
         names = [path.name for path in root.joinpath("train").iterdir() if re.fullmatch(r"m\d+", path.name)]
         self.root = root
@@ -204,35 +209,41 @@ class ReleasedPolyMNISTSource:
         train = self._list_names("train")
         test = self._list_names("test")
         self.files: dict[SplitName, list[str]] = {"train": train}
-        """Of each split the file names, the same in every modality."""
+        """File names of each split, the same in all modalities."""
         for split, chosen in _halve(len(test), seed).items():
             self.files[split] = [test[number] for number in chosen]
         self.split_sizes = {split: len(files) for split, files in self.files.items()}
 
     def sample(self, split: SplitName, index: int) -> Sample:
-        """The images of one file name.
+        """The images with one file name.
 
         Raises:
-            UserError: a file is no 28×28 colour PNG.
+            UserError: a file is not a 28×28 colour PNG.
         """
         name = self.files[split][index]
         folder = self.root / ("train" if split == "train" else "test")
-        images = {modality: _read_released_image(folder / modality / name) for modality in self.modalities}
+        images = {
+            key: _read_released_image(folder / key / name, modality)
+            for key, modality in self.modalities.items()
+        }
         return Sample(images, label=int(name.split(".")[1]))
 
     def _list_names(self, part: str) -> list[str]:
-        """File names of one part, by number, after a check that all modalities have the same."""
+        """File names of one part in numerical order, which must be the same in all modalities."""
         found: set[str] | None = None
         for modality in self.modalities:
             folder = self.root / part / modality
             if not folder.is_dir():
-                raise UserError(f"{folder}: missing, though train has {len(self.modalities)} modalities")
+                raise UserError(
+                    f"{folder}: missing, but train has {len(self.modalities)} modalities. Unpack the archive "
+                    "again"
+                )
             names = {path.name for path in folder.iterdir() if _RELEASED_NAME.fullmatch(path.name)}
             if found is not None and names != found:
                 example = min(names ^ found)
                 raise UserError(
-                    f"{folder}: has other images than {self.root / part / 'm0'}, for example {example} is "
-                    "in only one of them. Unpack the archive again"
+                    f"{folder}: has other images than {self.root / part / 'm0'}; for example, {example} is "
+                    "only in one of them. Unpack the archive again"
                 )
             found = names
         if not found:
@@ -262,15 +273,15 @@ def read_mnist(path: Path) -> MNIST:
 
 
 def download_mnist(cache: Path) -> Path:
-    """Fetch MNIST with torchvision, unless it is in `cache` already.
+    """Download MNIST with torchvision, unless `cache` has it.
 
     Returns:
         The folder of the idx files.
 
     Raises:
-        UserError: there is no network; the message says what to put where.
+        UserError: MNIST cannot be downloaded.
     """
-    # Slow to import, and needed for no other way to MNIST.
+    # Slow to import, and only needed here.
     import cmvae.utils.torchvision_shim  # noqa: F401, I001
     from torchvision import datasets
 
@@ -278,8 +289,8 @@ def download_mnist(cache: Path) -> Path:
         datasets.MNIST(str(cache), download=True)
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"MNIST cannot be downloaded into {cache}: {str(error).strip()}. Fetch mnist.npz or the four idx "
-            "files on a machine with a network and give their place as --mnist PATH"
+            f"MNIST cannot be downloaded into {cache}: {str(error).strip()}. Download mnist.npz or the four "
+            "idx files on a machine with a network, and give their path as --mnist PATH"
         ) from error
     return cache / "MNIST" / "raw"
 
@@ -297,7 +308,7 @@ def download_release(cache: Path) -> Path:
 
 
 def _halve(num_test: int, seed: int) -> Mapping[SplitName, np.ndarray]:
-    """Numbers of the test images that become validation, and of those that stay test."""
+    """Indices of the test images for the validation and the test split, half of them each."""
     order = random_stream(seed, _SPLIT_STREAM).permutation(num_test)
     return {"validation": np.sort(order[: num_test // 2]), "test": np.sort(order[num_test // 2 :])}
 
@@ -308,12 +319,12 @@ def _image_modalities(count: int) -> dict[str, Modality]:
 
 
 def _read_photographs(folder: Path) -> list[np.ndarray]:
-    """Photographs in the order of their names, each (height, width, 3) uint8."""
+    """Photographs in alphabetical order, each (height, width, 3) uint8."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder. Give --backgrounds a folder of photographs")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PHOTOGRAPH_SUFFIXES)
     if not paths:
-        raise UserError(f"{folder}: no .jpg, .jpeg or .png in it. Give --backgrounds a folder of photographs")
+        raise UserError(f"{folder}: has no .jpg, .jpeg or .png. Give --backgrounds a folder of photographs")
     photographs = []
     for path in paths:
         try:
@@ -327,22 +338,16 @@ def _read_photographs(folder: Path) -> list[np.ndarray]:
     return photographs
 
 
-def _read_released_image(path: Path) -> np.ndarray:
+def _read_released_image(path: Path, modality: Modality) -> np.ndarray:
     """A released PNG as (3, 28, 28) uint8."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            size, mode = image.size, image.mode
-            if mode == "RGB" and size == (IMAGE_SIZE, IMAGE_SIZE):
-                return np.asarray(image).transpose(2, 0, 1)
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
-        raise UserError(f"{path}: cannot be read as PNG: {error}. Unpack the archive again") from error
-    raise UserError(
-        f"{path}: a {mode} image of {size[0]}×{size[1]}, expected RGB of {IMAGE_SIZE}×{IMAGE_SIZE}"
-    )
+        return modality.decode(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}. Unpack the archive again") from error
 
 
 def _read_idx(folder: Path, name: str) -> np.ndarray:
-    """An idx file of bytes, the format MNIST is published in: two zeros, type, rank, sizes, values."""
+    """Read an idx file of bytes, the published format of MNIST: two zeros, type, rank, sizes, values."""
     plain, gzipped = folder / name, folder / f"{name}.gz"
     path = plain if plain.is_file() else gzipped
     try:
@@ -352,8 +357,8 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
         return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)
     except FileNotFoundError as error:
         raise UserError(
-            f"{folder}: neither {name} nor {name}.gz is in it. MNIST is four files: "
+            f"{folder}: has neither {name} nor {name}.gz. Give a folder of the four files of MNIST: "
             f"{', '.join(_IDX_NAMES.values())}"
         ) from error
     except (OSError, EOFError, ValueError, IndexError) as error:
-        raise UserError(f"{path}: no complete idx file ({error}). Fetch MNIST again") from error
+        raise UserError(f"{path}: not a complete idx file ({error}). Download MNIST again") from error

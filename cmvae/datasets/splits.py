@@ -1,4 +1,4 @@
-"""Rows into train, validation and test: drawn by a seed, even over the classes, groups kept together."""
+"""Draw train, validation and test splits: stratified by class, groups kept together."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from cmvae.data.index import SplitName
 from cmvae.utils.errors import UserError
 
 Splits = dict[SplitName, np.ndarray]
-"""Of each split the numbers of its rows, rising."""
+"""Row numbers of each split, in increasing order."""
 
 DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
 
 
 def fractions(text: str) -> tuple[float, float, float]:
-    """Type of a flag: shares of train, validation and test, such as `0.8,0.1,0.1`."""
+    """Type of a command-line flag: shares of train, validation and test, such as `0.8,0.1,0.1`."""
     try:
         train, validation, test = (float(part) for part in text.split(","))
     except ValueError:
@@ -27,7 +27,7 @@ def fractions(text: str) -> tuple[float, float, float]:
 
 
 def fractions_text(shares: tuple[float, float, float]) -> str:
-    """What `fractions` reads."""
+    """The inverse of `fractions`."""
     return ",".join(f"{share:g}" for share in shares)
 
 
@@ -37,21 +37,21 @@ def draw_splits(
     rng: np.random.Generator,
     labels: np.ndarray | None = None,
 ) -> Splits:
-    """Deal groups of rows to the splits.
+    """Assign groups of rows to the splits at random.
 
     Args:
-        groups: (N,) group of each row; a group is never cut.
-        shares: of train, validation and test in the number of groups; of the last two one may be 0.
-        rng: where the draw comes from.
-        labels: (N,) class of each row: every split gets its share of every class, up to one group.
+        groups: (N,) group of each row; a group is never divided.
+        shares: shares of train, validation and test in the number of groups; one of the last two may be 0.
+        rng: random number generator.
+        labels: (N,) class of each row; every split gets its share of every class, up to one group.
 
     Raises:
-        UserError: there are too few groups for a split that has a share.
+        UserError: there are too few groups for a split with a share above 0.
     """
     _, first, group_of_row = np.unique(groups, return_index=True, return_inverse=True)
     order = rng.permutation(len(first))
     if labels is not None:
-        # Class by class, shuffled within: what takes every n-th group then takes as much of every class.
+        # Sorted by class, shuffled within: every n-th group is then a stratified choice.
         order = order[np.argsort(labels[first][order], kind="stable")]
     held_out = shares[1] + shares[2]
     is_held_out = _every(len(order), held_out)
@@ -64,12 +64,12 @@ def draw_splits(
     for (split, members), share in zip(chosen.items(), shares, strict=True):
         if share > 0 and len(members) == 0:
             raise UserError(
-                f"{len(order)} samples, or groups of them, are too few to draw a {split} split of {share:g}. "
+                f"{len(order)} samples or groups are too few to draw a {split} split of {share:g}. "
                 "Give more data, or other --fractions"
             )
     return {split: np.flatnonzero(np.isin(group_of_row, members)) for split, members in chosen.items()}
 
 
 def _every(number: int, share: float) -> np.ndarray:
-    """(number,) bool: `share` of the places, evenly spaced."""
+    """(number,) bool: a `share` of True values, evenly spaced."""
     return np.diff(np.floor(np.arange(number + 1) * share + 0.5)) > 0

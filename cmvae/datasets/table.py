@@ -253,9 +253,10 @@ def _read_number(decimal: str, text: str) -> float:
     if abs(value) <= MAX_NUMBER:
         return value
     wrong = "not a number" if np.isnan(value) else f"out of the range of single precision, ±{MAX_NUMBER:.1e}"
-    remedy = f"if it means an empty cell, add --na {text!r}"
     if decimal == "." and re.fullmatch(r"[-+]?\d*,\d+", text):
-        remedy += "; if the comma is a decimal separator, add --decimal ,"
+        remedy = "if the comma is the decimal separator, add --decimal ,"
+    else:
+        remedy = f"if it means an empty cell, add --na {text!r}"
     raise ValueError(f"{text!r} is {wrong}. Fix it; {remedy}")
 
 

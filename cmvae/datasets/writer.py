@@ -1,4 +1,4 @@
-"""Pack a source into shards: by several processes, every file whole or absent, the same bytes for a seed."""
+"""Pack a source into shards in several processes; files appear complete, a seed gives the same bytes."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ _OWN_FILE = re.compile(rf"({'|'.join(SPLIT_NUMBERS)})-\d{{6}}\.tar|\..+\.partial
 
 @dataclass(frozen=True)
 class _ShardTask:
-    """One shard to be written."""
+    """One shard to write."""
 
     path: Path
     split: SplitName
     indices: np.ndarray
-    """(n,) numbers of the samples, in the order of the shard."""
+    """(n,) indices of the samples, in the order of the shard."""
 
 
 @dataclass(frozen=True)
 class _WrittenShard:
-    """One shard that was written."""
+    """One written shard."""
 
     schema: ShardSchema
     groups: frozenset[str]
@@ -66,26 +66,25 @@ def write_shards(
 ) -> ShardIndex:
     """Pack `source` into `folder`.
 
-    Samples lie in an order shuffled by the seed; a key is what the source calls the sample, or its number
-    there. The index is written last, so that an interrupted run leaves no folder that looks whole; the next
-    run cleans up.
+    The samples are shuffled. The index is written last, so a folder of an interrupted run does not look
+    complete; the next run cleans it up.
 
     Args:
-        source: what to pack. Reaches the writer processes by fork or by pickling.
-        folder: where to; made if missing.
-        seed: seed of the samples' order.
-        shard_size: samples of a shard. A process holds one shard in memory.
-        num_workers: writer processes; the bytes do not depend on it.
-        limit: pack only so many train samples, and of the other splits as large a part.
-        force: replace the data set that is in `folder`.
-        report: called after each shard with the number of samples done and to do in all.
+        source: the data set. It reaches the writer processes by fork or pickling.
+        folder: output folder; created if missing.
+        seed: seed of the order of the samples.
+        shard_size: number of samples per shard. Each process holds one shard in memory.
+        num_workers: number of writer processes; the bytes do not depend on it.
+        limit: maximum number of train samples; the other splits are reduced by the same factor.
+        force: replace a data set in `folder`.
+        report: called after each shard with the number of samples written and in total.
 
     Returns:
-        The index that was written.
+        The index.
 
     Raises:
-        UserError: the folder holds a data set already, the source is damaged, the disk is full, or a writer
-            process was killed; or two groups have the same number.
+        UserError: the folder already holds a data set, the source is damaged, the disk is full, a writer
+            process was killed, or two groups have the same number.
     """
     folder = Path(folder)
     _clear(folder, force)
@@ -113,20 +112,20 @@ def write_shards(
 
 
 def _clear(folder: Path, force: bool) -> None:
-    """Make the folder, without an index, shards and classifiers of an earlier run."""
+    """Create the folder, and remove index, shards and classifiers of an earlier run."""
     index = folder / INDEX_NAME
     if index.exists() and not force:
         raise UserError(
-            f"{folder}: holds a packed data set already. Choose another --out, or add --force to replace it"
+            f"{folder}: already holds a packed data set. Choose another --out, or add --force to replace it"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # The index goes first: without it the folder is known to be unfinished.
+        # The index is removed first: without it, the folder counts as incomplete.
         index.unlink(missing_ok=True)
         for path in folder.iterdir():
             if _OWN_FILE.fullmatch(path.name):
                 path.unlink()
-        # Trained on the data that is being replaced.
+        # They were trained on the data that is replaced.
         for path in (folder / CLASSIFIERS_FOLDER).glob("*.safetensors"):
             path.unlink()
     except OSError as error:
@@ -134,7 +133,7 @@ def _clear(folder: Path, force: bool) -> None:
 
 
 def _deal(source: Source, folder: Path, seed: int, shard_size: int, limit: int | None) -> list[_ShardTask]:
-    """Cut the shuffled samples of every split into shards."""
+    """Divide the shuffled samples of every split into shards."""
     part = 1.0 if limit is None else min(1.0, limit / source.split_sizes["train"])
     tasks = []
     for split, size in source.split_sizes.items():
@@ -148,7 +147,7 @@ def _deal(source: Source, folder: Path, seed: int, shard_size: int, limit: int |
 def _run(
     source: Source, tasks: list[_ShardTask], num_workers: int, report: Callable[[int, int], None]
 ) -> list[_WrittenShard]:
-    """Write all shards; the first failure cancels those that are not begun."""
+    """Write all shards; the first failure cancels those that have not started."""
     pool = ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(source,))
     try:
         futures: list[Future[_WrittenShard]] = [pool.submit(_write_shard, task) for task in tasks]
@@ -159,7 +158,7 @@ def _run(
         return [future.result() for future in futures]
     except BrokenProcessPool as error:
         raise UserError(
-            f"{tasks[0].path.parent}: a writer process was killed, most likely for lack of memory. "
+            f"{tasks[0].path.parent}: a writer process was killed, most likely because memory ran out. "
             "Run again with fewer --workers or a smaller --shard-size"
         ) from error
     finally:
@@ -167,19 +166,19 @@ def _run(
 
 
 _source: Source
-"""What this writer process packs; set once by `_start_worker`, so that no task has to carry it."""
+"""The data set of this writer process; set once by `_start_worker`, so it is not part of every task."""
 
 
 def _start_worker(source: Source) -> None:
     global _source
     _source = source
-    # Ctrl-C reaches every process of the terminal; the parent alone decides what it means.
+    # Ctrl-C reaches every process of the terminal; the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
 def _die_with_parent() -> None:
-    """A killed parent cannot stop its pool, and a pool's process waits for ever: leave with the parent."""
+    """Exit with the parent: if it is killed, it cannot stop its pool, whose processes would wait for ever."""
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -189,7 +188,7 @@ def _die_with_parent() -> None:
 def _write_shard(task: _ShardTask) -> _WrittenShard:
     buffer = io.BytesIO()
     groups = set()
-    # The numbers that tar adds are fixed, so that equal samples make equal bytes.
+    # Owner, mode and time are constant, so equal samples make equal bytes.
     with webdataset.TarWriter(buffer, user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
         for index in task.indices.tolist():
             sample = _source.sample(task.split, index)
@@ -214,7 +213,7 @@ def _write_shard(task: _ShardTask) -> _WrittenShard:
 
 
 def _encode(source: Source, sample: Sample) -> dict[str, bytes]:
-    """Members of one sample: suffix to content."""
+    """Content of the members of one sample, by suffix."""
     members = {}
     for modality, stored in sample.values.items():
         kind = source.modalities[modality]

@@ -61,12 +61,12 @@ class ImageModality(Modality):
                 if image.size == (width, height) and image.mode == _MODES[channels]:
                     pixels = np.asarray(image)
                     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-                found = f"a {image.mode} image of {image.size[1]}×{image.size[0]}"
+                found = f"{image.mode} image of {image.size[1]}×{image.size[0]}"
         except UnidentifiedImageError as error:  # its own message names an address in memory
-            raise ValueError("cannot be decoded as PNG (it is none)") from error
+            raise ValueError("cannot be decoded as PNG (not a PNG file)") from error
         except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"cannot be decoded as PNG ({error})") from error
-        raise ValueError(f"{found}, its index says {_MODES[channels]} of {height}×{width}")
+        raise ValueError(f"{found}, expected {_MODES[channels]} of {height}×{width}")
 
     @override
     def to_data(self, stored: Tensor) -> Tensor:

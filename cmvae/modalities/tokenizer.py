@@ -1,7 +1,7 @@
-"""From sentences to tokens: words, the vocabulary of a train split, places in it.
+"""Sentences as tokens: split words, build a vocabulary, encode.
 
-A word is a run of letters and digits, an apostrophe within it included, in lower case. All other punctuation
-parts words and is dropped: "Long-tailed, isn't it?" is the words long, tailed, isn't, it.
+A word consists of letters, digits and inner apostrophes, in lower case. Other punctuation separates words and
+is dropped: the words of "Long-tailed, isn't it?" are long, tailed, isn't, it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 def split_words(sentence: str) -> list[str]:
-    """The words of a sentence; the same letter written in two ways by Unicode counts as one."""
+    """The words of a sentence; different Unicode forms of a letter are the same letter."""
     return _WORD.findall(unicodedata.normalize("NFKC", sentence).replace("’", "'").lower())
 
 
 def build_vocabulary(sentences: Iterable[Sequence[str]], min_count: int) -> tuple[str, ...]:
-    """The special tokens, then the words by falling count; equal counts by the alphabet.
+    """The special tokens, then the words by decreasing count, equal counts in alphabetical order.
 
     Args:
         sentences: the words of each sentence of the train split.
-        min_count: rarer words are left out: they become `<unk>`.
+        min_count: rarer words are left out and become `<unk>`.
     """
     counts = Counter(word for sentence in sentences for word in sentence)
     words = sorted((word for word in counts if counts[word] >= min_count), key=lambda w: (-counts[w], w))
@@ -36,12 +36,12 @@ def build_vocabulary(sentences: Iterable[Sequence[str]], min_count: int) -> tupl
 
 
 class Tokenizer:
-    """Places in a vocabulary, at most so many a sentence.
+    """Encodes sentences as a fixed number of indices of a vocabulary.
 
     Args:
         vocabulary: begins with the special tokens.
-        length: tokens of every sentence: its words, `<eos>`, and `<pad>` to the end. What is longer is cut,
-            and ends with `<eos>` all the same.
+        length: number of tokens per sentence: its words, `<eos>`, then `<pad>`. Longer sentences are
+            truncated and end with `<eos>`, too.
     """
 
     def __init__(self, vocabulary: Sequence[str], length: int) -> None:
@@ -50,7 +50,7 @@ class Tokenizer:
         self._places = {word: place for place, word in enumerate(self.vocabulary)}
 
     def encode(self, words: Sequence[str]) -> np.ndarray:
-        """(length,) int64."""
+        """The tokens of a sentence, (length,) int64."""
         unknown = self._places[UNKNOWN]
         tokens = np.full(self.length, self._places[PAD], dtype=np.int64)
         kept = [self._places.get(word, unknown) for word in words[: self.length - 1]]

@@ -39,7 +39,7 @@ def test_packing_twice_is_refused_without_a_traceback(packed):
     folder, _ = packed
     result = run_cmvae("pack", "digits", "--out", "shards/digits", folder=folder)
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith("error: shards/digits: holds a packed data set already")
+    assert result.stderr.splitlines()[-1].startswith("error: shards/digits: already holds a packed data set")
     assert "Traceback" not in result.stderr
 
 

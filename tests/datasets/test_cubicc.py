@@ -197,7 +197,7 @@ def test_released_splits_that_part_a_photograph_are_drawn_anew(released, capsys)
     np.save(released / "train_split.npy", np.arange(0, 65))
     np.save(released / "validation_split.npy", np.arange(65, 70))
     source = read("--released", released, "--fractions", "0.5,0.25,0.25")
-    assert "split anew by photograph" in capsys.readouterr().err
+    assert "split again by photograph" in capsys.readouterr().err
     held = {split: set((rows // 10).tolist()) for split, rows in source.splits.items()}
     assert [len(held[split]) for split in SPLITS] == [4, 2, 2]
 
@@ -210,13 +210,13 @@ class Harm:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("images.pt", torch.zeros(80, 3, 28, 28), r"images\.pt: of shape \(80, 3, 28, 28\)"),
-        ("images.pt", torch.full((80, 3, 64, 64), 2.0), r"images\.pt: values of 2 to 2"),
-        ("images.pt", [1, 2], r"images\.pt: holds list"),
+        ("images.pt", torch.zeros(80, 3, 28, 28), r"images\.pt: has shape \(80, 3, 28, 28\)"),
+        ("images.pt", torch.full((80, 3, 64, 64), 2.0), r"images\.pt: values from 2 to 2"),
+        ("images.pt", [1, 2], r"images\.pt: contains list"),
         ("labels.pt", Harm(), r"labels\.pt: cannot be read as a tensor"),
-        ("labels.pt", torch.zeros(79), "differ in number"),
+        ("labels.pt", torch.zeros(79), "the numbers of .* differ"),
         ("captions.pt", torch.zeros(80, 12, 7), r"captions\.pt: .*expected \(N, length, 6\)"),
-        ("test_split.npy", np.array([80]), r"test_split\.npy: numbers 80 to 80, but there are 80 pairs"),
+        ("test_split.npy", np.array([80]), r"test_split\.npy: indices 80 to 80, but there are 80 pairs"),
         ("test_split.npy", np.array([1.5]), r"test_split\.npy: float64"),
         ("test_split.npy", np.array([Harm()], dtype=object), r"test_split\.npy: cannot be read"),
         ("cub.vocab", b"{", r"cub\.vocab: cannot be read as JSON"),

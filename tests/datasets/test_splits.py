@@ -48,7 +48,7 @@ def test_the_draw_is_random_and_of_the_seed():
 def test_a_split_without_a_share_stays_empty_and_one_with_a_share_does_not():
     splits = draw(np.arange(10), (0.9, 0.1, 0.0))
     assert [len(splits[split]) for split in SPLITS] == [9, 1, 0]
-    with pytest.raises(UserError, match="3 samples, or groups of them, are too few"):
+    with pytest.raises(UserError, match="3 samples or groups are too few"):
         draw([0, 1, 2, 2])
 
 
