@@ -128,9 +128,9 @@ def test_a_bad_classifier_is_refused_and_a_mediocre_one_warned_about(shards, cap
     assert not caplog.records
     change_index(shards, accuracy=0.9)
     load_all(shards)
-    assert "m1.safetensors: reads 90.0 %" in caplog.text
+    assert "m1.safetensors: has an accuracy of 90.0 %" in caplog.text
     change_index(shards, accuracy=0.799)
-    with pytest.raises(UserError, match=r"m1\.safetensors: reads only 79\.9%.*--epochs 24 --width 8"):
+    with pytest.raises(UserError, match=r"m1\.safetensors: has an accuracy of 79\.9%.*--epochs 24 --width 8"):
         load_all(shards)
 
 

@@ -234,8 +234,8 @@ def test_only_what_is_wanted_is_computed(oracle, evaluation_context):
 
 def test_too_few_samples_leave_a_distance_out_with_the_reason(oracle, evaluation_context):
     result = evaluate_generative(evaluation_context(oracle, num_generated=32), {"frechet"})
-    assert "32 samples cannot give" in result.left_out["frechet/classifier/unconditional"]
-    assert "90 samples cannot give the covariance of 2,048" in result.left_out["fid"]
+    assert "32 samples are too few" in result.left_out["frechet/classifier/unconditional"]
+    assert "90 samples are too few for the covariance of 2,048" in result.left_out["fid"]
     assert set(result.metrics) == {"frechet/classifier/conditional", "frechet/classifier/conditional_cross"}
     result = evaluate_generative(evaluation_context(oracle, num_generated=5), {"fidelity"})
     assert "5 samples" in result.left_out["fidelity/classifier/unconditional"]
