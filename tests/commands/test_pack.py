@@ -100,9 +100,7 @@ def test_a_table_becomes_shards_a_config_and_a_sheet_of_every_kind(tmp_path):
 
 @pytest.mark.parametrize("name", ["label", "Two-Words"])
 def test_a_name_that_no_modality_may_have_is_refused_before_anything_is_read(tmp_path, name):
-    done = run_tool(
-        "make_shards.py", "table", "none.csv", "--vector", f"{name}=a", "--out", "o", folder=tmp_path
-    )
+    done = run_cmvae("pack", "table", "none.csv", "--vector", f"{name}=a", "--out", "o", folder=tmp_path)
     assert done.returncode == 2
     assert f"modality name '{name}' must be lower-case letters" in done.stderr
     assert "Traceback" not in done.stderr
