@@ -62,7 +62,7 @@ def test_trained_classifiers_read_the_test_split_as_the_index_says(quadrants_sha
     assert min(entry.accuracy for entry in index.classifiers.values()) > 0.95
 
 
-def test_reading_does_not_depend_on_the_batch_and_clips_as_a_picture_does(quadrants_shards):
+def test_classifying_does_not_depend_on_the_batch_and_clips_as_an_image_file_does(quadrants_shards):
     classifier = load_all(quadrants_shards)["m0"]
     images = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 3 - 1
     predicted, features = classifier.classify(images)

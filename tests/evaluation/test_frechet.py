@@ -84,23 +84,23 @@ def test_without_torch_fidelity_the_reason_says_how_to_get_it(monkeypatch):
         load_inception(None, torch.device("cpu"))
 
 
-def write_pictures(folder, images):
+def write_images(folder, images):
     folder.mkdir()
     for number, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{number:03d}.png")
 
 
 def corner_means(images):
-    """Features that numpy can have as well: the mean of each half of each picture."""
+    """Features that numpy can have as well: the mean of each half of each image."""
     return torch.stack([images[..., :2].mean((1, 2, 3)), images[..., 2:].mean((1, 2, 3))], dim=1)
 
 
-def test_folders_of_pictures_are_compared(tmp_path):
+def test_folders_of_images_are_compared(tmp_path):
     rng = np.random.default_rng(0)
     images = rng.integers(256, size=(2, 150, 4, 4, 3), dtype=np.uint8)
     images[1] //= 2
-    write_pictures(tmp_path / "a", images[0])
-    write_pictures(tmp_path / "b", images[1])
+    write_images(tmp_path / "a", images[0])
+    write_images(tmp_path / "b", images[1])
     halves = [np.stack([s[:, :, :2].mean((1, 2, 3)), s[:, :, 2:].mean((1, 2, 3))], 1) / 255 for s in images]
     expected = FrechetDistance(halves[0]).to(halves[1])
     distance = folder_distance(tmp_path / "a", tmp_path / "b", None, corner_means)
@@ -116,17 +116,17 @@ def test_a_shard_folder_stands_for_its_test_images(quadrants_shards, tmp_path):
         folder_distance(quadrants_shards, quadrants_shards, None, corner_means)
 
 
-def test_grey_pictures_and_jpeg_are_read_as_colour(tmp_path):
-    (tmp_path / "note.txt").write_text("no picture")
+def test_grey_images_and_jpeg_are_read_as_colour(tmp_path):
+    (tmp_path / "note.txt").write_text("no image")
     Image.new("L", (6, 5), 200).save(tmp_path / "a.png")
     Image.new("RGB", (6, 5), (200, 200, 200)).save(tmp_path / "b.JPG", format="JPEG")
-    pictures = list(read_images(tmp_path))
-    assert [picture.shape for picture in pictures] == [(5, 6, 3)] * 2
-    assert all(abs(int(picture.mean()) - 200) <= 1 for picture in pictures)
+    images = list(read_images(tmp_path))
+    assert [image.shape for image in images] == [(5, 6, 3)] * 2
+    assert all(abs(int(image.mean()) - 200) <= 1 for image in images)
 
 
-def test_bad_pictures_are_named(tmp_path, monkeypatch):
-    folder = tmp_path / "pictures"
+def test_bad_images_are_named(tmp_path, monkeypatch):
+    folder = tmp_path / "images"
     with pytest.raises(UserError, match="no such folder"):
         list(read_images(folder))
     folder.mkdir()
