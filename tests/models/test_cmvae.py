@@ -59,7 +59,7 @@ def test_on_a_cpu_a_decoder_takes_so_many_that_its_maps_stay_small(monkeypatch):
     assert sizes == [("a", 14), ("b", 14)]
     sizes.clear()
     # An image of a has 288 values, one of b 256; both have four filters.
-    monkeypatch.setattr("cmvae.models.cmvae._DECODED_AT_A_TIME", 5 * 256 * 4)
+    monkeypatch.setattr("cmvae.models.cmvae._MAX_DECODED_SIZE", 5 * 256 * 4)
     in_parts = model.decode_parameters(*latents)
     assert sizes == [("a", 4), ("a", 4), ("a", 4), ("a", 2), ("b", 5), ("b", 5), ("b", 4)]
     for name in ("a", "b"):
@@ -68,7 +68,7 @@ def test_on_a_cpu_a_decoder_takes_so_many_that_its_maps_stay_small(monkeypatch):
 
 def test_in_training_a_decoder_with_batch_norm_takes_all_at_once(monkeypatch):
     model, sizes = mixed_model(), []
-    monkeypatch.setattr("cmvae.models.cmvae._DECODED_AT_A_TIME", 1)
+    monkeypatch.setattr("cmvae.models.cmvae._MAX_DECODED_SIZE", 1)
     model.decoders["caption"].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     for training, expected in ((True, [3]), (False, [1, 1, 1])):
         sizes.clear()

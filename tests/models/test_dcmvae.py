@@ -149,7 +149,7 @@ def test_the_hash_of_an_export_is_that_of_its_weights(exports):
 def test_a_refiner_of_another_cmvae_is_refused(exports):
     refiner, cmvae, other = exports
     with pytest.raises(
-        UserError, match=rf"{refiner}: refines the CMVAE .*, but {other} has .*train a refiner"
+        UserError, match=rf"{refiner}: trained with the CMVAE .*, but {other} has .*train a new refiner"
     ):
         DCMVAE.from_pretrained(refiner, other)
     with pytest.raises(
