@@ -224,7 +224,7 @@ def test_an_export_gives_the_same_model(tmp_path, inputs):
 
 
 def test_damaged_exports_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere.*missing.*no export"):
+    with pytest.raises(UserError, match=r"nowhere.*missing.*not an export"):
         CMVAE.from_pretrained(tmp_path / "nowhere")
     folder = tmp_path / "export"
     make_model().save_pretrained(folder)
@@ -238,7 +238,7 @@ def test_damaged_exports_are_named(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         CMVAE.from_pretrained(folder)
     (folder / "config.yaml").write_text(text.replace("format_version: 3", "format_version: 2"))
-    with pytest.raises(UserError, match=r"export of format 2, .* reads 3\. Read it with the"):
+    with pytest.raises(UserError, match=r"export format 2, .* reads format 3\. Use the"):
         CMVAE.from_pretrained(folder)
     (folder / "config.yaml").write_text("!!python/object/apply:os.system ['true']")
     with pytest.raises(UserError, match="damaged"):
