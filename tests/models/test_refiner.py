@@ -305,7 +305,7 @@ def test_networks_of_modalities_start_different_and_have_the_levels_that_are_ask
         (
             (3, 16, 16),
             {"attention_sizes": [8, 7]},
-            r"refiner\.network\.attention_sizes: 7 is the height of no level; they are 16, 8",
+            r"refiner\.network\.attention_sizes: no level has height 7\. The heights are 16, 8",
         ),
     ],
 )
@@ -322,7 +322,7 @@ def test_as_many_levels_as_the_refusal_allows_do_fit():
 def test_shapes_that_differ_cannot_share_a_network():
     modalities = {"a": image_modality(3, 8, 8), "b": image_modality(3, 8, 8), "c": image_modality(1, 8, 8)}
     with pytest.raises(
-        UserError, match=r"refiner\.sharing.*a is \(3, 8, 8\) and c is \(1, 8, 8\).*per_modality"
+        UserError, match=r"refiner\.sharing.*a has shape \(3, 8, 8\) and c has \(1, 8, 8\).*per_modality"
     ):
         make_refiner(modalities, sharing="shared")
     assert set(make_refiner(modalities).groups) == {"a", "b", "c"}
