@@ -91,7 +91,9 @@ def test_images_must_halve_twice():
 
 def test_an_unknown_network_is_named():
     config = ModelConfig(modalities={"a": ModalityConfig(network="transformer")})
-    with pytest.raises(UserError, match=r"model\.modalities\.a\.network: no network 'transformer'.*resnet"):
+    with pytest.raises(
+        UserError, match=r"model\.modalities\.a\.network: unknown network 'transformer'.*resnet"
+    ):
         CMVAE(config, {"a": IMAGE})
 
 
