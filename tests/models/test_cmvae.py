@@ -59,7 +59,7 @@ def test_on_a_cpu_a_decoder_takes_so_many_that_its_maps_stay_small(monkeypatch):
     assert sizes == [("a", 14), ("b", 14)]
     sizes.clear()
     # An image of a has 288 values, one of b 256; both have four filters.
-    monkeypatch.setattr("cmvae.models.cmvae._DECODED_AT_A_TIME", 5 * 256 * 4)
+    monkeypatch.setattr("cmvae.models.cmvae._MAX_DECODED_SIZE", 5 * 256 * 4)
     in_parts = model.decode_parameters(*latents)
     assert sizes == [("a", 4), ("a", 4), ("a", 4), ("a", 2), ("b", 5), ("b", 5), ("b", 4)]
     for name in ("a", "b"):
@@ -68,7 +68,7 @@ def test_on_a_cpu_a_decoder_takes_so_many_that_its_maps_stay_small(monkeypatch):
 
 def test_in_training_a_decoder_with_batch_norm_takes_all_at_once(monkeypatch):
     model, sizes = mixed_model(), []
-    monkeypatch.setattr("cmvae.models.cmvae._DECODED_AT_A_TIME", 1)
+    monkeypatch.setattr("cmvae.models.cmvae._MAX_DECODED_SIZE", 1)
     model.decoders["caption"].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     for training, expected in ((True, [3]), (False, [1, 1, 1])):
         sizes.clear()
@@ -91,7 +91,9 @@ def test_images_must_halve_twice():
 
 def test_an_unknown_network_is_named():
     config = ModelConfig(modalities={"a": ModalityConfig(network="transformer")})
-    with pytest.raises(UserError, match=r"model\.modalities\.a\.network: no network 'transformer'.*resnet"):
+    with pytest.raises(
+        UserError, match=r"model\.modalities\.a\.network: unknown network 'transformer'.*resnet"
+    ):
         CMVAE(config, {"a": IMAGE})
 
 
@@ -224,7 +226,7 @@ def test_an_export_gives_the_same_model(tmp_path, inputs):
 
 
 def test_damaged_exports_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere.*missing.*no export"):
+    with pytest.raises(UserError, match=r"nowhere.*missing.*not an export"):
         CMVAE.from_pretrained(tmp_path / "nowhere")
     folder = tmp_path / "export"
     make_model().save_pretrained(folder)
@@ -238,7 +240,7 @@ def test_damaged_exports_are_named(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         CMVAE.from_pretrained(folder)
     (folder / "config.yaml").write_text(text.replace("format_version: 3", "format_version: 2"))
-    with pytest.raises(UserError, match=r"export of format 2, .* reads 3\. Read it with the"):
+    with pytest.raises(UserError, match=r"export format 2, .* reads format 3\. Use the"):
         CMVAE.from_pretrained(folder)
     (folder / "config.yaml").write_text("!!python/object/apply:os.system ['true']")
     with pytest.raises(UserError, match="damaged"):

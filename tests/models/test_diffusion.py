@@ -497,7 +497,7 @@ def test_generators_and_images_to_start_from_have_to_fit():
 
     with pytest.raises(ValueError, match="2 generators for 3 samples"):
         draw((3, 1, 2, 2), 1.0)
-    with pytest.raises(ValueError, match=r"start = 0\.5 .* there are none"):
+    with pytest.raises(ValueError, match=r"start = 0\.5 needs images of shape \(2, 1, 2, 2\) .*, not None"):
         draw((2, 1, 2, 2), 0.5)
-    with pytest.raises(ValueError, match=r"\(2, 1, 2, 2\), and there are images of \(1, 1, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 2, 2\) to start from, not \(1, 1, 2, 2\)"):
         draw((2, 1, 2, 2), 0.5, torch.zeros(1, 1, 2, 2))

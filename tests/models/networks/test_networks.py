@@ -126,14 +126,14 @@ def test_each_stem_of_the_caption_decoder_reads_its_own_latent():
 def test_what_does_not_fit_is_refused_with_a_remedy():
     for name, modality, message in (
         ("caption", text(30), r"'a'.*multiple of 8, not 30.*32 tokens"),
-        ("caption", VECTOR, r"model\.modalities\.a\.network: 'caption' takes text, not .* vector"),
-        ("resnet", text(32), r"model\.modalities\.a\.network: 'resnet' takes .*, not .* text"),
+        ("caption", VECTOR, r"model\.modalities\.a\.network: caption networks take text, not .* vector"),
+        ("resnet", text(32), r"model\.modalities\.a\.network: resnet takes .*, not .* text"),
         ("resnet", image(8, 10), r"divisible by 4, not 8×10"),
         ("strided", image(8, 10), r"multiples of 4, not 8×10.*Resize"),
         ("strided", image(72, 72), r"multiples of 16, not 72×72.*Resize"),
-        ("strided", text(32), r"model\.modalities\.a\.network: 'strided' takes images, not .* text"),
-        ("bag_of_words", VECTOR, r"model\.modalities\.a\.network: .* takes text, not .* vector"),
-        ("resnet", image(100, 100), r"leaves 25×25 of 100×100.*Resize.*64×64"),
+        ("strided", text(32), r"model\.modalities\.a\.network: strided takes images, not .* text"),
+        ("bag_of_words", VECTOR, r"model\.modalities\.a\.network: .* take text, not .* vector"),
+        ("resnet", image(100, 100), r"reduces 100×100 to 25×25.*Resize.*64×64"),
     ):
         with pytest.raises(UserError, match=message):
             network_family(name, modality, "a")
