@@ -1,4 +1,4 @@
-"""The whole experiment as frozen pydantic models: load YAML, apply `key=value` overrides, explain mistakes.
+"""The experiment as frozen pydantic models: load YAML, apply `key=value` overrides, explain mistakes.
 
 Imports neither torch nor anything that does, so that a mistake is reported in the first second.
 """
@@ -33,7 +33,7 @@ Family = Literal["normal", "laplace"]
 AugmentationName = Literal["flip", "crop"]
 CriterionName = Literal["entropy", "silhouette", "stability", "agreement"]
 
-# Parts of pydantic's locations that are no keys of the YAML: of a mapping's key, and of branches of a union.
+# Parts of pydantic's error locations that are not keys of the YAML.
 _NO_KEY = re.compile(r"\[key\]|literal\[.*\]|constrained-\w+")
 
 
@@ -52,18 +52,18 @@ class LikelihoodConfig(_Settings):
     """How a decoder's output is compared with the data: log p(x_n | z, w_n) and its weight s_n."""
 
     family: LikelihoodName | None = None
-    """None is what fits the kind of the modality: Laplace for images, Normal for vectors, and so on."""
+    """None selects the default of the kind of modality: Laplace for images, Normal for vectors, and so on."""
     scale: float = Field(default=0.75, gt=0)
     """Laplace's b or the Normal's standard deviation; images are in [0, 1], vectors standardised."""
     weight: float = Field(default=1.0, gt=0)
-    """s_n: what the modality's log-likelihood is multiplied by in every log-weight."""
+    """s_n: factor of the log-likelihood of this modality in every log-weight."""
 
 
 class ModalityConfig(_Settings):
     """Networks and likelihood of one modality."""
 
     network: str | None = None
-    """Encoder and decoder family, a name from `cmvae.models.networks.NETWORKS`; None: what fits the kind."""
+    """Encoder and decoder family, a name from `cmvae.models.networks.NETWORKS`; None: default of the kind."""
     width: PositiveInt = 64
     """Filters of the first stage, or hidden units; the published PolyMNIST networks have 64."""
     likelihood: LikelihoodConfig = LikelihoodConfig()
@@ -79,12 +79,12 @@ class ModelConfig(_Settings):
     private_dim: PositiveInt = 32
     """Dimensions of each w_m."""
     num_clusters: int = Field(default=40, ge=2)
-    """Clusters to start from: more than are expected, the selection drops what is not needed."""
+    """Number of clusters at the start: more than you expect, as the selection drops or merges the others."""
     cluster_mean_range: float = Field(default=1.0, gt=0)
     """Cluster means start uniform in (−range, range)."""
     assign_by: Literal["vote", "joint"] = "vote"
-    """Where a sample's modalities disagree: each chooses a cluster and the mode is taken (the paper), or the
-    cluster is read from the geometric median of their locations, see `cmvae.clustering.joint_location`."""
+    """How the modalities of a sample decide together: `vote` takes the mode of their clusters (the paper),
+    `joint` the cluster at the geometric median of their locations, see `cmvae.clustering.joint_location`."""
     modalities: dict[ModalityName, ModalityConfig] = Field(min_length=1)
 
 
@@ -99,21 +99,22 @@ def _as_several(value: object) -> object:
 
 
 class AlignmentConfig(_Settings):
-    """The contrast between modalities beside the bound, see `cmvae.models.alignment`. Off with one modality.
+    """The contrastive term between modalities, see `cmvae.models.alignment`. Off with one modality.
 
     It tells samples apart, but not those of one group, where the packed data has groups.
     """
 
     weight: float = Field(default=0.0, ge=0)
-    """What the contrast is multiplied by, in nats of the bound a sample; 0 is the published objective."""
+    """Factor of the term, in nats of the bound per sample; 0 is the published objective."""
     pretrain: Annotated[float, Field(ge=0, lt=1)] | PositiveInt = 0.0
-    """The training begins with the contrast alone, on the encoders of z: for a share of its steps, or for so
-    many. Then cluster means are found as by `refit_clusters_at`."""
+    """Length of a first phase that trains the encoders of z with this term alone: a share of the steps, or a
+    number of steps. Cluster means are then found as by `refit_clusters_at`."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of the logits. At 1 two encodings of one sample are expected to differ as two samples of p(z|c) do."""
+    """Temperature of the logits. At 1, two encodings of one sample are expected to differ as two samples of
+    p(z|c) do."""
     augment: dict[ModalityName, tuple[AugmentationName, ...]] = {}
-    """Image modalities that the contrast sees mirrored at random (`flip`) or as a random part (`crop`): what
-    a picture shows must be the same after it. The bound sees them as they are."""
+    """Random augmentations of image modalities in this term only: mirroring (`flip`), random crops (`crop`).
+    They must not change what an image shows. The bound uses the images without augmentation."""
 
     @model_validator(mode="after")
     def _pretrains_with_a_weight(self) -> AlignmentConfig:
@@ -123,7 +124,7 @@ class AlignmentConfig(_Settings):
 
 
 class ObjectiveConfig(_Settings):
-    """The bound that is maximised."""
+    """The bound to maximise."""
 
     name: Literal["iwae", "dreg"] = "iwae"
     """`iwae` with one sample is the ELBO."""
@@ -132,20 +133,19 @@ class ObjectiveConfig(_Settings):
     beta: float = Field(default=1.0, gt=0)
     """Weight of the prior and posterior terms in every log-weight."""
     cross_sources: Literal["all"] | PositiveInt = "all"
-    """Other modalities that each is decoded from in a training step: all, or so many, drawn anew every step
-    and weighted to keep the bound's expectation. Takes time linear in the number of modalities."""
+    """Number of other modalities that each modality is decoded from in a step: all, or a number of random
+    ones, which are weighted so that the expectation of the bound stays the same. With a number, the time per
+    step is linear in the number of modalities."""
     decoder_checkpoint_above: PositiveInt | None = None
-    """Gradient checkpointing of decoders: number of samples for which each decoder keeps its feature maps.
-    The others are decoded in parts of at most this size, and again in the backward pass. Memory then does not
-    grow with the number of samples or with the square of the number of modalities; a step takes longer by the
-    second decoding. null keeps all maps. So does a decoder with batch norm, whose statistics are those
-    of all samples."""
+    """Number of samples whose feature maps each decoder keeps for the backward pass; null keeps all. Further
+    samples are decoded in parts of at most this size and again in the backward pass. Memory then does not
+    grow with the number of samples or with the square of the number of modalities, and a step takes longer.
+    A decoder with batch norm keeps all, as its statistics are those of all samples."""
     refit_clusters_at: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_several)] = ()
-    """Before the update that follows so many, the cluster means are found anew by k-means on encoded train
-    data, see `cmvae.clustering.find_cluster_means`, and π becomes uniform: at one step, at several (`[800,
-    1500]`), or never (null). A cluster that took two classes early on seldom lets one go, and later, when
-    they lie apart, the halves of one class are known as such. VaDE (Jiang et al., 2017) sets its mixture up
-    by k-means, too, after pretraining."""
+    """Steps before which cluster means are found again by k-means on encoded train data, see
+    `cmvae.clustering.find_cluster_means`, and π becomes uniform: one step, several (`[800, 1500]`), or none
+    (null). A cluster that took two classes early seldom releases one; later, when classes lie apart, k-means
+    separates them. VaDE (Jiang et al., 2017) initialises its mixture by k-means, too, after pretraining."""
     alignment: AlignmentConfig = AlignmentConfig()
 
     @model_validator(mode="after")
@@ -159,35 +159,37 @@ class ObjectiveConfig(_Settings):
 
 
 class ClustersConfig(_Settings):
-    """The clusters of the export: how many, and where."""
+    """The clusters of the export."""
 
     criterion: CriterionName = "entropy"
-    """`entropy` is the paper's: components of the trained mixture are dropped while the penalised normalised
-    entropy falls. The others set the clusters anew by what z shows, see `cmvae.clustering.merge_clusters`,
-    and take the number with the highest mean `silhouette`, the largest number that halves of the data agree
-    about (`stability`), or that modalities agree about most (`agreement`)."""
+    """How the number of clusters is chosen. `entropy` is the published way: components of the trained mixture
+    are dropped while the penalised normalised entropy falls. The others find clusters in z after the
+    training, see `cmvae.clustering.merge_clusters`, and choose the number with the highest mean `silhouette`,
+    the largest number on which halves of the data agree (`stability`), or the number on which modalities
+    agree most (`agreement`)."""
     normaliser: Literal["active", "initial"] = "active"
-    """Of `entropy`: the clusters in use, or as in the released code all that the training began with."""
+    """Normaliser of `entropy`: the number of clusters in use or, as in the released code, the number at the
+    start."""
     num_clusters: int | None = Field(default=None, ge=2)
-    """Take so many, whatever the criterion selects; null lets it decide."""
+    """Number of clusters; null lets the criterion decide."""
 
 
 class UNetConfig(_Settings):
     """The U-Net of the diffusion. DiffuseVAE takes 128 channels, multipliers 1, 2, 2, 2 at 32 px."""
 
     channels: int = Field(default=128, gt=0, multiple_of=8)
-    """Of the first level."""
+    """Channels of the first level."""
     multipliers: tuple[PositiveInt, ...] = Field(default=(1, 2, 2), min_length=1)
     """Channels of every level in multiples of the first; each level after it halves height and width."""
     blocks: PositiveInt = 2
-    """Residual blocks a level."""
+    """Residual blocks per level."""
     attention_sizes: tuple[PositiveInt, ...] = ()
-    """Heights at which levels attend, besides the lowest one between the two halves."""
+    """Heights of the levels with attention, besides the lowest level."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
 
 
 class DiffusionConfig(_Settings):
-    """The forward process and what the network learns of it, by default as in DDPM and DiffuseVAE."""
+    """The forward process and the target of the network, by default as in DDPM and DiffuseVAE."""
 
     num_timesteps: int = Field(default=1000, ge=2)
     """T."""
@@ -196,25 +198,25 @@ class DiffusionConfig(_Settings):
     prediction: Literal["epsilon", "v", "sample"] = "epsilon"
     """What the network predicts: the noise, the velocity of Salimans & Ho (2022), or the image."""
     loss_weighting: Literal["uniform", "min_snr"] = "uniform"
-    """Of the squared error of the prediction over time steps; `min_snr` is that of Hang et al. (2023)."""
+    """Weight of the squared error over time steps; `min_snr` is from Hang et al. (2023)."""
     min_snr_gamma: float = Field(default=5.0, gt=0)
 
 
 class ConditioningConfig(_Settings):
-    """What the diffusion is conditioned on, concatenated with the noisy image on channels."""
+    """The condition of the diffusion, concatenated with the noisy image on channels."""
 
     source: Literal["any", "self", "none"] = "any"
-    """A reconstruction from a modality drawn anew at every step, always from the image's own modality, or
-    nothing: a plain DDPM."""
+    """Source of the reconstruction: a random modality at every step, the modality of the image, or none: a
+    plain DDPM."""
     shared: Literal["mean", "sample"] = "mean"
-    """z of the reconstructions in training: the location of q(z|x), or a sample of it. A sample may show a
-    class that the image is not of; a network that has seen that shows another one, too, from time to time."""
+    """z of the reconstructions in training: the location of q(z|x), or a sample. A sample may show another
+    class than the image, and a network that is trained on such pairs changes the class now and then."""
     latent: bool = False
     """z of the reconstruction as a second condition."""
     noise: float = Field(default=0.0, ge=0)
-    """Standard deviation of noise on the reconstruction while training, the image being in [−1, 1]."""
+    """Standard deviation of noise on the reconstruction in training; images are in [−1, 1]."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of training images whose condition is left out; guidance takes some."""
+    """Share of training images without a condition; guidance needs some."""
 
 
 class SamplerConfig(_Settings):
@@ -225,14 +227,14 @@ class SamplerConfig(_Settings):
     num_steps: PositiveInt = 20
     """Evaluations of the network."""
     start: float = Field(default=1.0, gt=0, le=1)
-    """Where in T it starts: 1 is pure noise, less is the reconstruction, noised so far."""
+    """Start of the sampling as a share of T: 1 is pure noise, less is the reconstruction with noise."""
     guidance: float = Field(default=1.0, ge=0)
-    """1 is the network as it is; more exaggerates what the condition changes (Ho & Salimans, 2022)."""
+    """Classifier-free guidance (Ho & Salimans, 2022); 1 is none."""
     guidance_from: float = Field(default=0.0, ge=0, lt=1)
-    """Guidance acts from this share of T on: what a picture shows is decided in the noisy time steps; in the
-    others guidance only takes variety away (compare Kynkäänniemi et al., 2024)."""
+    """Guidance is used above this share of T. The noisy time steps decide what an image shows; in the others,
+    guidance only reduces variety (compare Kynkäänniemi et al., 2024)."""
     candidates: PositiveInt = 1
-    """Pictures that are made of every image. The one is kept from which the CMVAE reads z best; compare the
+    """Number of refinements of every image. The one is kept whose encoding is nearest to z; compare the
     reranking of Ramesh et al. (2021), here without another model."""
 
 
@@ -240,7 +242,7 @@ class RefinerConfig(_Settings):
     """The conditional diffusion of D-CMVAE."""
 
     sharing: Literal["per_modality", "shared"] = "per_modality"
-    """One U-Net an image modality, or one for all with the modality as class label."""
+    """One U-Net per image modality, or one for all with the modality as class label."""
     network: UNetConfig = UNetConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
@@ -267,21 +269,22 @@ def _path_to_str(value: object) -> object:
 
 
 class DataConfig(_Settings):
-    """Which shards are read, and how."""
+    """The shards and how to read them."""
 
     shards: Resumable[Annotated[str, BeforeValidator(_path_to_str)]]
     """Folder that `cmvae pack` wrote, or the URL of a copy of it: `https://`, `s3://`, …"""
     num_workers: Resumable[int] = Field(default=1, ge=0)
-    """Reader processes a rank; the order of samples does not depend on it."""
+    """Reader processes per rank; the order of samples does not depend on it."""
     shuffle_window: PositiveInt = 4096
-    """Samples are shuffled among neighbouring shards that hold at least so many samples together."""
+    """Samples are shuffled among neighbouring shards that hold at least this number of samples together."""
     cache_megabytes: Resumable[int] = Field(default=256, ge=0)
-    """A train split that takes at most so much when decoded stays in the memory of each reader process."""
+    """A decoded train split of at most this size is kept in the memory of each reader process."""
     on_error: Resumable[OnError] = "error"
-    """A damaged sample ends a training, or is left out: its batch goes on with the others, so that all ranks
-    have as many batches as ever. An evaluation always ends: its figures are of a whole split."""
+    """Whether a damaged sample ends a training or is skipped. A batch keeps its other samples, so that all
+    ranks have the same number of batches. An evaluation always ends with an error, as metrics describe a
+    whole split."""
     max_skipped: Resumable[int] = Field(default=100, ge=0)
-    """At most so many samples are left out of an epoch, or of a validation, on all ranks together."""
+    """Maximum number of samples that are skipped in an epoch, or in a validation, over all ranks."""
 
 
 class OptimizerConfig(_Settings):
@@ -292,10 +295,10 @@ class OptimizerConfig(_Settings):
     amsgrad: bool = True
     weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant, or a half cosine down to zero at the last step."""
+    """Learning rate after the warm-up: constant, or a half cosine down to zero at the last step."""
     warmup_steps: int = Field(default=0, ge=0)
     max_grad_norm: float | None = Field(default=None, gt=0)
-    """Gradients are scaled down to this norm; null leaves them alone."""
+    """Maximum norm of the gradient; null does not clip."""
 
 
 MixedPrecision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -305,7 +308,7 @@ class TrainConfig(_Settings):
     """The training loop. A step is one optimizer update."""
 
     batch_size: PositiveInt = 128
-    """Samples a rank in one forward pass."""
+    """Samples per rank in one forward pass."""
     gradient_accumulation_steps: PositiveInt = 1
     epochs: PositiveInt | None = None
     max_steps: PositiveInt | None = None
@@ -315,19 +318,20 @@ class TrainConfig(_Settings):
     has instructions for it, else fp32: a processor without them takes ten times as long in bf16. A training
     first compares gradients of a few samples in both and takes fp32, with a warning, if bf16's are wrong."""
     compile: Resumable[bool] = False
-    """Let torch compile the networks, which takes minutes at the start. For GPUs, where it joins the small
-    operations between convolutions; a CPU gains nothing, and DeepSpeed does not go with it."""
+    """Compile the networks with torch.compile, which takes minutes at the start. Useful on GPUs, where it
+    fuses the operations between convolutions; a CPU gains nothing, and DeepSpeed does not support it."""
     log_every: Resumable[PositiveInt] = 25
     """Steps between two points of the training curves."""
     validate_every: Resumable[PositiveInt | None] = None
-    """Steps between validations, each with a picture; null validates at the end only."""
+    """Steps between validations, each with figures; null validates at the end only."""
     checkpoint_every: Resumable[PositiveInt | None] = None
     """Steps between checkpoints; null keeps only the one at the end."""
     keep_checkpoints: Resumable[PositiveInt] = 2
     hang_timeout: Resumable[float] = Field(default=1800, gt=0)
-    """Seconds without a batch, step or checkpoint after which the run ends and names the rank in question."""
+    """Seconds without a batch, step or checkpoint after which the run ends and names the rank that hangs."""
     ema_decay: float | None = Field(default=None, ge=0, lt=1)
-    """Validate and export an exponential moving average of the weights with this decay; null the weights."""
+    """Decay of the exponential moving average of the weights, which is validated and exported; null uses the
+    weights."""
 
     @model_validator(mode="after")
     def _has_an_end(self) -> TrainConfig:
@@ -342,21 +346,22 @@ MetricGroup = Literal[
 
 
 class EvaluationConfig(_Settings):
-    """Validation, cluster selection and `cmvae evaluate`, which takes these keys as they are."""
+    """Validation, cluster selection and `cmvae evaluate`, which takes these keys without the section."""
 
     batch_size: PositiveInt = 256
     split: Literal["train", "validation", "test"] = "test"
-    """The split that is evaluated."""
+    """Split to evaluate."""
     metrics: tuple[MetricGroup, ...] = typing.get_args(MetricGroup)
     """Groups of metrics to compute."""
     seed: int = Field(default=0, ge=0)
-    """Of all noise of an evaluation; every sample has its own stream."""
+    """Seed of all noise of an evaluation; every sample has its own stream."""
     num_generated: PositiveInt = 10_000
     """Unconditional samples, for coherence and distances."""
     likelihood_samples: PositiveInt = 1000
     """Importance samples for each sample's joint log-likelihood."""
     inception_weights: Path | None = None
-    """torch-fidelity's Inception-v3 weights, for FID; null asks torch-fidelity to fetch them, if it can."""
+    """Weights of Inception-v3 for FID, in the format of torch-fidelity; null lets torch-fidelity download
+    them."""
     map_samples: PositiveInt = 2000
     """Samples on the 2-D map of z."""
 
@@ -365,17 +370,17 @@ class TrackingConfig(_Settings):
     """MLflow."""
 
     enabled: bool = True
-    """False switches MLflow off altogether."""
+    """False switches MLflow off."""
     experiment: str = "cmvae"
     parent: Path | None = None
-    """Folder of a run, or of restarts, below whose run of MLflow this one is shown."""
+    """Folder of a run, or of restarts, whose MLflow run is the parent of this one."""
 
 
 class ExperimentConfig(_Settings):
-    """What the experiments have in common, whatever they train."""
+    """Settings of every experiment."""
 
     name: Resumable[str] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """Name of the run, and of its folder below runs/."""
+    """Name of the run and of its folder in runs/."""
     output_dir: Resumable[Path | None] = None
     """Folder of the run; null is runs/NAME."""
     seed: int = Field(default=0, ge=0)
@@ -429,8 +434,8 @@ class RefinerExperiment(ExperimentConfig):
     """Training the diffusion that refines a CMVAE: a YAML file with the section `refiner`."""
 
     cmvae: Resumable[Path]
-    """Folder of the CMVAE's run, whose export is refined and stays as it is. It may move; a hash of its
-    weights tells whether it is the same."""
+    """Folder of the run of the CMVAE, whose generated images are refined. It may move: a hash of its weights
+    identifies it."""
     refiner: RefinerConfig = RefinerConfig()
 
 
@@ -488,7 +493,7 @@ def save_config(config: ExperimentConfig, path: str | Path) -> None:
 
 
 def dump_yaml(config: ExperimentConfig) -> str:
-    """The experiment as YAML text, every setting spelt out."""
+    """The experiment as YAML text, with every setting."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -525,7 +530,7 @@ def is_resumable(experiment: type[ExperimentConfig], key: str) -> bool:
 
 
 def read_modalities(config: ExperimentConfig) -> tuple[str, ...]:
-    """The modalities that an experiment reads: its model's, or those of the CMVAE that it refines.
+    """The modalities that an experiment reads: those of its model, or of the CMVAE that it refines.
 
     Raises:
         UserError: the CMVAE's run is missing.
@@ -538,7 +543,7 @@ def read_modalities(config: ExperimentConfig) -> tuple[str, ...]:
 
 
 def check_against_shards(config: ExperimentConfig, index: ShardIndex, source: str) -> None:
-    """Refuse a config that asks for modalities which the shards lack.
+    """Refuse a config whose modalities do not fit the shards.
 
     Args:
         config: the experiment.

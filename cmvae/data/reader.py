@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from cmvae.data.download import WrongContentError
 from cmvae.data.groups import group_number
 from cmvae.data.index import OnError, ShardIndex, ShardSchema
 from cmvae.data.plan import EvaluationPlan, Plan, RankPlan, TrainingPlan, WorldSizeChange
-from cmvae.data.remote import Location, WrongContentError, is_remote, open_file
+from cmvae.data.remote import Location, is_remote, open_file
 from cmvae.data.tar import read_members
 from cmvae.modalities import Modality
 from cmvae.utils.errors import UserError

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from cmvae.data.index import SplitName
+from cmvae.datasets.archive import add_download_arguments, download_and_unpack
 from cmvae.datasets.base import random_stream
 from cmvae.datasets.columns import ColumnSource, ImageColumn, TextColumn, fit_image, fit_text
-from cmvae.datasets.download import add_download_arguments, fetch_and_unpack
 from cmvae.datasets.splits import Splits, draw_splits, fractions, fractions_text
 from cmvae.modalities import ImageModality, TextModality
 from cmvae.modalities.text import EOS, PAD, SPECIAL_TOKENS, UNKNOWN
@@ -292,20 +292,15 @@ def open_release(folder: Path, shares: tuple[float, float, float], seed: int) ->
 
 
 def download_release(cache: Path) -> Path:
-    """Fetch and unpack the released archive, as far as that is not done already.
+    """Download and unpack the released archive, unless `cache` has it.
 
     Returns:
-        The released folder.
+        The folder `CUBICC` in `cache`.
 
     Raises:
-        UserError: as `fetch_and_unpack`.
+        UserError: the archive cannot be downloaded or is damaged.
     """
-
-    def place(member: str) -> str | None:
-        match = _RELEASED_MEMBER.fullmatch(member)
-        return None if match is None else match[1]
-
-    return fetch_and_unpack(RELEASE_URL, cache / "CUBICC.zip", cache / "CUBICC", place)
+    return download_and_unpack(RELEASE_URL, cache / "CUBICC", _RELEASED_MEMBER)
 
 
 class _CaptionRows:

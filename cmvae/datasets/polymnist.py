@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from cmvae.data.index import SplitName
+from cmvae.datasets.archive import add_download_arguments, download_and_unpack
 from cmvae.datasets.base import SPLIT_NUMBERS, Sample, Source, random_stream
-from cmvae.datasets.download import add_download_arguments, fetch_and_unpack
 from cmvae.datasets.pairing import invert_under, pair_within_classes
 from cmvae.modalities import ImageModality, Modality
 from cmvae.utils.errors import UserError
@@ -285,20 +285,15 @@ def download_mnist(cache: Path) -> Path:
 
 
 def download_release(cache: Path) -> Path:
-    """Fetch and unpack the released archive, as far as that is not done already.
+    """Download and unpack the released archive, unless `cache` has it.
 
     Returns:
-        The released folder `PolyMNIST`.
+        The folder `PolyMNIST` in `cache`.
 
     Raises:
-        UserError: as `fetch_and_unpack`.
+        UserError: the archive cannot be downloaded or is damaged.
     """
-
-    def place(member: str) -> str | None:
-        match = _RELEASED_MEMBER.fullmatch(member)
-        return None if match is None else "/".join(match.groups())
-
-    return fetch_and_unpack(RELEASE_URL, cache / "PolyMNIST.zip", cache / "PolyMNIST", place)
+    return download_and_unpack(RELEASE_URL, cache / "PolyMNIST", _RELEASED_MEMBER)
 
 
 def _halve(num_test: int, seed: int) -> Mapping[SplitName, np.ndarray]:

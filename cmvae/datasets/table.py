@@ -42,6 +42,7 @@ from cmvae.datasets.user_data import (
     read_split,
     warn_of_constant,
 )
+from cmvae.modalities import check_name
 from cmvae.utils.errors import UserError
 
 DESCRIPTION = "your own table, CSV or Parquet: columns of values, texts and paths to pictures"
@@ -67,6 +68,11 @@ def _request(kind: str, text: str) -> ModalityRequest:
     names = tuple(column.strip() for column in columns.split(","))
     if not all(names) or (separator and not name):
         raise argparse.ArgumentTypeError(f"{text!r}: write COLUMN, or NAME=COLUMN, several with commas")
+    if name:
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
     if kind not in _OF_SEVERAL_COLUMNS and len(names) > 1:
         raise argparse.ArgumentTypeError(f"{text!r}: one column; give the flag once more for another one")
     return ModalityRequest(kind, name or None, names)

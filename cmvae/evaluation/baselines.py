@@ -1,9 +1,10 @@
-"""What k-means finds without any model, from each modality as it is: what clusters have to be better than."""
+"""Baselines: k-means on each modality without a model, which a model's clusters should exceed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,21 +22,32 @@ from cmvae.utils.errors import UserError
 
 METRICS = ("acc", "nmi", "ari")
 PRINCIPAL_COMPONENTS = 50
-"""Of an image's pixels, if there are as many."""
+"""Number of principal components of pixels, at most."""
+_NAMES = {"image": "pixels", "text": "TF-IDF of words", "categorical": "one-hot"}
+"""Kind of modality → name of its plain features."""
 _STARTS = 10
 _BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """K-means with as many clusters as there are classes, on one kind of features."""
+    """Results of k-means on one kind of features."""
 
     modality: str
     features: str
     num_samples: int
-    """Of the split that is evaluated, those that have a label and the modality."""
+    """Number of labelled samples that have the modality, in the split that is evaluated."""
     metrics: dict[str, list[float]]
-    """Of `METRICS`, one value a seed."""
+    """Metric → one value per seed."""
+
+
+class Features(NamedTuple):
+    """The same features of two sets of rows; numpy arrays or scipy.sparse matrices."""
+
+    fitted: Any
+    """(N, D), the rows that a method is fitted on."""
+    placed: Any
+    """(M, D), the rows that it assigns to clusters."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +63,15 @@ class _Split:
 def evaluate_baselines(
     location: Location, split: str, seeds: int, num_clusters: int | None = None
 ) -> Iterator[Baseline]:
-    """Fit k-means on the train split, and put the samples of another one to its nearest centres.
+    """Fit k-means on the train split of each modality, and compare clusters of another split with its labels.
 
-    Pixels as they are and their first principal components; TF-IDF of words; numbers and bits
-    standardised by the train split; categories one-hot.
+    The features are those of `plain_features`, and for images also `principal_components`.
 
     Args:
-        location: what `cmvae pack` wrote, a folder or a URL.
-        split: whose labels the clusters are compared with.
-        seeds: how many times k-means is fitted, with the seeds 0 to `seeds` − 1.
-        num_clusters: None tells it how many classes there are.
+        location: packed data, a folder or a URL.
+        split: split that is evaluated.
+        seeds: number of fits, with the seeds 0 to `seeds` − 1.
+        num_clusters: number of clusters; None is the number of classes.
 
     Raises:
         UserError: the data has no labels, or a split is missing, damaged or has too few labelled samples.
@@ -77,14 +88,19 @@ def evaluate_baselines(
                     f"{location}: {len(part.label)} labelled samples of the {part_name} split have {name}, "
                     f"which are too few for {clusters} clusters"
                 )
-        for features, fitted, placed in _features(train.stored, tested.stored, modality):
+        plain = plain_features(train.stored, tested.stored, modality)
+        sets = {_NAMES.get(modality.kind, "standardised"): plain}
+        if modality.kind == "image":
+            components = principal_components(plain)
+            sets[f"{components.fitted.shape[1]} principal components"] = components
+        for features_name, features in sets.items():
             metrics: dict[str, list[float]] = {metric: [] for metric in METRICS}
             for seed in range(seeds):
-                found = KMeans(clusters, n_init=_STARTS, random_state=seed).fit(fitted)
-                agreement = clustering_metrics(found.predict(placed), tested.label)
+                found = KMeans(clusters, n_init=_STARTS, random_state=seed).fit(features.fitted)
+                agreement = clustering_metrics(found.predict(features.placed), tested.label)
                 for metric, values in metrics.items():
                     values.append(agreement[metric])
-            yield Baseline(name, features, len(tested.label), metrics)
+            yield Baseline(name, features_name, len(tested.label), metrics)
 
 
 def _read(location: Location, split: str, modality: str) -> _Split:
@@ -97,26 +113,32 @@ def _read(location: Location, split: str, modality: str) -> _Split:
     return _Split(np.concatenate(stored), np.concatenate(labels))
 
 
-def _features(
-    train: np.ndarray, tested: np.ndarray, modality: Modality
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Names of features, and what they are of both (N, D)."""
+def plain_features(fitted: np.ndarray, placed: np.ndarray, modality: Modality) -> Features:
+    """Turn stored values of one modality into vectors, with statistics of the fitted rows.
+
+    Pixels in [0, 1]; TF-IDF of words; standardised numbers and bits; one-hot categories.
+
+    Args:
+        fitted: (N, *shape), as stored.
+        placed: (M, *shape), as stored.
+        modality: the modality.
+    """
     if modality.kind == "text":
         vectorizer = TfidfVectorizer(tokenizer=str.split, token_pattern=None, lowercase=False)
-        texts = [[modality.describe(row) for row in stored] for stored in (train, tested)]
-        yield "TF-IDF of words", vectorizer.fit_transform(texts[0]), vectorizer.transform(texts[1])
-        return
+        texts = [[modality.describe(row) for row in stored] for stored in (fitted, placed)]
+        return Features(vectorizer.fit_transform(texts[0]), vectorizer.transform(texts[1]))
     if modality.kind == "categorical":
         encoder = OneHotEncoder(handle_unknown="ignore")
-        yield "one-hot", encoder.fit_transform(train[:, None]), encoder.transform(tested[:, None])
-        return
-    data = [modality.to_data(torch.from_numpy(stored)) for stored in (train, tested)]
-    fitted, placed = (values.float().flatten(1).numpy() for values in data)
+        return Features(encoder.fit_transform(fitted[:, None]), encoder.transform(placed[:, None]))
+    data = [modality.to_data(torch.from_numpy(stored)) for stored in (fitted, placed)]
+    rows = [values.float().flatten(1).numpy() for values in data]
     if modality.kind == "image":
-        yield "pixels", fitted, placed
-        components = PCA(min(PRINCIPAL_COMPONENTS, *fitted.shape), random_state=0).fit(fitted)
-        name = f"{components.n_components_} principal components"
-        yield name, components.transform(fitted), components.transform(placed)
-        return
-    scaler = StandardScaler().fit(fitted)
-    yield "standardised", scaler.transform(fitted), scaler.transform(placed)
+        return Features(*rows)
+    scaler = StandardScaler().fit(rows[0])
+    return Features(*map(scaler.transform, rows))
+
+
+def principal_components(features: Features, num_components: int = PRINCIPAL_COMPONENTS) -> Features:
+    """The first principal components of the fitted rows, which must be dense; fewer if there are fewer."""
+    components = PCA(min(num_components, *features.fitted.shape), random_state=0).fit(features.fitted)
+    return Features(*map(components.transform, features))

@@ -32,7 +32,12 @@ RESERVED_NAMES = frozenset(
 )
 
 
-def _check_name(name: str) -> str:
+def check_name(name: str) -> str:
+    """The name of a modality, if it may be one.
+
+    Raises:
+        ValueError: it may not; the message says why.
+    """
     if not re.fullmatch(NAME_PATTERN, name) or name in RESERVED_NAMES:
         raise ValueError(
             f"modality name {name!r} must be lower-case letters, digits and '_', begin with a letter, "
@@ -41,7 +46,7 @@ def _check_name(name: str) -> str:
     return name
 
 
-ModalityName = Annotated[str, AfterValidator(_check_name)]
+ModalityName = Annotated[str, AfterValidator(check_name)]
 
 
 class Modality(BaseModel, ABC):

@@ -83,11 +83,11 @@ def test_an_evaluation_is_summed_up(tool):
     ]
     table = tool["format_table"](groups)
     # Medians of 2 and 20 seconds.
-    assert table.endswith("all of them: 22 seconds\n\nno metric for this run: text")
+    assert table.endswith("sum: 22 seconds\n\nno metric for this run: text")
     assert "| probe      | 0.5 " in table
     assert "| text" not in table
     assert "GFLOP/s" not in table
-    assert tool["format_table"](groups[2:]).endswith("all of them: 0 seconds\n\nno metric for this run: text")
+    assert tool["format_table"](groups[2:]).endswith("sum: 0 seconds\n\nno metric for this run: text")
 
 
 @pytest.mark.parametrize("option", ["--out", "--profile"])
@@ -108,4 +108,4 @@ def test_what_cannot_be_measured_is_told(tmp_path):
         "benchmarks", "train", ROOT / "configs/digits.yaml", "--beside-checkout", tmp_path, folder=tmp_path
     )
     assert done.returncode == 2
-    assert "holds no cmvae/" in done.stderr
+    assert "has no folder cmvae/" in done.stderr

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from commands import run_tool
 from gradient_variance import gradient_variance, variance_of_run
 from torch import nn
 
@@ -38,7 +39,7 @@ def test_the_square_of_the_mean_is_not_larger_for_few_draws():
     found = torch.tensor([two_draws() for _ in range(3000)])
     # (a + b)²/4 − (a − b)²/4 = ab, whose mean is 0 and whose variance is 1.
     assert abs(found.mean()) < 4 / math.sqrt(3000)
-    with pytest.raises(ValueError, match="two at least"):
+    with pytest.raises(ValueError, match="at least two"):
         gradient_variance([parameter.sum()], {"all": [parameter]})
 
 
@@ -51,3 +52,18 @@ def test_fewer_cross_sources_make_a_noisier_gradient_of_the_same_mean(make_cmvae
     assert found[1]["decoders"].squared_mean == pytest.approx(found["all"]["decoders"].squared_mean, rel=0.01)
     with pytest.raises(UserError, match="cross_sources is 3"):
         variance_of_run(run, ["objective.cross_sources=3"], 2)
+
+
+def test_a_line_for_each_of_the_settings(make_cmvae_run, tmp_path):
+    run = make_cmvae_run()
+    beside = ("--beside", "objective.cross_sources=1")
+    done = run_tool("benchmarks/gradient_variance.py", run, "--draws", 5, *beside, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["|", "|", "encoders", "|", "decoders", "|", "priors", "|"]
+    assert lines[2].startswith("| as configured ")
+    assert lines[3].startswith("| objective.cross_sources=1 ")
+    assert lines[3].count("×") == 3
+    refused = run_tool("benchmarks/gradient_variance.py", tmp_path / "none", folder=tmp_path)
+    assert refused.returncode == 2
+    assert "none" in refused.stderr

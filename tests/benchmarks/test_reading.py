@@ -42,6 +42,6 @@ def test_a_run_reads_so_many_batches_through_as_many_epochs_as_it_takes(folder, 
 
 def test_other_kinds_are_no_images(tmp_path):
     write_shards(Mixed(), tmp_path / "mixed")
-    with pytest.raises(UserError, match="no images"):
+    with pytest.raises(UserError, match="not an image modality"):
         write_folder(str(tmp_path / "mixed"), tmp_path / "folder", 4)
     assert not (tmp_path / "folder").exists()

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import samplers as module
+import samplers
 import torch
 from accelerate import Accelerator
 from refiner_run import write_refiner_run
 from samplers import (
     Measurement,
+    TimedDCMVAE,
     describe_measurements,
     draw_samplers,
     measure_samplers,
@@ -115,7 +116,7 @@ def test_the_protocol_counts_what_is_measured(run):
 
 @pytest.mark.parametrize(
     ("num_samples", "settings", "expected"),
-    [(20, {}, "split test: 20 samples cannot give"), (None, {"num_generated": 8}, "num_generated.*: 8 sam")],
+    [(20, {}, "split test: 20 samples are too few"), (None, {"num_generated": 8}, "num_generated.*: 8 sam")],
 )
 def test_too_few_samples_for_a_distance_are_refused(run, num_samples, settings, expected):
     config, index = run
@@ -127,15 +128,15 @@ def test_too_few_samples_for_a_distance_are_refused(run, num_samples, settings, 
 
 def test_without_classifiers_nothing_is_measured(run):
     config, index = run
-    with pytest.raises(UserError, match=r"no classifier for modality m0.*train_classifiers\.py"):
+    with pytest.raises(UserError, match=r"no classifier for modality m0.*cmvae classifiers"):
         next(measure_samplers(config, index.model_copy(update={"classifiers": {}}), config.run_dir, SAMPLERS))
 
 
 def test_a_rate_leaves_out_the_call_that_warms_up(run, monkeypatch):
     config, _ = run
-    timed = module._TimedDCMVAE.from_pretrained(config.run_dir / "export", config.cmvae / "export")
+    timed = TimedDCMVAE.from_pretrained(config.run_dir / "export", config.cmvae / "export")
     clock = iter([0.0, 100.0, 101.0, 103.0, 104.0, 108.0])
-    monkeypatch.setattr(module._TimedDCMVAE, "_now", staticmethod(lambda: next(clock)))
+    monkeypatch.setattr(samplers, "now", lambda: next(clock))
     images = {"m0": torch.zeros(2, 3, 8, 8), "m1": torch.zeros(2, 1, 8, 8), "unknown": torch.zeros(2, 5)}
     timed.refine(images, seeds=[0, 1])
     assert timed.images_per_second == 4 / 100
@@ -146,12 +147,12 @@ def test_a_rate_leaves_out_the_call_that_warms_up(run, monkeypatch):
 
 def test_titles_say_what_differs():
     assert sampler_titles([SamplerConfig(num_steps=1)]) == ["dpm_solver, 1 step"]
-    samplers = [
+    several = [
         SamplerConfig(num_steps=5, guidance=1.5),
         SamplerConfig(name="ddim", num_steps=5),
         SamplerConfig(num_steps=10),
     ]
-    assert sampler_titles(samplers) == [
+    assert sampler_titles(several) == [
         "dpm_solver, 5 steps, guidance 1.5",
         "ddim, 5 steps, guidance 1",
         "dpm_solver, 10 steps, guidance 1",
@@ -164,7 +165,7 @@ def lines(ax):
 
 
 def test_the_figures_show_every_sampler_on_its_line(measured):
-    samplers = [
+    several = [
         SamplerConfig(num_steps=10),
         SamplerConfig(name="ddim", num_steps=5),
         SamplerConfig(num_steps=5),
@@ -172,7 +173,7 @@ def test_the_figures_show_every_sampler_on_its_line(measured):
     floor, unrefined, refined, *_ = measured
     made_up = [
         Measurement(title, sampler, {key: x + i for key, x in refined.metrics.items()}, 1.0, 1.0)
-        for i, (sampler, title) in enumerate(zip(samplers, sampler_titles(samplers), strict=True))
+        for i, (sampler, title) in enumerate(zip(several, sampler_titles(several), strict=True))
     ]
     drawn = draw_samplers([floor, unrefined, *made_up])
     for figure in drawn.values():

@@ -75,7 +75,7 @@ def test_a_trace_is_written(tmp_path):
 
 
 def test_what_cannot_be_made_up_is_refused():
-    with pytest.raises(UserError, match="caption: no images"):
+    with pytest.raises(UserError, match="caption: not an image modality"):
         update_job(str(ROOT / "configs/cubicc.yaml"))
     with pytest.raises(UserError, match="trains a refiner"):
         update_job(str(ROOT / "configs/digits_refiner.yaml"))

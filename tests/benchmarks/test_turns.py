@@ -60,7 +60,7 @@ def test_memory_is_that_of_the_child_whatever_its_parent_holds(checkout):
     assert 2**20 < measured.peak_memory_bytes < held.nbytes
 
 
-@pytest.mark.parametrize(("precision", "message"), [("refused", "refused: no such"), ("dies", "with code 3")])
+@pytest.mark.parametrize(("precision", "message"), [("refused", "refused: no such"), ("dies", "exit code 3")])
 def test_what_a_child_dies_of_is_told_and_the_others_end(checkout, monkeypatch, precision, message):
     started = []
     popen = subprocess.Popen

@@ -17,7 +17,7 @@ import pytest
 import urllib3
 from faulty_server import changed, cut, forbidden, serve, silent, trickling, truncated, unavailable
 
-from cmvae.data import remote as store
+from cmvae.data import download, remote
 from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
 from cmvae.data.remote import Cache, is_remote, open_file
@@ -32,8 +32,8 @@ def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache, and no long waits."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("CMVAE_CACHE", str(folder))
-    monkeypatch.setattr(store, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(store, "LONGEST_WAIT", 0.02)
+    monkeypatch.setattr(download, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(download, "LONGEST_WAIT", 0.02)
     return folder
 
 
@@ -75,7 +75,7 @@ def test_what_is_read_from_a_server_is_what_is_read_from_a_folder(cache, folder,
     for rank in range(2):
         settings = {"rank": rank, "world_size": 2, "num_workers": num_workers}
         assert training_keys(server.url, **settings) == training_keys(folder, **settings)
-    assert time.monotonic() - began < store.STALL_SECONDS / 2, "a fork took a connection away"
+    assert time.monotonic() - began < download.STALL_SECONDS / 2, "a fork took a connection away"
     assert kept(cache) == sums(folder)
     shards = {name: count for name, count in server.requests.items() if name.endswith(".tar")}
     assert set(shards.values()) == {1}, "two ranks, their processes and two epochs fetch a shard once"
@@ -88,7 +88,7 @@ def test_what_is_read_from_a_server_is_what_is_read_from_a_folder(cache, folder,
 
 @pytest.mark.parametrize("fault", [unavailable, cut, truncated, changed, silent, trickling])
 def test_a_server_that_fails_for_a_while_costs_nothing(cache, folder, server, fault, monkeypatch, caplog):
-    monkeypatch.setattr(store, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.3)
     server.faults["train-0.tar"] = [fault, fault]
     assert fetch(server.url) == (folder / "train-0.tar").read_bytes()
     assert server.requests["train-0.tar"] == 3
@@ -109,7 +109,7 @@ def test_an_index_is_asked_for_again_as_well(cache, server):
 def test_a_server_that_goes_on_failing_is_an_error_and_nothing_is_kept(
     cache, server, fault, message, monkeypatch
 ):
-    monkeypatch.setattr(store, "ATTEMPTS", 3)
+    monkeypatch.setattr(download, "ATTEMPTS", 3)
     server.faults["train-0.tar"] = [fault] * 9
     with pytest.raises(UserError, match=f"(?s){re.escape(server.url)}/train-0.tar: cannot be .*({message})"):
         fetch(server.url)
@@ -121,7 +121,7 @@ def test_a_server_that_goes_on_failing_is_an_error_and_nothing_is_kept(
 def test_a_shard_that_is_damaged_on_its_server_is_skipped_but_a_server_that_fails_is_not(
     cache, server, fault, message, monkeypatch
 ):
-    monkeypatch.setattr(store, "ATTEMPTS", 3)
+    monkeypatch.setattr(download, "ATTEMPTS", 3)
     server.faults["train-0.tar"] = [fault] * 9
     loader = EvaluationLoader(server.url, split="train", modalities=MODALITIES, batch_size=6, on_error="skip")
     if message is not None:
@@ -156,17 +156,17 @@ def test_an_address_without_a_data_set_is_told(cache, server):
 
 
 def test_nobody_there_is_an_error_after_the_attempts(cache, server, monkeypatch):
-    monkeypatch.setattr(store, "ATTEMPTS", 2)
+    monkeypatch.setattr(download, "ATTEMPTS", 2)
     url = server.url
     server.shutdown()
     server.server_close()
-    with pytest.raises(UserError, match=r"cannot be fetched: Client.*goes on with --resume"):
+    with pytest.raises(UserError, match=r"cannot be fetched: Client.*to continue a training, add --resume"):
         ShardIndex.load(url)
 
 
 @pytest.mark.parametrize("location", ["pipe:cat shards/digits", "pipe:curl http://x/"])
 def test_commands_are_refused(location):
-    with pytest.raises(UserError, match="commands are not run for data"):
+    with pytest.raises(UserError, match="commands are not run to read data"):
         ShardIndex.load(location)
 
 
@@ -249,13 +249,15 @@ def test_what_a_killed_process_left_is_overwritten_and_makes_room(cache, folder,
     assert kept(cache) == {entries[0].sha256}
 
 
-def test_a_full_disk_is_told_with_the_cache_s_name(cache, server, monkeypatch):
+def test_a_full_disk_is_reported_with_the_folder_of_the_cache(cache, server, monkeypatch):
+    entry = ShardIndex.load(server.url).splits["train"].shards[0]
+
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store, "_download", full)
-    with pytest.raises(UserError, match=r"cache: cannot keep http.*No space left.*CMVAE_CACHE"):
-        fetch(server.url)
+    monkeypatch.setattr(remote, "download", full)
+    with pytest.raises(UserError, match=r"cache: cannot store http.*No space left.*CMVAE_CACHE"):
+        open_file(server.url, entry.name, num_bytes=entry.num_bytes, sha256=entry.sha256)
     assert kept(cache) == set()
 
 
@@ -336,14 +338,14 @@ def test_what_is_read_from_s3_is_what_is_read_from_a_folder(cache, folder, start
 @pytest.mark.parametrize("fault", ["unavailable", "cut", "truncated", "silent"])
 def test_an_object_store_that_fails_for_a_while_costs_nothing(cache, folder, start_s3, fault, monkeypatch):
     address = start_s3(fault, fault)
-    monkeypatch.setattr(store, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.5)
     assert fetch(address) == (folder / "train-0.tar").read_bytes()
     assert kept(cache) == {hashlib.sha256((folder / "train-0.tar").read_bytes()).hexdigest()}
 
 
 def test_an_object_store_that_goes_on_failing_is_an_error(cache, start_s3, monkeypatch):
-    monkeypatch.setattr(store, "ATTEMPTS", 2)
+    monkeypatch.setattr(download, "ATTEMPTS", 2)
     address = start_s3(*["unavailable"] * 50)
-    with pytest.raises(UserError, match=r"/sets/train-0.tar: cannot be fetched: .*Look whether"):
+    with pytest.raises(UserError, match=r"/sets/train-0.tar: cannot be fetched: .*Check that the server"):
         fetch(address)
     assert kept(cache) == set()

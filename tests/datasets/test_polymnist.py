@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cmvae.data import download
 from cmvae.datasets import polymnist
 from cmvae.datasets.polymnist import PolyMNISTSource, ReleasedPolyMNISTSource, read_mnist
 from cmvae.utils.errors import UserError
@@ -244,10 +245,9 @@ def test_the_release_is_fetched_and_unpacked_safely_and_once(archive, tmp_path):
 
 
 def test_without_a_network_the_message_says_what_to_put_where(archive, tmp_path, monkeypatch):
-    def refuse(*arguments, **settings):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(polymnist, "RELEASE_URL", "http://127.0.0.1:9/release.zip")  # nothing listens there
+    monkeypatch.setattr(download, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(download, "LONGEST_WAIT", 0.02)
     cache = tmp_path / "cache"
     with pytest.raises(UserError) as problem:
         polymnist.download_release(cache)
@@ -264,7 +264,7 @@ def test_an_archive_of_something_else_is_refused(tmp_path):
         polymnist.download_release(tmp_path)
     with zipfile.ZipFile(tmp_path / "PolyMNIST.zip", "w") as members:
         members.writestr("cat.png", b"x")
-    with pytest.raises(UserError, match=r"PolyMNIST\.zip: holds no PolyMNIST"):
+    with pytest.raises(UserError, match=r"PolyMNIST\.zip: does not contain PolyMNIST"):
         polymnist.download_release(tmp_path)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, run_command
+from commands import ROOT, run_cmvae, run_command
 from safetensors.torch import load_file
 
 from cmvae import CMVAE
@@ -169,7 +169,9 @@ def test_the_documented_training_runs_and_resumes_on_two_ranks(tmp_path, experim
     saved = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert saved == ["step-00000002", "step-00000003"]
     shutil.rmtree(run / "export")
-    done = launch(configuration, *train, "--resume")
+    # The installed command finds both files by name, in any folder.
+    flags = ["--launch", configuration, "--num-processes", 2, "--resume"]
+    done = run_cmvae("train", *train[1:], *flags, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
     state = json.loads((run / "checkpoints/step-00000006/state.json").read_text())
@@ -184,7 +186,7 @@ def test_the_documented_training_runs_and_resumes_on_two_ranks(tmp_path, experim
         [sys.executable, ROOT / "launch/train.py", experiment_file, "train.batch_size=8", "--resume"], ROOT
     )
     assert refused.returncode == 2
-    how = "train.batch_size=16" if configuration == "ddp" else f"configs/accelerate/{configuration[:5]}.yaml"
+    how = "train.batch_size=16" if configuration == "ddp" else f"--launch {configuration[:5]}"
     assert how in refused.stderr
 
 

@@ -1,6 +1,7 @@
 """The documented commands, as a user types them, on a small part of the embedded data."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -153,18 +154,20 @@ def test_bare_mlflow_looks_at_the_database_of_the_working_folder(demo):
     assert "cmvae" in done.stdout
 
 
-def test_the_library_starts_from_the_export(demo):
-    program = """
-from cmvae import CMVAE
-model = CMVAE.from_pretrained("runs/digits/export")
-images = model.generate(5)
-assert {name: tuple(x.shape) for name, x in images.items()} == {f"m{i}": (5, 3, 16, 16) for i in range(3)}
-print(sorted(set(model.assign(images).cluster.tolist())))
-
-from cmvae import DCMVAE
-model = DCMVAE.from_pretrained("runs/digits_refiner/export", cmvae="runs/digits/export")
-sharp = model.refine(model.cmvae.generate(5))
-assert {name: tuple(x.shape) for name, x in sharp.items()} == {f"m{i}": (5, 3, 16, 16) for i in range(3)}
+def test_the_readmes_python_runs_on_the_exports(demo):
+    (block,) = [
+        b
+        for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        if "DCMVAE" in b
+    ]
+    program = f"""
+import torch
+images = torch.rand(5, 3, 16, 16)
+{block}
+shapes = {{name: tuple(x.shape) for name, x in refined.items()}}
+assert shapes == {{f"m{{i}}": (16, 3, 16, 16) for i in range(3)}}, shapes
+assert clusters.shape == (5,) and len(captions) == 16
+assert {{tuple(x.shape) for x in others.values()}} == {{(5, 3, 16, 16)}}
 """
     done = run_command([sys.executable, "-c", program], demo[0])
     assert done.returncode == 0, done.stderr

@@ -93,11 +93,15 @@ def test_a_rank_that_stands_still_is_named(tmp_path, experiment_file, fault, sta
 
 
 @pytest.mark.faults
-def test_sigterm_to_the_launcher_saves(tmp_path, experiment_file):
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [(launch(TRAIN), 1), ([sys.executable, "-m", "cmvae.commands", "train", "--launch=ddp"], 75)],
+    ids=["accelerate", "cmvae"],
+)
+def test_sigterm_to_the_launcher_saves(tmp_path, experiment_file, command, code):
     """What a scheduler does: torchrun hands the signal on, and its ranks have 30 s to leave."""
-    arguments = launch(
-        TRAIN, experiment_file, "train.batch_size=8", "train.max_steps=100000", "train.checkpoint_every=20"
-    )
+    settings = ["train.batch_size=8", "train.max_steps=100000", "train.checkpoint_every=20"]
+    arguments = [*command, experiment_file, *settings]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     process = subprocess.Popen(
         [str(part) for part in arguments],
@@ -112,6 +116,7 @@ def test_sigterm_to_the_launcher_saves(tmp_path, experiment_file):
     sent = time.monotonic()
     stdout, _ = process.communicate(timeout=60)
     assert time.monotonic() - sent < 30
+    assert process.returncode == code
     assert "SIGTERM: saved at step" in stdout
     newest = sorted((tmp_path / "run/checkpoints").iterdir())[-1]
     reached = json.loads((newest / "state.json").read_text())["state"]["step"]

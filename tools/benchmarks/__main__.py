@@ -1,7 +1,7 @@
 """Measure how fast the parts are: python tools/benchmarks {train,read,select,sample,evaluate} ….
 
-Everything is timed several times, in turns (A B A B) where things are compared, and told as the median with
-the range. `python tools/benchmarks train --help` and so on say more; docs/performance.md has what came out.
+Everything is timed several times, in turns (A B A B) where variants are compared, and reported as median and
+range. See `python tools/benchmarks train --help` and so on, and docs/performance.md for results.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from cmvae.utils.arguments import non_negative_integer, positive_integer
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
 from cmvae.utils.process_exit import run_main
+from cmvae.utils.tables import markdown_table
 
 if TYPE_CHECKING:  # slow to import
     from turns import Measured, Variant
@@ -32,15 +33,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     commands = parser.add_subparsers(dest="command", required=True)
 
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--repeats", type=positive_integer, default=5, metavar="N", help="timed runs of each")
+    common.add_argument(
+        "--repeats", type=positive_integer, default=5, metavar="N", help="timed runs (default: %(default)s)"
+    )
     common.add_argument(
         "--warm-up",
         type=non_negative_integer,
         default=1,
         metavar="N",
-        help="runs of each before those that are timed",
+        help="runs before the timed ones (default: %(default)s)",
     )
-    common.add_argument("--out", type=Path, metavar="FILE.json", help="also write all of it there")
+    common.add_argument("--out", type=Path, metavar="FILE.json", help="also write all measurements here")
 
     train = commands.add_parser(
         "train", parents=[common], help="updates of a CMVAE", description="Time updates of a CMVAE."
@@ -52,29 +55,42 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         action="append",
         default=[],
         metavar="SETTINGS",
-        help="the same with these settings, key=value separated by spaces; any number of times",
+        help="also time the config with these settings, key=value separated by spaces; may be repeated",
     )
     train.add_argument(
-        "--beside-checkout", type=Path, metavar="FOLDER", help="the same done by another checkout"
+        "--beside-checkout", type=Path, metavar="FOLDER", help="also time the code of another checkout"
     )
     train.add_argument(
         "--reference",
         action="store_true",
-        help="also the released code's way: a decoder call a pair, fp32, default layout",
+        help="also time the released code's way: one decoder call per pair, fp32, default memory layout",
     )
     train.add_argument(
-        "--synthetic", type=positive_integer, metavar="M", help="so many modalities like the config's first"
+        "--synthetic",
+        type=positive_integer,
+        metavar="M",
+        help="train M copies of the config's first modality",
     )
     train.add_argument(
-        "--image-size", type=positive_integer, default=28, metavar="PX", help="side of random images"
+        "--image-size",
+        type=positive_integer,
+        default=28,
+        metavar="PX",
+        help="side of random images (default: %(default)s)",
     )
     train.add_argument(
         "--read",
         action="store_true",
-        help="read the config's shards, not one random batch; one variant after the other, for readers work "
-        "ahead",
+        help="read the config's shards instead of one random batch; the variants follow each other, because "
+        "readers work ahead",
     )
-    train.add_argument("--updates", type=positive_integer, default=1, metavar="N", help="in a timed run")
+    train.add_argument(
+        "--updates",
+        type=positive_integer,
+        default=1,
+        metavar="N",
+        help="updates per timed run (default: %(default)s)",
+    )
     train.add_argument(
         "--profile", type=Path, metavar="TRACE.json", help="write a trace of the first variant"
     )
@@ -86,27 +102,34 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description="Time the reader on a train split, and a DataLoader over the same images in a folder.",
     )
     read.add_argument("shards", metavar="shards/NAME")
-    read.add_argument("--workers", type=non_negative_integer, nargs="+", default=[0, 1, 2], metavar="N")
+    read.add_argument(
+        "--workers",
+        type=non_negative_integer,
+        nargs="+",
+        default=[0, 1, 2],
+        metavar="N",
+        help="numbers of reader processes (default: 0 1 2)",
+    )
     read.add_argument("--batch-size", type=positive_integer, default=128, metavar="B")
     read.add_argument(
         "--batches",
         type=positive_integer,
         default=32,
         metavar="N",
-        help="in a timed run (default: 32; of 128 samples, as many as are shuffled together)",
+        help="batches per timed run (default: %(default)s, with 128 samples the shuffle window)",
     )
     read.add_argument(
         "--folder",
         type=positive_integer,
         metavar="N",
-        help="beside it a folder of the first N samples' images",
+        help="also time a folder with the images of the first N samples",
     )
 
     select = commands.add_parser(
         "select",
         parents=[common],
         help="the selection of clusters",
-        description="Time the selection of clusters from one encoding pass, and with one for each number.",
+        description="Time the selection of clusters from one encoding pass, and with one pass per number.",
     )
     select.add_argument("run", metavar="runs/NAME")
 
@@ -115,7 +138,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     sample.add_argument("run", metavar="runs/NAME_refiner")
     sample.add_argument("--steps", type=positive_integer, nargs="+", default=[10, 20, 50], metavar="N")
-    sample.add_argument("--images", type=positive_integer, default=1000, metavar="N", help="in a timed run")
+    sample.add_argument(
+        "--images",
+        type=positive_integer,
+        default=1000,
+        metavar="N",
+        help="images per timed run (default: %(default)s)",
+    )
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -126,7 +155,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     evaluate.add_argument("run", metavar="runs/NAME")
     evaluate.add_argument("--metrics", nargs="+", choices=get_args(MetricGroup), metavar="GROUP")
     parsed, left = parser.parse_known_args(arguments)
-    # Those that follow an option: argparse takes all positional arguments of a sub-command at once.
+    # argparse takes all positional arguments of a sub-command at once, so those after an option are left
+    # over.
     overrides = [argument for argument in left if parsed.command == "train" and not argument.startswith("-")]
     if overrides != left:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
@@ -136,19 +166,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def check_files(arguments: argparse.Namespace) -> None:
-    """Refuse files that could not be written when all is measured.
+    """Check that the output files can be written, before anything is measured.
 
     Raises:
-        UserError: their folder is not there.
+        UserError: a folder is missing.
     """
     for option in ("out", "profile"):
         path: Path | None = getattr(arguments, option, None)
         if path is not None and not path.parent.is_dir():
-            raise UserError(f"--{option} {path}: there is no folder {path.parent}. Make it, or name another")
+            raise UserError(
+                f"--{option} {path}: there is no folder {path.parent}. Create it, or name another"
+            )
 
 
 def train_variants(arguments: argparse.Namespace) -> list[Variant]:
-    """The config as it is, then what stands beside it."""
+    """The config as it is, what is timed beside it, and the ceilings of their precisions."""
     import torch
     from turns import Variant
 
@@ -171,7 +203,7 @@ def train_variants(arguments: argparse.Namespace) -> list[Variant]:
     if arguments.beside_checkout is not None:
         checkout = arguments.beside_checkout.resolve()
         if not (checkout / "cmvae").is_dir():
-            raise UserError(f"--beside-checkout {arguments.beside_checkout}: holds no cmvae/")
+            raise UserError(f"--beside-checkout {arguments.beside_checkout}: has no folder cmvae/")
         variants.append(Variant(f"as in {arguments.beside_checkout}", "update", own, checkout))
     if arguments.reference:
         variants.append(Variant("pair by pair, fp32", "update", {**own, "reference": True}))
@@ -192,7 +224,7 @@ def train_variants(arguments: argparse.Namespace) -> list[Variant]:
 
 
 def read_variants(arguments: argparse.Namespace, folder: Path) -> list[Variant]:
-    """The reader with each number of workers, then the folder with each."""
+    """The reader, then the folder, each with every number of workers."""
     from reading import write_folder
     from turns import Variant
 
@@ -215,7 +247,7 @@ def read_variants(arguments: argparse.Namespace, folder: Path) -> list[Variant]:
 
 
 def measure(arguments: argparse.Namespace) -> list[Measured]:
-    """Time what was asked for."""
+    """Time what the arguments ask for."""
     from turns import Variant, measure_in_turns
 
     repeats, warm_up = arguments.repeats, arguments.warm_up
@@ -223,10 +255,10 @@ def measure(arguments: argparse.Namespace) -> list[Measured]:
         return measure_in_turns(train_variants(arguments), repeats, warm_up, alone=arguments.read)
     if arguments.command == "read":
         with tempfile.TemporaryDirectory() as folder:
-            # Reader processes work ahead: those of one variant would take the cores of another.
+            # Reader processes work ahead, and would take the cores of another variant.
             return measure_in_turns(read_variants(arguments, Path(folder)), repeats, warm_up, alone=True)
     if arguments.command == "select":
-        again = Variant("one for each number of clusters", "selection", {"run": arguments.run, "again": True})
+        again = Variant("one pass per number of clusters", "selection", {"run": arguments.run, "again": True})
         once = Variant("one encoding pass", "selection", {"run": arguments.run, "again": False})
         variants = [replace(once, compared_with=again.title), again]
     elif arguments.command == "sample":
@@ -242,22 +274,22 @@ def measure(arguments: argparse.Namespace) -> list[Measured]:
 
 
 def format_table(measured: Sequence[Measured]) -> str:
-    """A Markdown table: medians, ranges, shares of the ceiling, and rates in multiples of one another."""
+    """A Markdown table of medians, ranges, shares of the ceiling and ratios, without empty columns."""
     ceilings = {m.facts["precision"]: m.median_flops for m in measured if m.variant.job == "ceiling"}
     idle = [m for m in measured if m.facts.get("metrics") == 0]
     rows = [m for m in measured if m.variant.job != "ceiling" and m not in idle]
-    head = [
+    header = [
         "",
         "items/s",
         "range",
-        "seconds a run",
+        "seconds per run",
         "GFLOP/s",
         "of the ceiling",
         "data wait",
         "GiB",
-        "times as fast as",
+        "speed",
     ]
-    lines = [head]
+    lines = []
     for m in rows:
         flops, share = m.median_flops, m.data_wait_share
         ceiling, ratio = ceilings.get(m.facts.get("precision")), rate_ratio(m, rows)
@@ -274,13 +306,9 @@ def format_table(measured: Sequence[Measured]) -> str:
                 "" if ratio is None else f"{ratio:.2f} × {m.variant.compared_with}",
             ]
         )
-    filled = [place for place in range(len(head)) if not rows or any(line[place] for line in lines[1:])]
-    lines = [[line[place] for place in filled] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    table = "\n".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
-        for line in lines
+    filled = [place for place in range(len(header)) if place == 0 or any(line[place] for line in lines)]
+    table = markdown_table(
+        [header[place] for place in filled], [[line[place] for place in filled] for line in lines]
     )
     notes = [
         f"{m.variant.title}, forward and backward: {m.median_flops / 1e9:.0f} GFLOP/s"
@@ -288,20 +316,20 @@ def format_table(measured: Sequence[Measured]) -> str:
         if m.variant.job == "ceiling" and m.median_flops is not None
     ]
     if all(m.variant.job == "evaluation" for m in measured):
-        notes.append(f"all of them: {sum(m.median_seconds for m in rows):.3g} seconds")
+        notes.append(f"sum: {sum(m.median_seconds for m in rows):.3g} seconds")
     if idle:
         notes.append(f"no metric for this run: {', '.join(m.variant.title for m in idle)}")
     return "\n\n".join([table, *notes])
 
 
 def rate_ratio(measured: Measured, among: Sequence[Measured]) -> float | None:
-    """How many times as fast it is as that which it is compared with; None if with nothing."""
+    """The rate over that of the variant it is compared with; None if there is none."""
     others = (m for m in among if m.variant.title == measured.variant.compared_with)
     return next((measured.median_rate / other.median_rate for other in others), None)
 
 
-def record(arguments: argparse.Namespace, measured: Sequence[Measured]) -> dict[str, Any]:
-    """All of it, for a file."""
+def to_record(arguments: argparse.Namespace, measured: Sequence[Measured]) -> dict[str, Any]:
+    """All measurements and the machine, for JSON."""
     import torch
 
     device = torch.accelerator.current_accelerator()
@@ -342,8 +370,9 @@ def main() -> int:
     measured = measure(arguments)
     print(format_table(measured))
     if arguments.out is not None:
+        record = json.dumps(to_record(arguments, measured), indent=2)
         try:
-            write_whole(arguments.out, (json.dumps(record(arguments, measured), indent=2) + "\n").encode())
+            write_whole(arguments.out, f"{record}\n".encode())
         except OSError as error:
             raise UserError(f"--out {arguments.out}: cannot be written: {error}") from error
     return 0

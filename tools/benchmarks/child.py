@@ -1,8 +1,8 @@
-"""The process that one job has to itself: what it keeps in memory is then its own.
+"""Process of a single job, so that its peak memory is its own.
 
-Reads from standard input a line of JSON that says which job, then a line for every time that it shall run;
-answers each with a line of JSON. At the end of the input it tells what the job was about, and the memory that
-it took.
+Protocol: a line of JSON on standard input names the job, every further line runs it once, and each is
+    answered
+with a line of JSON. At the end of the input the answer holds the facts of the job and its peak memory.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ MODULES = {
     "ceiling": "training",
     "shards": "reading",
     "folder": "reading",
-    "selection": "generating",
-    "refining": "generating",
-    "evaluation": "generating",
+    "selection": "inference",
+    "refining": "inference",
+    "evaluation": "inference",
 }
-"""Where each job is."""
+"""Job → module. Only the module of the job is imported, because imports count as memory."""
 
 
 def main() -> None:
-    """Serve one parent."""
+    """Serve the parent process."""
     answers, sys.stdout = sys.stdout, sys.stderr
 
     def answer(content: dict[str, Any]) -> None:
@@ -52,26 +52,24 @@ def main() -> None:
     for _ in sys.stdin:
         answer(job.measure())
     peak_memory = _peak_memory()
-    afterwards = getattr(job, "afterwards", None)  # the jobs of another checkout may have none
-    facts = job.facts | (afterwards() if afterwards is not None else {})
+    facts = job.facts | (job.afterwards() if job.afterwards is not None else {})
     answer({"num_items": job.num_items, "facts": facts, "peak_memory_bytes": peak_memory})
 
 
 def _builder(name: str) -> Callable[..., Job]:
-    # Only what is asked for: another checkout may lack the others.
     module = import_module(MODULES[name])
     builder: Callable[..., Job] = getattr(module, f"{name}_job")
     return builder
 
 
 def _peak_memory() -> int:
-    """Bytes that tensors took on a GPU, or all that this process took of the main memory."""
+    """Peak memory in bytes: of tensors on a GPU, or else the main memory of this process."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    # On Linux `ru_maxrss` of a child begins at what its parent took. Not every kernel tells this one.
+    # On Linux `ru_maxrss` of a child starts at that of its parent. Not every kernel has VmHWM.
     own = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE) if status.exists() else None
     if own is not None:
         return int(own[1]) * 1024

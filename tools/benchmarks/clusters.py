@@ -1,7 +1,8 @@
 """Compare clusterings: python tools/benchmarks/clusters.py --shared ../shared/data --out runs/clusters.
 
-Packs what is missing, runs what is missing, one line a finished cell in results.jsonl, and writes table.md
-and figure.png. Stopped or killed, it goes on where it was when the same command is given again.
+Packs missing data, runs missing cells, appends each finished cell to results.jsonl, and writes table.md and
+figure.png.
+After an interruption, the same command continues.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from clusters_data import ALL, DATA_SETS, DataSet, FeatureReader, View, feature_sets
 from clusters_methods import METHODS, NotRunError
 from clusters_ours import ROOT, TITLES, VARIANTS, Trainings, run_command
-from clusters_results import Cell, Results, draw_figure, format_table
+from clusters_results import METRICS, Cell, Results, format_table, summarise
+from threadpoolctl import threadpool_limits
 
+from cmvae.clustering import clustering_metrics
 from cmvae.data.index import INDEX_NAME, ShardIndex
 from cmvae.utils.arguments import positive_integer
 from cmvae.utils.errors import UserError
@@ -48,10 +52,10 @@ def _names_of(known: Sequence[str]) -> Any:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description="Compare clusterings: data sets × methods × seeds; ACC, NMI, ARI, number found, seconds.",
-        epilog="mvlearn is optional: where it cannot be imported, its cells say that they were not run. "
-        "Install it by `pip install --no-deps mvlearn seaborn`: what it asks for would replace matplotlib "
-        "by one of 2021.",
+        description="Compare clusterings by data set, method and seed: ACC, NMI, ARI, clusters, time.",
+        epilog="mvlearn is optional; without it, its cells are reported as not run. Install it with "
+        "`pip install --no-deps mvlearn seaborn`: its dependencies would replace matplotlib by a version of "
+        "2021.",
     )
     data_sets, methods = list(DATA_SETS), [*METHODS, *VARIANTS]
     parser.add_argument(
@@ -59,15 +63,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         type=Path,
         default=Path("../shared/data"),
         metavar="FOLDER",
-        help="data that is packed: mfeat.csv, cub_mini64/, mnist.npz, polymnist_backgrounds/ "
-        "(default: %(default)s)",
+        help="data to pack: mfeat.csv, cub_mini64/, mnist.npz, polymnist_backgrounds/ (default: %(default)s)",
     )
     parser.add_argument(
         "--shards",
         type=Path,
         default=Path("shards"),
         metavar="FOLDER",
-        help="packed data; what it lacks is packed into it (default: %(default)s)",
+        help="packed data; missing data sets are packed into it (default: %(default)s)",
     )
     parser.add_argument(
         "--out",
@@ -81,26 +84,28 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         type=_names_of(data_sets),
         default=data_sets,
         metavar="NAME,…",
-        help=f"of {', '.join(data_sets)} (default: all)",
+        help=f"some of {', '.join(data_sets)} (default: all)",
     )
     parser.add_argument(
         "--methods",
         type=_names_of(methods),
         default=methods,
         metavar="NAME,…",
-        help=f"of {', '.join(methods)} (default: all)",
+        help=f"some of {', '.join(methods)} (default: all)",
     )
     parser.add_argument(
-        "--seeds", type=positive_integer, default=3, metavar="N", help="0 to N − 1 (default: %(default)s)"
+        "--seeds",
+        type=positive_integer,
+        default=3,
+        metavar="N",
+        help="seeds 0 to N − 1 (default: %(default)s)",
     )
-    parser.add_argument(
-        "--threads", type=positive_integer, metavar="N", help="of a method or a training (default: all)"
-    )
+    parser.add_argument("--threads", type=positive_integer, metavar="N", help="threads (default: all)")
     return parser.parse_args(arguments)
 
 
 def pack(data_set: DataSet, arguments: argparse.Namespace) -> Path:
-    """Pack a data set as a user would, unless it is there.
+    """Pack a data set with the user's command, unless it exists.
 
     Returns:
         The folder of the packed data.
@@ -111,7 +116,6 @@ def pack(data_set: DataSet, arguments: argparse.Namespace) -> Path:
     location = arguments.shards / data_set.folder
     if not (location / INDEX_NAME).is_file():
         source = data_set.pack(arguments.shared, arguments.out / "tables")
-        # A table's config would be printed: what our models train with is written when they do.
         run_command(
             ["tools/make_shards.py", *source, "--out", str(location)],
             arguments.out / "logs" / f"pack-{data_set.name}.log",
@@ -122,7 +126,7 @@ def pack(data_set: DataSet, arguments: argparse.Namespace) -> Path:
 def cells_of(
     data_set: DataSet, view: View, index: ShardIndex, methods: Sequence[str], num_seeds: int
 ) -> Iterator[Cell]:
-    """The cells of one view of a data set, seed after seed of each."""
+    """The cells of one view of a data set."""
     features = feature_sets(view, index)
     for name in methods:
         for seed in range(num_seeds):
@@ -140,8 +144,8 @@ class Suite:
     """Runs cells.
 
     Args:
-        out: the folder of the suite.
-        locations: name of a data set to its packed data.
+        out: folder of the suite.
+        locations: name of a data set → packed data.
     """
 
     def __init__(self, out: Path, locations: dict[str, Path]) -> None:
@@ -151,13 +155,11 @@ class Suite:
         self._versions = _versions()
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """The values of a cell's line; of one that cannot be run here `not_run`, the reason.
+        """Values of a cell, see `Results.add`; `not_run` with the reason if it cannot be run.
 
         Raises:
             UserError: a command failed, or data is missing or damaged.
         """
-        from cmvae.clustering import clustering_metrics
-
         try:
             clusters, labels, seconds, note = self._find(cell)
         except NotRunError as error:
@@ -171,12 +173,12 @@ class Suite:
         data_set, location = DATA_SETS[cell.data], self._locations[cell.data]
         view = data_set.view(cell.rows)
         if cell.method in VARIANTS:
-            self._reader = None  # a training has a use for the memory
+            self._reader = None  # frees memory for the training
             return self._trainings.find(data_set, view, location, cell.method, cell.seed, cell.told)
         reader = self._read(location, data_set, view)
         wanted = next(one for one in feature_sets(view, reader.index) if str(one) == cell.features)
         if not METHODS[cell.method].by_modality:
-            reader.features(wanted)  # made once for several methods and seeds: no time of any
+            reader.features(wanted)  # cached, so that no method is charged with their time
         num_clusters = len(reader.index.class_names or ())
         started = time.perf_counter()
         found = METHODS[cell.method].assign(reader, wanted, num_clusters, cell.seed)
@@ -185,7 +187,7 @@ class Suite:
         return found.clusters, reader.labels[found.rows], seconds, "; ".join(filter(None, notes))
 
     def _read(self, location: Path, data_set: DataSet, view: View) -> FeatureReader:
-        """The rows of a view; those of another one are let go, they may be gigabytes."""
+        """The reader of a view; that of another view is dropped, it may hold gigabytes."""
         reader = self._reader
         if reader is None or (reader.data_set, reader.view) != (data_set, view):
             reader = self._reader = FeatureReader(location, data_set, view)
@@ -208,10 +210,10 @@ def _versions() -> dict[str, str]:
 
 
 def run_suite(arguments: argparse.Namespace, results: Results) -> list[str]:
-    """Pack and run what is missing.
+    """Pack missing data and run missing cells.
 
     Returns:
-        What failed, in words.
+        Error messages of failed cells.
 
     Raises:
         UserError: data cannot be packed, or results cannot be written.
@@ -232,7 +234,7 @@ def run_suite(arguments: argparse.Namespace, results: Results) -> list[str]:
     suite, failures = Suite(arguments.out, locations), []
     with progress_bar(unit=" cells", initial=len(cells) - len(missing), total=len(cells)) as bar:
         for cell in missing:
-            # On a terminal at once: a training takes minutes until the bar moves.
+            # Refreshed at once on a terminal, because the bar may not move for minutes.
             title = f"{cell.data}, {_ALL_TITLES[cell.method]}, seed {cell.seed}"
             bar.set_description(title, refresh=sys.stderr.isatty())
             try:
@@ -243,12 +245,15 @@ def run_suite(arguments: argparse.Namespace, results: Results) -> list[str]:
     return list(dict.fromkeys(failures))
 
 
-def write_reports(out: Path, results: Results) -> None:
-    """Write table.md and figure.png of all cells that there are, also those of earlier calls."""
+def write_table(out: Path, results: Results) -> None:
+    """Write table.md and figure.png of all cells, including those of earlier calls."""
     groups = results.groups()
     write_whole(out / "table.md", format_table(groups, _ALL_TITLES, list(DATA_SETS)).encode())
     if any(group.not_run is None for group in groups):
-        draw_figure(groups, _ALL_TITLES, list(DATA_SETS)).savefig(out / "figure.png")
+        from plots import metric_panels
+
+        columns, rows = summarise(groups, _ALL_TITLES, list(DATA_SETS))
+        metric_panels(columns, rows, METRICS).savefig(out / "figure.png")
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -256,25 +261,22 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> int:
-    """Run, write the table and the figure, say what failed."""
+    """Run, write the table, print failures."""
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, _stop)  # so that a training that runs is ended as well
+    signal.signal(signal.SIGTERM, _stop)  # also ends a running training
     if arguments.threads is not None:
-        # For the trainings, and for what numpy and torch start here; those read it when they are imported.
-        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for the trainings
+        torch.set_num_threads(arguments.threads)
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {arguments.out}: cannot be written: {error}. Give another") from error
     results = Results(arguments.out / "results.jsonl")
-    # numpy is there already.
-    from threadpoolctl import threadpool_limits
-
     with threadpool_limits(arguments.threads):
         try:
             failures = run_suite(arguments, results)
         finally:
-            write_reports(arguments.out, results)
+            write_table(arguments.out, results)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     print(f"written to {arguments.out}: results.jsonl, table.md, figure.png")

@@ -1,8 +1,9 @@
-"""The data sets of the clustering suite: how each is packed, what a row of it is, features of the rows."""
+"""Data sets of the clustering suite: how each is packed, what its rows are, and features of the rows."""
 
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array, issparse
+from sklearn.datasets import load_breast_cancer, load_wine
+from sklearn.preprocessing import StandardScaler
 
 from cmvae.data.index import ShardIndex
-from cmvae.modalities import Modality
+from cmvae.data.reader import EvaluationLoader
+from cmvae.evaluation.baselines import Features, plain_features, principal_components
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
 
-PRINCIPAL_COMPONENTS = 50
-"""Of pixels, and of what is wider where a method needs fewer numbers than rows."""
 _BATCH_SIZE = 256
 
 FloatArray = NDArray[np.floating]
@@ -30,18 +33,18 @@ Matrix = Any
 
 @dataclass(frozen=True)
 class View:
-    """What a row of a comparison is, and which of the modalities it shows."""
+    """What a row of a comparison is, and which modalities are clustered."""
 
     rows: str
-    """What people call a row: sample, photograph, pair, bird."""
+    """Name of a row: sample, photograph, pair, bird."""
     alone: tuple[str, ...] | None = None
-    """The modalities that are clustered by themselves; None is each of them."""
+    """Modalities that are clustered separately; None means each of them."""
     together: bool = True
-    """Whether all modalities are clustered together as well."""
+    """Whether all modalities are also clustered together."""
     grouped: bool = False
-    """Whether a row is a whole group of samples, see `DataSet.group_of`, instead of one."""
+    """Whether a row is a group of samples (see `DataSet.group_of`) instead of one sample."""
     read_from: tuple[str, ...] = ()
-    """The modalities that our methods read the clusters of these rows from; empty is all."""
+    """Modalities that our methods assign these rows by; empty means all."""
 
 
 @dataclass(frozen=True)
@@ -50,41 +53,37 @@ class DataSet:
 
     name: str
     folder: str
-    """Of the packed data, below --shards."""
+    """Folder of the packed data, below --shards."""
     pack: Callable[[Path, Path], list[str]]
-    """(shared data, folder for tables) to the arguments of tools/make_shards.py, without --out."""
+    """(shared data, folder for tables) → arguments of tools/make_shards.py, without --out."""
     whole: bool = False
-    """Whether methods are fitted and compared on all samples, as the field does with small tables."""
+    """Whether methods are fitted and compared on all samples, as is usual for small tables."""
     views: tuple[View, ...] = (View("sample"),)
     group_of: Callable[[str], str] | None = None
-    """The group that the key of a sample says it belongs to."""
+    """Key of a sample → its group."""
     max_fitted: int | None = None
-    """Train samples that methods are fitted on, at most: the first ones, which packing has shuffled."""
+    """Largest number of train samples to fit on: the first ones, which packing has shuffled."""
 
     @property
     def compared(self) -> tuple[str, ...]:
-        """The splits whose samples are compared with labels."""
+        """Splits whose samples are compared with labels."""
         return ("train", "validation", "test") if self.whole else ("test",)
 
     def view(self, rows: str) -> View:
-        """The view whose rows are called so."""
+        """The view with this name of rows."""
         return next(view for view in self.views if view.rows == rows)
 
 
 def _write_table(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.unfinished")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
-    write_whole(path, partial.read_bytes())
-    partial.unlink()
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    write_whole(path, text.getvalue().encode())
 
 
 def _pack_wine(shared: Path, tables: Path) -> list[str]:
-    from sklearn.datasets import load_wine
-
     wine = load_wine()
     columns = dict(zip(wine.feature_names, wine.data.T.tolist(), strict=True))
     _write_table(tables / "wine.csv", columns | {"cultivar": wine.target.tolist()})
@@ -98,8 +97,6 @@ def _pack_wine(shared: Path, tables: Path) -> list[str]:
 
 
 def _pack_tumours(shared: Path, tables: Path) -> list[str]:
-    from sklearn.datasets import load_breast_cancer
-
     tumours = load_breast_cancer()
     columns = dict(zip(tumours.feature_names.tolist(), tumours.data.T.tolist(), strict=True))
     diagnosis = [str(tumours.target_names[target]) for target in tumours.target.tolist()]
@@ -125,7 +122,7 @@ def _pack_polymnist(shared: Path, tables: Path) -> list[str]:
 
 
 def _photograph_of(key: str) -> str:
-    """The photograph of a pair: `STEM-NUMBER` is a photograph with one of its captions."""
+    """The photograph of a pair; a key `STEM-NUMBER` is a photograph with one of its captions."""
     return key.rpartition("-")[0]
 
 
@@ -148,7 +145,7 @@ DATA_SETS: Mapping[str, DataSet] = {
             ),
             group_of=_photograph_of,
         ),
-        # Of all 60,000 k-means on the pixels of five pictures would take an hour.
+        # With all 60,000 samples, k-means on pixels would take an hour.
         DataSet("polymnist", "polymnist", _pack_polymnist, max_fitted=5000),
     )
 }
@@ -158,9 +155,9 @@ class FeatureSet(NamedTuple):
     """Features that a method clusters."""
 
     modality: str | None
-    """None is all of them together."""
+    """None means all modalities together."""
     form: str
-    """pixels, principal components, standardised, TF-IDF, one-hot; or weighted, which is all together."""
+    """pixels, principal components, standardised, TF-IDF or one-hot; weighted for all together."""
 
     def __str__(self) -> str:
         return "all" if self.modality is None else f"{self.modality}: {self.form}"
@@ -171,7 +168,7 @@ PIXELS, COMPONENTS = "pixels", "principal components"
 
 
 def feature_sets(view: View, index: ShardIndex) -> list[FeatureSet]:
-    """What of a data set is clustered: modality after modality, then all together where there are several."""
+    """The features of a data set that are clustered: of each modality, then of all together."""
     sets = []
     for name in view.alone if view.alone is not None else index.modalities:
         kind = index.modalities[name].kind
@@ -187,36 +184,26 @@ def _plain_form(kind: str) -> str:
     return {"image": PIXELS, "text": "TF-IDF", "categorical": "one-hot"}.get(kind, "standardised")
 
 
-class Features(NamedTuple):
-    """The same features of two sets of rows."""
-
-    fitted: Matrix
-    """(N, D), of the rows that a method is fitted on."""
-    placed: Matrix
-    """(M, D), of the rows that it puts into clusters; the same matrix where a table is taken whole."""
-
-
 @dataclass(frozen=True)
 class Rows:
-    """Samples as they are stored."""
+    """Stored samples."""
 
     values: Mapping[str, np.ndarray]
-    """Modality to (N, *shape)."""
+    """Modality → (N, *shape)."""
     labels: IntArray
     """(N,)"""
     keys: Sequence[str]
 
 
 class FeatureReader:
-    """Features of one view of a packed data set; what was read or computed once is kept.
+    """Features of one view of a packed data set, cached.
+
+    Its methods raise UserError if a shard is missing or damaged, or the data has no labels.
 
     Args:
         location: the packed data.
-        data_set: what it is.
-        view: which rows.
-
-    Raises:
-        UserError: while reading, a shard is missing or damaged, or the data has no labels.
+        data_set: the data set.
+        view: the rows.
     """
 
     def __init__(self, location: Path, data_set: DataSet, view: View) -> None:
@@ -227,7 +214,7 @@ class FeatureReader:
 
     @cached_property
     def labels(self) -> IntArray:
-        """(M,) classes of the rows that are compared."""
+        """Classes (M,) of the rows that are compared."""
         labels = self._compared.labels
         if not self.view.grouped:
             return labels
@@ -235,11 +222,10 @@ class FeatureReader:
         return labels[first]
 
     def describe(self, num_fitted: int | None = None) -> str:
-        """Which rows a method was fitted on, and which were compared.
+        """Describe which rows a method was fitted on, and which were compared.
 
         Args:
-            num_fitted: how many of the compared rows it was fitted on; None if it was fitted on the rows for
-                that.
+            num_fitted: number of compared rows that it was fitted on; None if it was fitted on other rows.
         """
         num_rows, rows = len(self.labels), f"{self.view.rows}s"
         if num_fitted is None and not self.data_set.whole:
@@ -253,13 +239,13 @@ class FeatureReader:
         return f"fitted and compared on {num_fitted:,} of {num_rows:,} {where}, drawn by the seed"
 
     def features(self, wanted: FeatureSet) -> Features:
-        """The features of the rows, of the two sets of them."""
+        """Features of the fitted and the compared rows."""
         if wanted not in self._features:
             self._features[wanted] = self._make(wanted)
         return self._features[wanted]
 
     def blocks(self) -> list[Features]:
-        """Features of each modality by itself, dense, as methods for several views take them."""
+        """Dense features of each modality, as multi-view methods take them."""
         return [
             Features(*(dense(rows) for rows in self._plain(name)))
             if modality.kind != "image"
@@ -275,7 +261,7 @@ class FeatureReader:
                 return Features(fitted, fitted)
             return Features(fitted, np.hstack([block.placed for block in weighted]))
         plain = self._plain(wanted.modality)
-        return reduce(plain, PRINCIPAL_COMPONENTS) if wanted.form == COMPONENTS else plain
+        return principal_components(plain) if wanted.form == COMPONENTS else plain
 
     def _plain(self, modality: str) -> Features:
         if modality not in self._plain_features:
@@ -288,18 +274,16 @@ class FeatureReader:
         return self._plain_features[modality]
 
     def _groups(self, rows: Rows) -> list[str]:
-        """The group of every row; each its own where the view has none."""
+        """The group of every row; without groups, every row has its own."""
         group_of = self.data_set.group_of
         if not self.view.grouped or group_of is None:
             return list(rows.keys)
         return [group_of(key) for key in rows.keys]
 
     def _group_means(self, rows: Rows) -> Matrix:
-        """(G, N): times features of samples, gives their means over every group."""
-        from scipy.sparse import csr_array
-
+        """Matrix (G, N) that maps features of samples to their means over every group."""
         _, group, size = np.unique(self._groups(rows), return_inverse=True, return_counts=True)
-        # scikit-learn takes sparse matrices with 32-bit indices only, and products inherit them.
+        # scikit-learn requires sparse matrices with 32-bit indices, which products inherit.
         places = (group.astype(np.int32), np.arange(len(group), dtype=np.int32))
         return csr_array(((1 / size[group]).astype(np.float32), places), shape=(len(size), len(group)))
 
@@ -321,16 +305,13 @@ def read_rows(
 
     Args:
         location: the packed data.
-        splits: whose samples, one split after the other.
-        modalities: what is read of them; none reads labels and keys alone.
-        limit: at most so many of each split, its first ones.
+        splits: the splits, one after the other.
+        modalities: modalities to read; an empty list reads labels and keys only.
+        limit: largest number of samples per split.
 
     Raises:
         UserError: the data has no labels, lacks a split or a modality, or is damaged.
     """
-    # With torch, slow to import; after the flags, so that a mistake in them shows at once.
-    from cmvae.data.reader import EvaluationLoader
-
     if ShardIndex.load(location).class_names is None:
         raise UserError(f"{location}: the data has no labels to compare clusters with. Pack it with --label")
     values: dict[str, list[np.ndarray]] = {name: [] for name in modalities}
@@ -349,41 +330,11 @@ def read_rows(
     return Rows({name: np.concatenate(parts) for name, parts in values.items()}, np.concatenate(labels), keys)
 
 
-def plain_features(fitted: np.ndarray, placed: np.ndarray, modality: Modality) -> Features:
-    """One modality as k-means takes it; everything that is estimated comes from the fitted rows.
-
-    Pixels from 0 to 1 as they are; TF-IDF of words; numbers and bits standardised; categories one-hot.
-
-    Args:
-        fitted: (N, *shape), as stored.
-        placed: (M, *shape); may be the same array.
-        modality: the modality.
-    """
-    import torch
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.preprocessing import OneHotEncoder, StandardScaler
-
-    if modality.kind == "text":
-        vectorizer = TfidfVectorizer(tokenizer=str.split, token_pattern=None, lowercase=False)
-        texts = [[modality.describe(row) for row in stored] for stored in (fitted, placed)]
-        return Features(vectorizer.fit_transform(texts[0]), vectorizer.transform(texts[1]))
-    if modality.kind == "categorical":
-        encoder = OneHotEncoder(handle_unknown="ignore").fit(fitted[:, None])
-        return Features(encoder.transform(fitted[:, None]), encoder.transform(placed[:, None]))
-    data = (modality.to_data(torch.from_numpy(stored)) for stored in (fitted, placed))
-    rows = [values.float().flatten(1).numpy() for values in data]
-    if modality.kind == "image":
-        return Features(rows[0], rows[1])
-    scaler = StandardScaler().fit(rows[0])
-    return Features(scaler.transform(rows[0]), scaler.transform(rows[1]))
-
-
 def weigh(block: Features) -> Features:
-    """Scale the features of one modality so that all modalities weigh the same beside each other.
+    """Scale the features of one modality to a total variance of 1, so that modalities have equal weight.
 
-    Dense features, D of them, are standardised and multiplied by 1/√D, which leaves a variance of 1 to the
-    whole block. Sparse ones, such as TF-IDF, are only scaled as a block to the same variance: standardised,
-    a word that was seen once would weigh as much as all others.
+    Dense features (D of them) are standardised and multiplied by 1/√D. Sparse features, such as TF-IDF, are
+    scaled as a block: standardised, a word that occurs once would weigh as much as all others.
 
     Args:
         block: (N, D) and (M, D).
@@ -391,31 +342,17 @@ def weigh(block: Features) -> Features:
     Returns:
         Dense features of the same shapes.
     """
-    from scipy.sparse import issparse
-    from sklearn.preprocessing import StandardScaler
-
     if issparse(block.fitted):
-        # In the precision of the others, or everything beside it would be made double.
+        # Single precision, or stacking would convert all other features to double.
         fitted, placed = (dense(rows).astype(np.float32) for rows in block)
         scale = float(1 / np.sqrt(fitted.var(axis=0).sum()))
         return Features(fitted * scale, placed * scale)
     scaler = StandardScaler().fit(block.fitted)
-    # A NumPy scalar would make double precision of single, and k-means on pixels take twice as long.
+    # A NumPy scalar would convert to double precision, and k-means on pixels would take twice as long.
     scale = 1 / math.sqrt(block.fitted.shape[1])
     return Features(scaler.transform(block.fitted) * scale, scaler.transform(block.placed) * scale)
 
 
-def reduce(features: Features, num_components: int) -> Features:
-    """The first principal components of the fitted rows, as many as there are if that is fewer."""
-    from sklearn.decomposition import PCA
-
-    fitted, placed = dense(features.fitted), dense(features.placed)
-    components = PCA(min(num_components, *fitted.shape), random_state=0).fit(fitted)
-    return Features(components.transform(fitted), components.transform(placed))
-
-
 def dense(rows: Matrix) -> np.ndarray:
-    """Features as an array, for what takes no sparse matrices."""
-    from scipy.sparse import issparse
-
+    """Features as an array, for methods that take no sparse matrices."""
     return rows.toarray() if issparse(rows) else rows

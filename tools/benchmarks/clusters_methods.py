@@ -1,4 +1,4 @@
-"""What the clustering suite compares with: methods that are told the number of clusters."""
+"""Other methods in the clustering suite; all are given the number of clusters."""
 
 from __future__ import annotations
 
@@ -8,29 +8,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from clusters_data import (
-    ALL,
-    PIXELS,
-    PRINCIPAL_COMPONENTS,
-    FeatureReader,
-    Features,
-    FeatureSet,
-    IntArray,
-    dense,
-)
-from clusters_data import reduce as reduce_features
+from clusters_data import ALL, PIXELS, FeatureReader, FeatureSet, IntArray, dense
+from sklearn.cluster import KMeans, SpectralClustering
+from sklearn.mixture import GaussianMixture
+
+from cmvae.evaluation.baselines import PRINCIPAL_COMPONENTS, Features, principal_components
 
 KMEANS_STARTS, MIXTURE_STARTS = 10, 3
 NEIGHBOURS = 10
-"""Of the graph that spectral clustering cuts."""
+"""Neighbours in the graph of spectral clustering."""
 MAX_SPECTRAL = 2000
-"""Rows that spectral clustering takes: its eigenvectors cost the square of them."""
+"""Largest number of rows for spectral clustering, whose cost grows with their square."""
 MAX_MVLEARN_SPECTRAL = 1000
-"""The same of mvlearn's, which works on full matrices, once for every two views and iteration."""
+"""The same for mvlearn, which works on full matrices, once per pair of views and iteration."""
 
 
 class NotRunError(Exception):
-    """A cell that cannot be computed here, with the reason, which the table tells."""
+    """A cell cannot be computed; the message is the reason in the table."""
 
 
 @dataclass(frozen=True)
@@ -40,53 +34,47 @@ class Assignment:
     clusters: IntArray
     """(K,)"""
     rows: IntArray
-    """(K,) which of the compared rows they are of."""
+    """(K,) indices of the compared rows that were assigned."""
     note: str = ""
-    """What a reader of the number has to know."""
+    """Remark for the table."""
     fitted: bool = False
-    """Whether the method was fitted on these rows, as it has no way to place others."""
+    """Whether the method was fitted on these rows, because it cannot assign others."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method that is told the number of clusters."""
+    """A method that is given the number of clusters."""
 
     title: str
     assign: Callable[[FeatureReader, FeatureSet, int, int], Assignment]
-    """(rows, features, number of clusters, seed) to clusters; raises NotRunError."""
+    """(rows, features, number of clusters, seed) → clusters; raises NotRunError."""
     takes: Callable[[FeatureSet], bool]
-    """Whether the method is run on such features."""
+    """Whether the method is run on these features."""
     by_modality: bool = False
-    """Whether it takes each modality by itself, `FeatureReader.blocks`, where it is run on all."""
+    """Whether it takes `FeatureReader.blocks`, one per modality."""
 
 
 def _kmeans(reader: FeatureReader, wanted: FeatureSet, num_clusters: int, seed: int) -> Assignment:
-    from sklearn.cluster import KMeans
-
     fitted, placed = reader.features(wanted)
     found = KMeans(num_clusters, n_init=KMEANS_STARTS, random_state=seed).fit(fitted)
     return Assignment(found.predict(placed), np.arange(placed.shape[0]))
 
 
 def _mixture(reader: FeatureReader, wanted: FeatureSet, num_clusters: int, seed: int) -> Assignment:
-    from sklearn.mixture import GaussianMixture
-
     fitted, placed = reader.features(wanted)
     note = ""
     if fitted.shape[1] > PRINCIPAL_COMPONENTS:
-        fitted, placed = reduce_features(Features(fitted, placed), PRINCIPAL_COMPONENTS)
+        fitted, placed = principal_components(Features(dense(fitted), dense(placed)))
         note = f"the first {PRINCIPAL_COMPONENTS} principal components of the features"
     mixture = GaussianMixture(num_clusters, n_init=MIXTURE_STARTS, random_state=seed)
     with _quiet():
-        # In double precision: covariances of single-precision rows need not be positive definite.
+        # Double precision, because single-precision covariances may not be positive definite.
         found = mixture.fit(dense(fitted).astype(np.float64))
     clusters = found.predict(dense(placed).astype(np.float64))
     return Assignment(clusters, np.arange(len(clusters)), note)
 
 
 def _spectral(reader: FeatureReader, wanted: FeatureSet, num_clusters: int, seed: int) -> Assignment:
-    from sklearn.cluster import SpectralClustering
-
     placed = reader.features(wanted).placed
     rows = choose_rows(placed.shape[0], MAX_SPECTRAL, seed)
     method = SpectralClustering(
@@ -127,15 +115,15 @@ def _note_of_images(reader: FeatureReader) -> str:
 
 
 def choose_rows(num_rows: int, most: int, seed: int) -> IntArray:
-    """The rows that a method without a way to place new ones is fitted on and compared on.
+    """Choose the rows for a method that cannot assign new rows.
 
     Args:
-        num_rows: how many there are.
-        most: how many the method takes; of more, so many are drawn without replacement.
-        seed: of the draw.
+        num_rows: number of rows.
+        most: largest number that the method takes; of more rows, a sample is drawn without replacement.
+        seed: seed of the sample.
 
     Returns:
-        (K,) their places, in order.
+        (K,) sorted indices.
     """
     if num_rows <= most:
         return np.arange(num_rows)
@@ -144,7 +132,7 @@ def choose_rows(num_rows: int, most: int, seed: int) -> IntArray:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings of convergence and of graphs in pieces, one a cell, which say nothing to act on."""
+    """Suppress warnings about convergence and disconnected graphs, which every cell would print."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -163,7 +151,7 @@ def _import_mvlearn() -> Iterator[None]:
 
 METHODS: Mapping[str, Method] = {
     "kmeans": Method("k-means", _kmeans, lambda features: True),
-    # Thousands of pixels would be more numbers than rows, and neighbours of pixels are those of components.
+    # There are more pixels than rows, and neighbours in pixels are about those in components.
     "gmm": Method("Gaussian mixture", _mixture, lambda features: features.form != PIXELS),
     "spectral": Method("spectral clustering", _spectral, lambda features: features.form != PIXELS),
     "mv-kmeans": Method(

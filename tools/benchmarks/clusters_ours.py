@@ -1,4 +1,4 @@
-"""Our models in the clustering suite: trained and asked for clusters by the commands that a user gives."""
+"""Our models in the clustering suite, trained and assigned by the user's commands."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
     "ours": (),
     "ours-paper": ("objective.alignment={weight: 0}", "clusters.criterion=entropy", "model.assign_by=vote"),
 }
-"""Name of a method to what it changes in the starter config: nothing, or back to what the paper has."""
+"""Method → settings that it changes in the starter config; `ours-paper` restores those of the paper."""
 TITLES: Mapping[str, str] = {"ours": "ours, untuned", "ours-paper": "ours, as in the paper"}
 
 Run = Callable[[Sequence[str], Path], None]
-"""Run a command of this checkout; what it prints goes into a file."""
+"""Runs a script of this checkout with arguments, with a log file."""
 
 
 class Found(NamedTuple):
-    """Clusters of the rows of a view, with what they are compared with."""
+    """Clusters and labels of the rows of a view."""
 
     clusters: IntArray
     """(N,)"""
@@ -45,17 +45,17 @@ class Found(NamedTuple):
 
 
 def run_command(arguments: Sequence[str], log: Path) -> None:
-    """Run a Python script of this checkout to its end.
+    """Run a Python script of this checkout.
 
     Args:
-        arguments: the script, seen from the checkout, and its arguments.
-        log: the file that its output is added to.
+        arguments: the script, relative to the checkout, and its arguments.
+        log: file that its output is appended to.
 
     Raises:
-        UserError: it failed; says its last line and where the others are.
+        UserError: it failed; names the last line of its output and the log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    # This checkout's library, whatever is installed.
+    # The library of this checkout, not the installed one.
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with log.open("ab") as file:
         process = subprocess.Popen(
@@ -67,24 +67,24 @@ def run_command(arguments: Sequence[str], log: Path) -> None:
         try:
             code = process.wait()
         except BaseException as error:
-            # Ctrl-C has reached it as well; a SIGTERM that ends this process has not.
+            # Ctrl-C also reaches the process; a SIGTERM to this one does not.
             if not isinstance(error, KeyboardInterrupt):
                 process.terminate()
-            process.wait()  # a training writes a checkpoint first
+            process.wait()  # a training first writes a checkpoint
             raise
     if code != 0:
         said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line]
         raise UserError(
-            f"{arguments[0]} failed: {said[-1] if said else f'exit code {code}'}. All of it: {log}"
+            f"{arguments[0]} failed: {said[-1] if said else f'exit code {code}'}. Full output: {log}"
         )
 
 
 class Trainings:
-    """Trainings and tables of clusters below one folder; what is there already is not made again.
+    """Trainings and tables of clusters below one folder; existing ones are not repeated.
 
     Args:
-        out: the folder of the suite.
-        run: runs a command.
+        out: folder of the suite.
+        run: runs a script.
     """
 
     def __init__(self, out: Path, run: Run = run_command) -> None:
@@ -94,20 +94,20 @@ class Trainings:
     def find(
         self, data_set: DataSet, view: View, location: Path, variant: str, seed: int, told: bool
     ) -> Found:
-        """Clusters of the compared rows, by a training that may have to be run first.
+        """Find the clusters of the compared rows, after training if that is not done.
 
         Args:
-            data_set: what is clustered.
-            view: the rows of it.
+            data_set: the data set.
+            view: its rows.
             location: the packed data.
-            variant: a name of `VARIANTS`.
-            seed: of the training.
-            told: whether the number of clusters is told, to the same trained model.
+            variant: one of `VARIANTS`.
+            seed: seed of the training.
+            told: whether the trained model is given the number of clusters.
 
         Raises:
             UserError: a command failed, now or before.
         """
-        # One training serves several cells: what failed once in a suite fails for all of them.
+        # One training serves several cells, so its failure holds for all of them.
         name = f"{data_set.name}-{variant}-{seed}"
         if name in self._failed:
             raise self._failed[name]
@@ -132,7 +132,7 @@ class Trainings:
         arguments = ["launch/train.py", str(self._write_config(data_set, location)), f"name={name}"]
         arguments += [f"output_dir={folder}", f"seed={seed}", "tracking.enabled=false", *VARIANTS[variant]]
         self._run([*arguments, "--resume"], self._log(name))
-        note = {"note": "seconds are those after a resume"} if resumed else {}
+        note = {"note": "seconds are those since the last resume"} if resumed else {}
         self._write_record(name, {"train": time.perf_counter() - started, **note})
 
     def _assign(self, name: str, data_set: DataSet, view: View, location: Path, told: bool) -> Path:
@@ -156,7 +156,7 @@ class Trainings:
         return table
 
     def _write_config(self, data_set: DataSet, location: Path) -> Path:
-        """The starter config, as tools/make_shards.py --config writes it for a table."""
+        """Write the starter config, as tools/make_shards.py --config does."""
         path = self._out / "configs" / f"{data_set.name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, write_starter_config(ShardIndex.load(location), location).encode())
@@ -166,7 +166,7 @@ class Trainings:
         return self._out / "logs" / f"{name}.log"
 
     def _record(self, name: str) -> dict[str, Any]:
-        """Seconds of the steps that are done, by their names."""
+        """Step → seconds, of the steps that are done."""
         path = self._out / "seconds" / f"{name}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -177,14 +177,14 @@ class Trainings:
 
 
 def compare_rows(table: Path, data_set: DataSet, view: View, location: Path) -> tuple[IntArray, IntArray]:
-    """Clusters and labels of the rows of a view, from the tables that launch/cluster.py wrote.
+    """Read the clusters of the rows of a view from a table of launch/cluster.py, and their labels.
 
-    Samples of a group are one row, and the table says the same cluster of each.
+    The samples of a group are one row, and have the same cluster in the table.
 
     Args:
         table: the CSV file.
-        data_set: what it is of.
-        view: which rows.
+        data_set: the data set.
+        view: the rows.
         location: the packed data.
 
     Returns:
@@ -199,8 +199,8 @@ def compare_rows(table: Path, data_set: DataSet, view: View, location: Path) -> 
     missing = [key for key in rows.keys if not cluster_of.get(key, "").isdigit()]
     if missing:
         raise UserError(
-            f"{table}: says no cluster of {missing[0]} and {len(missing) - 1} other "
-            "samples. Delete the file, and it is written again"
+            f"{table}: {missing[0]} and {len(missing) - 1} other samples have no cluster. Delete it and "
+            "start again"
         )
     group_of = data_set.group_of if view.grouped and data_set.group_of is not None else str
     found = {

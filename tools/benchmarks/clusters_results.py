@@ -1,47 +1,43 @@
-"""What the clustering suite has computed: one line a cell, a table of means and a figure."""
+"""Results of the clustering suite: one JSON line per cell, and tables of means."""
 
 from __future__ import annotations
 
 import json
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cmvae.utils.errors import UserError
-
-if TYPE_CHECKING:  # slow to import
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from cmvae.utils.tables import markdown_table
 
 METRICS = ("acc", "nmi", "ari")
-_INK = "#22333b"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of the suite: what was clustered how."""
+    """One clustering of the suite."""
 
     data: str
     rows: str
-    """What a row is, see `View.rows`."""
+    """Name of a row, see `View.rows`."""
     method: str
     features: str
-    """all, or a modality and what of it."""
+    """`all`, or a modality and its features."""
     told: bool
-    """Whether the method is told the number of clusters."""
+    """Whether the method is given the number of clusters."""
     seed: int
 
 
 class Results:
-    """The cells of results.jsonl; each that is added is on the disk at once.
+    """The cells of results.jsonl; every added cell is written at once.
 
-    A last line that a killed suite left unfinished is cut off: its cell is run again.
+    If a killed suite left an unfinished last line, it is removed, and its cell is run again.
 
     Args:
-        path: the file, which need not be there yet.
+        path: the file, which may not exist yet.
 
     Raises:
         UserError: a line is damaged, or the file cannot be read.
@@ -71,14 +67,14 @@ class Results:
             self._lines[cell] = values
 
     def __contains__(self, cell: Cell) -> bool:
-        """Whether a cell was computed; one that could not be run is tried again."""
+        """Whether a cell was computed; cells that could not be run are tried again."""
         return "not_run" not in self._lines.get(cell, {"not_run": ""})
 
     def add(self, cell: Cell, values: Mapping[str, Any]) -> None:
         """Append a line.
 
         Args:
-            cell: what was computed.
+            cell: the cell.
             values: `num_clusters`, the metrics, `seconds`, `note` and `versions`; or `not_run`, the reason.
 
         Raises:
@@ -97,7 +93,7 @@ class Results:
             raise UserError(f"{self._path}: cannot be written: {error}. Give another --out") from error
 
     def groups(self) -> list[Group]:
-        """Cells that differ in their seed only, in the order in which they came."""
+        """Group the cells that differ in their seed only, in the order of the file."""
         groups: dict[Cell, list[Mapping[str, Any]]] = {}
         for cell, line in self._lines.items():
             groups.setdefault(Cell(**{**asdict(cell), "seed": 0}), []).append(line)
@@ -106,47 +102,47 @@ class Results:
 
 @dataclass(frozen=True)
 class Group:
-    """The seeds of one cell."""
+    """The cells that differ in their seed only."""
 
     cell: Cell
-    """Its seed means nothing."""
+    """One of the cells; its seed is not used."""
     lines: Sequence[Mapping[str, Any]]
 
     @property
     def not_run(self) -> str | None:
-        """Why no seed was run; None if one was."""
+        """Why no seed could be run; None if one was."""
         reasons = [line.get("not_run") for line in self.lines]
         return None if None in reasons else str(reasons[0])
 
     @property
     def notes(self) -> list[str]:
-        """What the cells say a reader has to know, each once."""
+        """The remarks of the cells, without duplicates."""
         return list(dict.fromkeys(line["note"] for line in self.lines if line.get("note")))
 
     def values(self, metric: str) -> list[float]:
-        """Of the seeds that were run."""
+        """Values of a metric, one per seed that was run."""
         return [line[metric] for line in self.lines if "not_run" not in line]
 
     def mean(self, metric: str) -> float:
-        """Over the seeds that were run."""
+        """Mean of a metric over the seeds that were run."""
         return statistics.fmean(self.values(metric))
 
 
 def format_table(groups: Sequence[Group], titles: Mapping[str, str], order: Sequence[str]) -> str:
-    """Markdown: a summary, then a table a data set, means and standard deviations over seeds.
+    """Format a summary and one table per data set in Markdown, with means and standard deviations over seeds.
 
     Args:
-        groups: cells without their seeds.
-        titles: of the methods.
-        order: of the data sets.
+        groups: all groups.
+        titles: method → title, in the order of the rows.
+        order: names of the data sets, in their order.
     """
     columns, rows = summarise(groups, titles, order)
     summary = [
         [row, *(" / ".join(f"{cell[m]:.3f}" for m in METRICS) if cell else "–" for cell in cells)]
         for row, cells in rows.items()
     ]
-    parts = ["# Clusters", "ACC / NMI / ARI, means over seeds.", _markdown(["", *columns], summary)]
-    parts.append("Best modality: the one with the highest NMI, so that labels have chosen it.")
+    parts = ["# Clusters", "ACC / NMI / ARI, means over seeds.", markdown_table(["", *columns], summary)]
+    parts.append("Best modality: the one with the highest NMI, that is, chosen by labels.")
     for data in order:
         of_data = [group for group in groups if group.cell.data == data]
         if of_data:
@@ -172,13 +168,13 @@ def _format_data_set(groups: Sequence[Group], titles: Mapping[str, str]) -> str:
         line += [_spread(group.values(metric), 3) for metric in METRICS]
         lines.append([*line, f"{group.mean('seconds'):.1f}"])
     header = ["method", "features", "number", "seeds", "clusters", "ACC", "NMI", "ARI", "seconds"]
-    table = _markdown(["row", *header] if many_rows else header, lines)
+    table = markdown_table(["row", *header] if many_rows else header, lines)
     footnotes = [f"[{number}] {note}." for number, note in enumerate(notes, 1)]
     return "\n\n".join([table, *footnotes])
 
 
 def _counts(values: Sequence[float]) -> str:
-    """How many clusters the seeds have; one number where they agree."""
+    """Numbers of clusters of the seeds; one number where they agree."""
     counts = [f"{value:g}" for value in values]
     return counts[0] if len(set(counts)) == 1 else ", ".join(counts)
 
@@ -188,26 +184,20 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
-    lines.insert(1, ["---"] * len(header))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 Summary = tuple[list[str], dict[str, list[dict[str, float] | None]]]
 
 
 def summarise(groups: Sequence[Group], titles: Mapping[str, str], order: Sequence[str]) -> Summary:
-    """Methods against data sets: each method on all modalities, and on the best one.
+    """Summarise methods by data sets: each method on all modalities, and on the best one by NMI.
 
     Args:
-        groups: cells without their seeds.
-        titles: of the methods, in the order of the rows.
-        order: of the data sets.
+        groups: all groups.
+        titles: method → title, in the order of the rows.
+        order: names of the data sets, in their order.
 
     Returns:
-        Names of the columns, a data set or a kind of rows of it each, and the rows: title to the mean
-        metrics in each column, None where there are none. The best modality is that of the highest NMI.
+        Names of the columns (data sets, or rows of a data set), and title → mean metrics per column, None
+        where there are none.
     """
     found = [group for group in groups if group.not_run is None]
     places = dict.fromkeys((group.cell.data, group.cell.rows) for group in found)
@@ -220,7 +210,7 @@ def summarise(groups: Sequence[Group], titles: Mapping[str, str], order: Sequenc
             (f"{title}, all", lambda cell: cell.features == "all"),
             (f"{title}, best modality", lambda cell: cell.features != "all"),
         ]
-        if ours:  # trained on all modalities in any case
+        if ours:  # always trained on all modalities
             choices = [
                 (f"{title}, number found", lambda cell: not cell.told),
                 (f"{title}, number told", lambda cell: cell.told),
@@ -242,52 +232,3 @@ def _best(groups: Sequence[Group]) -> dict[str, float] | None:
         return None
     best = max(groups, key=lambda group: group.mean("nmi"))
     return {metric: best.mean(metric) for metric in METRICS}
-
-
-def draw_figure(groups: Sequence[Group], titles: Mapping[str, str], order: Sequence[str]) -> Figure:
-    """Methods × data sets, a panel each for ACC, NMI and ARI: means over seeds as numbers and colours.
-
-    Args:
-        groups: cells without their seeds.
-        titles: of the methods, in the order of the rows.
-        order: of the data sets.
-    """
-    from matplotlib.figure import Figure
-
-    columns, rows = summarise(groups, titles, order)
-    # Below each other, so that numbers are not too small to read where a page is narrow.
-    size = (3.4 + 0.58 * len(columns), 1.3 + len(METRICS) * (0.4 + 0.27 * len(rows)))
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    axes = figure.subplots(len(METRICS), 1, squeeze=False, sharex=True)[:, 0]
-    for ax, metric in zip(axes, METRICS, strict=True):
-        _draw_panel(ax, metric, columns, rows)
-    return figure
-
-
-def _draw_panel(
-    ax: Axes, metric: str, columns: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, float] | None]]
-) -> None:
-    import numpy as np
-
-    values = np.array([[cell[metric] if cell else np.nan for cell in cells] for cells in rows.values()])
-    values = values.reshape(len(rows), len(columns))
-    ax.imshow(values, vmin=0, vmax=1, cmap="YlGnBu", aspect="auto")
-    best = np.nanmax(values, axis=0, initial=-1)
-    for (row, column), value in np.ndenumerate(values):
-        if np.isnan(value):
-            continue
-        ax.text(
-            column,
-            row,
-            f"{round(value, 2) + 0.0:.2f}".replace("0.", ".", 1),  # no minus before zero
-            ha="center",
-            va="center",
-            fontsize=7.5,
-            color="white" if value > 0.5 else _INK,
-            fontweight="bold" if value == best[column] else "normal",
-        )
-    ax.set_title(metric.upper(), fontsize=10, color=_INK, fontweight="bold")
-    ax.set_yticks(range(len(rows)), list(rows), fontsize=8, color=_INK)
-    ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8, color=_INK)
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)

@@ -1,4 +1,4 @@
-"""Draw one curve of several runs, from MLflow.
+"""Draw one metric of several runs from MLflow.
 
 python tools/benchmarks/draw_curves.py runs/A runs/B --out curves.png
 """
@@ -8,17 +8,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from plots import curve_comparison
+
 from cmvae.tracking import read_curve
 from cmvae.utils.errors import UserError
 from cmvae.utils.process_exit import run_main
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Draw one curve of several runs, and what they differ by.")
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs; the first is compared with")
-    parser.add_argument("--metric", default="train/bound", help="of MLflow (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="the picture")
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Draw one metric of several runs, and their differences.")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs; the first is the reference")
+    parser.add_argument("--metric", default="train/bound", help="name in MLflow (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="image file")
     return parser.parse_args()
 
 
@@ -30,11 +32,8 @@ def main() -> int:
     differences = {}
     for name, curve in others:
         if curve.keys() != reference.keys():
-            raise UserError(f"{name}: has other points than {first}. Train both for as long")
+            raise UserError(f"{name}: has other steps than {first}. Train both equally long")
         differences[name] = {step: abs(value - reference[step]) for step, value in curve.items()}
-    # Slow to import; after the runs, so that a mistake in them shows at once.
-    from plots import curve_comparison
-
     figure = curve_comparison(curves, differences, arguments.metric, first)
     try:
         figure.savefig(arguments.out)

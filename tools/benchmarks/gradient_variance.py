@@ -1,4 +1,4 @@
-"""Variance of the gradient of a training: python tools/benchmarks/gradient_variance.py runs/NAME."""
+"""Measure the variance of a training's gradient: python tools/benchmarks/gradient_variance.py runs/NAME."""
 
 from __future__ import annotations
 
@@ -19,31 +19,33 @@ from cmvae.training.tasks import CMVAETask
 from cmvae.utils.arguments import positive_integer
 from cmvae.utils.process_exit import run_main
 from cmvae.utils.progress import progress_bar
+from cmvae.utils.tables import markdown_table
 
 AS_CONFIGURED = "as configured"
 
 
 @dataclass(frozen=True)
 class GradientVariance:
-    """Moments of the gradient of some parameters, both without bias."""
+    """Unbiased estimates of moments of a gradient."""
 
     squared_mean: float
     """‖E g‖²."""
     variance: float
-    """Tr Cov(g): the variances of all entries, summed."""
+    """Tr Cov(g), the sum of the variances of all entries."""
 
 
 def gradient_variance(
     losses: Iterable[Tensor], groups: Mapping[str, Sequence[nn.Parameter]]
 ) -> dict[str, GradientVariance]:
-    """Moments of the gradients of losses that differ by what was drawn for them.
+    """Estimate moments of the gradient over random draws, with the running means of Welford (1962).
 
     Args:
-        losses: two at least, each a scalar; its gradient is taken before the next is asked for.
-        groups: parameters, by a name for them.
+        losses: at least two scalar losses of different draws. The gradient of each is taken before the next
+            one is requested.
+        groups: group → parameters.
 
     Returns:
-        By group the moments, by the running means of Welford (1962).
+        Group → moments.
 
     Raises:
         ValueError: fewer than two losses.
@@ -61,32 +63,32 @@ def gradient_variance(
             after = before * (1 - 1 / draws)
             deviations[name] += (before * after).sum(dtype=torch.float64).item()
     if draws < 2:
-        raise ValueError(f"{draws} losses: a variance takes two at least")
+        raise ValueError(f"{draws} losses: a variance takes at least two")
     for name, mean in zip(owners, means, strict=True):
         squares[name] += mean.square().sum(dtype=torch.float64).item()
     moments = {}
     for name in groups:
         variance = deviations[name] / (draws - 1)
-        # The square of a mean over draws exceeds that of the expectation by the mean's own variance.
+        # The squared sample mean overestimates the squared expectation by the variance of the mean.
         moments[name] = GradientVariance(squares[name] - variance / draws, variance)
     return moments
 
 
 def variance_of_run(run_dir: Path, overrides: Sequence[str], num_draws: int) -> dict[str, GradientVariance]:
-    """Of the weights that a training arrived at, the gradient of the training's objective.
+    """Estimate moments of the gradient of the training objective at the weights of a run.
 
-    Every draw is another train batch and other noise. The batches of all calls are the same.
+    Every draw is another train batch with other noise. The batches are the same in every call.
 
     Args:
         run_dir: folder of a CMVAE's run.
-        overrides: settings to change, `objective.cross_sources=1`.
-        num_draws: how many gradients, two at least.
+        overrides: settings to change, such as `objective.cross_sources=1`.
+        num_draws: number of gradients, at least two.
 
     Returns:
-        Moments for `encoders`, `decoders` and `priors`.
+        Moments of `encoders`, `decoders` and `priors`.
 
     Raises:
-        UserError: the folder is no run of a CMVAE, an override does not fit, or its shards are not there.
+        UserError: the folder is not the run of a CMVAE, an override is not valid, or the shards are missing.
     """
     config = load_cmvae_run(run_dir, overrides)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -110,8 +112,8 @@ def variance_of_run(run_dir: Path, overrides: Sequence[str], num_draws: int) -> 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description="The variance of the gradient over batches and noise, of a CMVAE's trained weights, as a "
-        "multiple of its squared mean: with the run's settings, and with others beside them."
+        description="Variance of the gradient over batches and noise, at the trained weights of a CMVAE, as "
+        "a multiple of its squared mean; with the run's settings and with others."
     )
     parser.add_argument("run", type=Path, metavar="runs/NAME")
     parser.add_argument(
@@ -119,35 +121,40 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         action="append",
         default=[],
         metavar="SETTINGS",
-        help="with these settings, key=value separated by spaces; any number of times",
+        help="also with these settings, key=value separated by spaces; may be repeated",
     )
     parser.add_argument(
-        "--draws", type=positive_integer, default=200, metavar="N", help="gradients of each (default: 200)"
+        "--draws",
+        type=positive_integer,
+        default=200,
+        metavar="N",
+        help="number of gradients (default: %(default)s)",
     )
     parsed = parser.parse_args(arguments)
     if parsed.draws < 2:
-        parser.error("--draws 1: a variance takes two at least")
+        parser.error("--draws 1: a variance takes at least two")
     return parsed
 
 
 def to_markdown(by_settings: Mapping[str, Mapping[str, GradientVariance]]) -> str:
-    """A line for each of the settings, a column for each part of the model."""
+    """A Markdown table with one row per settings and one column per part of the model."""
     first = next(iter(by_settings.values()))
-    lines = [f"| | {' | '.join(first)} |", "|---|" + "--:|" * len(first)]
+    rows = []
     for settings, parts in by_settings.items():
         cells = []
         for part, it in parts.items():
-            # All settings have the same expected gradient: the first, the least noisy, says best how large.
+            # All settings have the same expected gradient; the first, least noisy one estimates its size
+            # best.
             cell = f"{it.variance / first[part].squared_mean:.3g}"
             if settings != AS_CONFIGURED:
                 cell += f" ({it.variance / first[part].variance:.2f} ×)"
             cells.append(cell)
-        lines.append(f"| {settings} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([settings, *cells])
+    return markdown_table(["", *first], rows)
 
 
 def main() -> int:
-    """Measure, print."""
+    """Measure and print."""
     arguments = parse_arguments()
     by_settings = {AS_CONFIGURED: variance_of_run(arguments.run, [], arguments.draws)}
     for settings in arguments.beside:

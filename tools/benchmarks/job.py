@@ -1,4 +1,4 @@
-"""What can be timed."""
+"""A task that can be timed."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 
 @dataclass(frozen=True)
 class Job:
-    """Something that is done again and again, and timed each time."""
+    """A task that is run and timed repeatedly."""
 
     run: Callable[[], None]
-    """Do it once; it need not wait for a GPU."""
+    """Run it once; need not wait for a GPU."""
     num_items: int
-    """How many samples or images one run is about."""
+    """Number of samples or images per run."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What else is worth knowing, when all runs are done; `flops` are the operations of one run."""
+    """Further results, read after all runs; `flops` is the number of operations per run."""
     waited: Callable[[], float] | None = None
-    """Seconds that the last run waited for data, if it reads any."""
+    """Seconds that the last run waited for data; None if it reads none."""
     afterwards: Callable[[], dict[str, Any]] | None = None
-    """More facts, from what would take time and memory itself: asked for once, when both are measured."""
+    """Further facts that take time and memory to compute: called once, after all measurements."""
 
     def measure(self) -> dict[str, float]:
         """Run once: `seconds` of wall time, and `data_wait_share` if data is read."""
@@ -37,7 +37,7 @@ class Job:
 
 
 def now() -> float:
-    """Seconds, when all that was asked of a GPU is done."""
+    """Seconds, after a GPU has finished all its work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Figures of the instruments: curves of runs, and samplers of a refiner."""
+"""Figures of the benchmarks: curves of runs, and samplers of a refiner."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import cycle
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -14,7 +15,7 @@ from matplotlib.transforms import Bbox
 
 from cmvae.visualize.style import ACCENT, DPI, INK, lighten
 
-# What a refiner is for: this share of the CMVAE's distance at most, for so much of its coherence.
+# The goal of a refiner: at most this share of the CMVAE's distance, at most this loss of coherence.
 DISTANCE_SHARE, COHERENCE_LOSS = 0.5, 0.03
 # Distances that differ by more than this factor are drawn on a logarithmic axis.
 _LARGE_FACTOR = 20
@@ -26,13 +27,13 @@ def curve_comparison(
     metric: str,
     reference: str,
 ) -> Figure:
-    """One curve of several runs, and below it how far each is from the first.
+    """Draw a metric of several runs, and below it their absolute differences to the first run.
 
     Args:
         curves: name of the run → step → value.
-        differences: the same, the size of each run's difference.
-        metric: what is drawn.
-        reference: name of the run that the others are compared with.
+        differences: name of the run → step → absolute difference.
+        metric: name of the metric.
+        reference: name of the first run.
     """
     figure = Figure(figsize=(6.4, 4.8), dpi=DPI, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
@@ -42,14 +43,14 @@ def curve_comparison(
     ):
         for number, name in enumerate(curves):
             line = lines.get(name, {})
-            # Curves that lie on each other: the later ones dashed, for all to be seen.
+            # Later curves are dashed, so that coinciding ones can be seen.
             style = ("-", "--", "-.", ":")[number % 4]
             label = name if line else None
             axes.plot(list(line), list(line.values()), style, color=f"C{number}", label=label, linewidth=1.2)
         axes.set_title(title, fontsize=9, color=INK, loc="left")
         axes.legend(fontsize=8, frameon=False)
         lighten(axes)
-    # Runs that are equal at first, and later in the last digits, differ by orders of magnitude.
+    # Differences range over orders of magnitude and may be zero at first.
     below.set_yscale("symlog", linthresh=1e-4)
     below.set_xlabel("step")
     return figure
@@ -59,11 +60,11 @@ def distance_by_steps(
     curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
     references: Mapping[str, Mapping[str, float]],
 ) -> Figure:
-    """Fréchet distances over the number of steps that a sampler takes, a panel a kind of generation.
+    """Draw Fréchet distances over the number of sampling steps, one panel per kind of samples.
 
     Args:
-        curves: kind → name of the line → (number of steps, distance), by rising number of steps.
-        references: kind → name → distance of what takes no steps: a horizontal line each.
+        curves: kind → name of the line → (number of steps, distance), in ascending order.
+        references: kind → name → distance that does not depend on steps, drawn as a horizontal line.
     """
     figure = Figure(figsize=(0.6 + 3.6 * len(curves), 4.0), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, len(curves), squeeze=False)[0]
@@ -93,16 +94,15 @@ def distance_by_coherence(
     floors: Mapping[str, float],
     names: tuple[str, str],
 ) -> Figure:
-    """What refinement gains and costs: Fréchet distance over coherence, a panel a kind of generation.
+    """Draw Fréchet distance over coherence, one panel per kind of samples.
 
-    Shaded is where the distance is at most `DISTANCE_SHARE` of that without refinement, and at most
-    `COHERENCE_LOSS` of the coherence is lost.
+    The shaded area meets the goal of `DISTANCE_SHARE` and `COHERENCE_LOSS`.
 
     Args:
         points: kind → name of the line → (label, coherence, distance), in the order of the line.
         unrefined: kind → (coherence, distance) without refinement.
-        floors: kind → distance of real images, which have no coherence: a horizontal line.
-        names: what the last two are called.
+        floors: kind → distance of real images, drawn as a horizontal line.
+        names: titles of `unrefined` and `floors`.
     """
     figure = Figure(figsize=(0.6 + 4.6 * len(points), 4.6), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, len(points), squeeze=False)[0]
@@ -127,28 +127,28 @@ def distance_by_coherence(
 
 
 def _line_styles() -> Iterator[dict[str, Any]]:
-    """Colours and markers of lines, without end and without repeating soon."""
-    # Without its red and grey, which are those of what the lines are compared with.
+    """Endless colours and markers of lines."""
+    # Red and grey are left to the references.
     palette = [matplotlib.colormaps["tab10"](number) for number in (0, 1, 2, 4, 5, 6, 8, 9)]
     for colour, marker in zip(cycle(palette), cycle("osD^v"), strict=False):
         yield {"color": colour, "marker": marker}
 
 
 def _scale_distances(ax: Axes, distances: Sequence[float]) -> None:
-    """A vertical axis from zero, or a logarithmic one where the small distances would not be seen."""
+    """Start the vertical axis at zero, or make it logarithmic if distances differ by orders of magnitude."""
     if min(distances) > 0 and max(distances) > _LARGE_FACTOR * min(distances):
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter("{x:g}")
         return
-    # Zero is the best there is, not where the panel ends.
+    # A margin below zero, so that points at zero are visible.
     top = max(*distances, 1e-6)
     ax.set_ylim(-0.03 * top, 1.1 * top)
 
 
 def _shade_goal(ax: Axes, coherence: float, distance: float) -> None:
-    """Shade what is good enough, seen from (coherence, distance); the limits are moved to show some of it."""
+    """Shade the goal relative to (coherence, distance), and extend the limits to show it."""
     left, (low, high) = coherence - COHERENCE_LOSS, ax.get_ylim()
     first, last = ax.get_xlim()
     ax.set_xlim(min(first, left - COHERENCE_LOSS), max(last, min(1.0, coherence + COHERENCE_LOSS)))
@@ -169,7 +169,7 @@ def _shade_goal(ax: Axes, coherence: float, distance: float) -> None:
 
 def _put_legend_below(figure: Figure, ax: Axes) -> None:
     handles, labels = ax.get_legend_handles_labels()
-    # Inches: the line and the gaps, and a letter of this size.
+    # Width in inches: line and gaps, and the letters of the label.
     column = 0.7 + 0.06 * max(map(len, labels))
     figure.legend(
         handles,
@@ -185,11 +185,11 @@ def _put_legend_below(figure: Figure, ax: Axes) -> None:
 def _place_labels(
     figure: Figure, labels: Sequence[tuple[Axes, str, tuple[float, float], tuple[float, ...]]]
 ) -> None:
-    """Write labels beside their points, where they cover neither points nor each other if there is room.
+    """Write labels beside their points, without covering points or each other if there is room.
 
     Args:
-        figure: drawn but for the labels.
-        labels: axes, text, point in units of the data, colour.
+        figure: the figure without the labels.
+        labels: axes, text, point in data coordinates, colour.
     """
     figure.draw_without_rendering()
     points = [ax.transData.transform(point) for ax, _, point, _ in labels]
@@ -225,3 +225,42 @@ def _place_labels(
 
 def _area(box: Bbox | None) -> float:
     return 0.0 if box is None else float(box.width * box.height)
+
+
+def metric_panels(
+    columns: Sequence[str], rows: Mapping[str, Sequence[Mapping[str, float] | None]], metrics: Sequence[str]
+) -> Figure:
+    """Draw a table of metrics, one panel per metric, with values as numbers and colours; the best is bold.
+
+    Args:
+        columns: C names of columns.
+        rows: name of a row → C metrics by name, None where there are none.
+        metrics: the metrics to draw, in [0, 1] where they are good.
+    """
+    # Panels lie below each other, so that numbers stay legible on a narrow page.
+    size = (3.4 + 0.58 * len(columns), 1.3 + len(metrics) * (0.4 + 0.27 * len(rows)))
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    axes = figure.subplots(len(metrics), 1, squeeze=False, sharex=True)[:, 0]
+    for ax, metric in zip(axes, metrics, strict=True):
+        values = np.array([[cell[metric] if cell else np.nan for cell in cells] for cells in rows.values()])
+        ax.imshow(values, vmin=0, vmax=1, cmap="YlGnBu", aspect="auto")
+        best = np.nanmax(values, axis=0, initial=-1)
+        for (row, column), value in np.ndenumerate(values):
+            if np.isnan(value):
+                continue
+            ax.text(
+                column,
+                row,
+                f"{round(value, 2) + 0.0:.2f}".replace("0.", ".", 1),  # no minus before zero
+                ha="center",
+                va="center",
+                fontsize=7.5,
+                color="white" if value > 0.5 else INK,
+                fontweight="bold" if value == best[column] else "normal",
+            )
+        ax.set_title(metric.upper(), fontsize=10, color=INK, fontweight="bold")
+        ax.set_yticks(range(len(rows)), list(rows), fontsize=8, color=INK)
+        ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8, color=INK)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    return figure

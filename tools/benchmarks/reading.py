@@ -1,11 +1,10 @@
-"""Jobs of reading: the project's reader, and images in a folder by torch's DataLoader."""
+"""Jobs of reading: the project's reader, and torch's DataLoader over images in a folder."""
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, count, islice, repeat
 from pathlib import Path
 
 import cmvae.utils.torchvision_shim  # noqa: F401 isort:skip
@@ -21,31 +20,24 @@ from cmvae.utils.errors import UserError
 
 
 def shards_job(shards: str, batch_size: int, num_workers: int, num_batches: int) -> Job:
-    """Batches of the train split, through all epochs that it takes, nothing kept in memory.
+    """Read batches of the train split, epoch after epoch, without a cache of decoded samples.
 
     Args:
         shards: folder or URL of packed data.
-        batch_size: samples a batch.
-        num_workers: reader processes.
-        num_batches: in one run.
+        batch_size: samples per batch.
+        num_workers: number of reader processes.
+        num_batches: batches per run.
     """
     names = list(ShardIndex.load(shards).modalities)
     loader = TrainingLoader(shards, modalities=names, batch_size=batch_size, num_workers=num_workers)
-    return _reading(_forever(loader), batch_size, num_batches)
-
-
-def _forever(loader: TrainingLoader) -> Iterator[object]:
-    epoch = 0
-    while True:
-        yield from loader.epoch_batches(epoch)
-        epoch += 1
+    return _reading(chain.from_iterable(map(loader.epoch_batches, count())), batch_size, num_batches)
 
 
 class PairedImages(Dataset[list[Tensor]]):
-    """Images in `MODALITY/NAME.png`, paired by name, as the released data lies there and its code reads it.
+    """Images in `MODALITY/NAME.png`, paired by name, as the released data is stored and read.
 
     Args:
-        folder: of the modalities' folders.
+        folder: folder with one subfolder per modality.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,11 +46,11 @@ class PairedImages(Dataset[list[Tensor]]):
         self._paths = [[modality / name for modality in modalities] for name in names]
 
     def __len__(self) -> int:
-        """Samples."""
+        """Number of samples."""
         return len(self._paths)
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        """A sample's images, (C, H, W) each in [0, 1]."""
+        """The images of a sample, (C, H, W) each, in [0, 1]."""
         images = []
         for path in self._paths[index]:
             with Image.open(path) as image:
@@ -67,7 +59,7 @@ class PairedImages(Dataset[list[Tensor]]):
 
 
 def folder_job(folder: str, batch_size: int, num_workers: int, num_batches: int) -> Job:
-    """As `shards_job`, of a folder of images, as the released code reads them."""
+    """The same as `shards_job` for a folder of images, read as the released code does."""
     loader = DataLoader(
         PairedImages(Path(folder)),
         batch_size,
@@ -76,12 +68,7 @@ def folder_job(folder: str, batch_size: int, num_workers: int, num_batches: int)
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
     )
-
-    def forever() -> Iterator[object]:
-        while True:
-            yield from loader
-
-    return _reading(forever(), batch_size, num_batches)
+    return _reading(chain.from_iterable(repeat(loader)), batch_size, num_batches)
 
 
 def _reading(batches: Iterator[object], batch_size: int, num_batches: int) -> Job:
@@ -92,27 +79,23 @@ def _reading(batches: Iterator[object], batch_size: int, num_batches: int) -> Jo
     return Job(run, num_batches * batch_size)
 
 
-def write_folder(shards: str, folder: Path, num_samples: int) -> float:
-    """Write the first images of the train split as the released data lies on a disk.
+def write_folder(shards: str, folder: Path, num_samples: int) -> None:
+    """Write the first images of the train split in the layout of the released data.
 
     Args:
         shards: folder or URL of packed images.
-        folder: where to.
-        num_samples: how many.
-
-    Returns:
-        Seconds that it took.
+        folder: output folder.
+        num_samples: number of samples.
 
     Raises:
-        UserError: a modality is no image.
+        UserError: a modality is not an image.
     """
     index = ShardIndex.load(shards)
     others = [name for name, modality in index.modalities.items() if modality.kind != "image"]
     if others:
         raise UserError(
-            f"{shards}: {', '.join(others)}: no images. Compare reading with a data set of images"
+            f"{shards}: {', '.join(others)}: not an image modality. Give a data set of images only"
         )
-    started = time.perf_counter()
     names = list(index.modalities)
     loader = EvaluationLoader(
         shards, split="train", modalities=names, batch_size=100, num_samples=num_samples
@@ -125,4 +108,3 @@ def write_folder(shards: str, folder: Path, num_samples: int) -> float:
                 pixels = image.movedim(0, -1).squeeze(-1).numpy()
                 Image.fromarray(pixels).save(folder / name / f"{seen[name]}.png")
                 seen[name] += 1
-    return time.perf_counter() - started

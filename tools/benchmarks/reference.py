@@ -1,7 +1,7 @@
-"""The way of working of the released code, with the same objective: what a benchmark of training is against.
+"""Training in the way of the released code, with the same objective, as the reference of benchmarks.
 
-One decoder call for every pair of source and target, upsampling before convolving and pooling after it, the
-default memory layout, fp32 everywhere, torch's default Adam.
+One decoder call per pair of source and target, upsampling before and pooling after convolutions, the default
+memory layout, fp32, and torch's default Adam.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from cmvae.training.cmvae_task import CMVAETask, LatentNoise
 
 
 class PlainImageDecoder(nn.Module):
-    """An `ImageDecoder` that upsamples first and convolves then, with the same weights.
+    """An `ImageDecoder` that upsamples before its convolutions.
 
     Args:
-        decoder: whose weights are taken; it stays as it is.
+        decoder: decoder whose weights are copied.
     """
 
     def __init__(self, decoder: ImageDecoder) -> None:
@@ -41,7 +41,7 @@ class PlainImageDecoder(nn.Module):
         self.layers = plain_layers(decoder.layers)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """As of `ImageDecoder`."""
+        """See `ImageDecoder.forward`."""
         maps = rearrange(self.stem(latents), "b (h w c) -> b c h w", h=self.height, w=self.width_px)
         return self.layers(maps.contiguous())
 
@@ -83,8 +83,8 @@ class ReferenceTask(CMVAETask):
     """A `CMVAETask` that decodes pair by pair.
 
     Args:
-        model: whose weights are taken; it stays as it is.
-        objective: of which every cross source is decoded.
+        model: model whose weights are copied.
+        objective: the objective; all cross sources are decoded.
     """
 
     def __init__(self, model: CMVAE, objective: ObjectiveConfig) -> None:
@@ -97,7 +97,7 @@ class ReferenceTask(CMVAETask):
             if isinstance(encoder, ImageEncoder):
                 for trunk in (encoder.shared_trunk, encoder.private_trunk):
                     trunk.layers = plain_layers(cast(nn.Sequential, trunk.layers))
-                # It would change the layout, which every convolution passes on.
+                # Keeps the default memory layout, which the convolutions pass on.
                 encoder.prepare = MethodType(TwoTrunkEncoder.prepare, encoder)  # type: ignore[method-assign]
         super().__init__(plain, objective.model_copy(update={"cross_sources": "all"}))
 
@@ -116,7 +116,7 @@ class ReferenceTask(CMVAETask):
 
 
 def build_reference_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Adam:
-    """Adam as torch makes it by default: not fused."""
+    """Torch's default Adam, which is not fused."""
     return torch.optim.Adam(
         module.parameters(),
         lr=config.learning_rate,

@@ -1,9 +1,10 @@
-r"""How well restarts were chosen, by labels that the choice did not see: a row for each set of restarts.
+"""Measure by labels how well restarts were chosen; the choice does not use labels.
 
     python tools/benchmarks/score_restarts.py runs/wine-restarts runs/mfeat-restarts
 
-Accuracy (best one-to-one matching of clusters and classes) on all labelled samples of all splits: of the
-chosen run, of the best, of the consensus, of every run, and of the run that another rule would have taken.
+Prints one row per set of restarts, with the accuracy (best one-to-one matching of clusters and classes) on
+all labelled samples of all splits: of the chosen run, the best run, the consensus, every run, and the runs
+that other rules would have chosen.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from cmvae.config import CMVAEExperiment, load_cmvae_run
 from cmvae.data.index import ShardIndex
 from cmvae.utils.errors import UserError
 from cmvae.utils.process_exit import run_main
+from cmvae.utils.tables import markdown_table
 
 Clusters = Mapping[tuple[str, str], int]
-"""By key and split."""
+"""(key, split) → cluster or class."""
 
-# The larger the better. The entropy and the contrast are losses.
+# Larger is better. Entropy and contrast are losses.
 RULES = {
     "bound": lambda run: run["bound"],
     "silhouette": lambda run: run["criteria"].get("silhouette"),
@@ -44,10 +46,10 @@ COLUMNS = (
 
 
 def read_labels(config: CMVAEExperiment) -> Clusters:
-    """The labels of all samples that have one.
+    """Read the labels of all labelled samples.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
     from cmvae.data.reader import EvaluationLoader
 
@@ -61,12 +63,14 @@ def read_labels(config: CMVAEExperiment) -> Clusters:
             for place in (batch["valid"] & (batch["label"] >= 0)).nonzero().flatten().tolist():
                 labels[batch["key"][place], split] = int(batch["label"][place])
     if not labels:
-        raise UserError(f"{config.data.shards}: has no labels to measure by. Pack the data with --label")
+        raise UserError(
+            f"{config.data.shards}: has no labels to measure accuracy with. Pack the data with --label"
+        )
     return labels
 
 
 def read_clusters(config: CMVAEExperiment) -> Clusters:
-    """The clusters of all samples by a run."""
+    """Assign all samples to the clusters of a run."""
     from cmvae.commands.cluster_table import assign_samples
 
     splits, modalities = list(ShardIndex.load(config.data.shards).splits), list(config.model.modalities)
@@ -77,14 +81,14 @@ def read_clusters(config: CMVAEExperiment) -> Clusters:
 
 
 def read_consensus(path: Path) -> Clusters:
-    """The clusters of `consensus.csv`."""
+    """Read `consensus.csv`."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {(row["key"], row["split"]): int(row["cluster"]) for row in rows if row["cluster"]}
 
 
 def accuracy(clusters: Clusters, labels: Clusters) -> float:
-    """Of the samples that have both."""
+    """Accuracy on the samples that have a cluster and a label."""
     import numpy as np
 
     from cmvae.clustering import clustering_metrics
@@ -95,7 +99,7 @@ def accuracy(clusters: Clusters, labels: Clusters) -> float:
 
 
 def score(folder: Path) -> list[str]:
-    """The cells of a row.
+    """One row of the table.
 
     Raises:
         UserError: the folder has no restarts, a run is damaged, or the data has no labels.
@@ -124,13 +128,11 @@ def score(folder: Path) -> list[str]:
 
 
 def main() -> int:
-    """Print a table in Markdown."""
-    parser = argparse.ArgumentParser(description="How well restarts were chosen, by labels.")
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description="Measure by labels how well restarts were chosen.")
     parser.add_argument("folders", type=Path, nargs="+", metavar="runs/NAME-restarts")
     arguments = parser.parse_args()
-    rows = [score(folder) for folder in arguments.folders]
-    for row in (COLUMNS, ["---"] * len(COLUMNS), *rows):
-        print(f"| {' | '.join(row)} |")
+    print(markdown_table(COLUMNS, [score(folder) for folder in arguments.folders]))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Jobs of training: an update, and the arithmetic that no update can be faster than."""
+"""Jobs of training: an update, and convolutions as the ceiling of its speed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from job import Job
+from reference import ReferenceTask, build_reference_optimizer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,12 +28,13 @@ from cmvae.training.tasks import CMVAETask
 from cmvae.utils.errors import UserError
 from cmvae.utils.memory import keep_freed_memory
 
-# Channels and side of the 3×3 convolutions in the published PolyMNIST networks; all take as many operations.
+# Channels and side of the 3×3 convolutions in the published PolyMNIST networks; all have equally many
+# operations.
 CEILING_SHAPES = ((64, 28), (128, 14), (256, 7))
 CEILING_BATCH = 64
-# So many as a decoder of a published batch is given from five sources: less leaves a GPU idle.
+# Batch of a decoder in the published training, with five sources; a smaller one leaves a GPU idle.
 CEILING_BATCH_ON_GPU = 640
-# Shorter runs of a GPU would be as long as it takes to start them.
+# On a GPU, shorter runs would measure the launch of kernels.
 CEILING_SECONDS = 0.2
 
 
@@ -49,21 +51,21 @@ def update_job(
     """Updates of a CMVAE: forward, backward, clipping, optimizer.
 
     Args:
-        config_path: an experiment's YAML file.
+        config_path: YAML file of the experiment.
         overrides: settings to change, `key=value`.
-        synthetic: so many copies of the config's first modality instead of its own.
-        image_size: pixels a side of random images, whose shape no shards tell.
-        reference: the plain way, see `reference`.
-        read: read the config's shards; else one random batch is taken again and again.
-        updates: in one run.
-        profile: file for a trace of one run, for chrome://tracing; None profiles nothing.
+        synthetic: number of copies of the config's first modality, which replace its modalities.
+        image_size: side of random images in pixels, used without `read`.
+        reference: train as `reference` does.
+        read: read the config's shards; else one random batch is used for every update.
+        updates: number of updates per run.
+        profile: file for a trace of one run, for chrome://tracing; None writes none.
 
     Raises:
-        UserError: the config is of no CMVAE, or has other modalities than images and nothing is read.
+        UserError: the config does not train a CMVAE, or without `read` has modalities that are not images.
     """
     config = load_config(config_path, list(overrides))
     if not isinstance(config, CMVAEExperiment):
-        raise UserError(f"{config_path}: trains a refiner; a benchmark of training takes a CMVAE's config")
+        raise UserError(f"{config_path}: trains a refiner. Give the config of a CMVAE")
     config = _with_modalities(config, synthetic)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     torch.manual_seed(config.seed)
@@ -78,9 +80,6 @@ def update_job(
     model = CMVAE(config.model, modalities, AUTOCAST_DTYPES[precision])
     build = build_optimizer
     if reference:
-        # Only here: another checkout, whose code is timed, may lack what it builds on.
-        from reference import ReferenceTask, build_reference_optimizer
-
         task: CMVAETask = ReferenceTask(model, config.objective)
         build = build_reference_optimizer
     else:
@@ -108,7 +107,7 @@ def update_job(
             optimizer.zero_grad()
 
     def count_and_trace() -> dict[str, Any]:
-        with FlopCounterMode(display=False) as counter:  # keeps what a checkpointed decoder would give back
+        with FlopCounterMode(display=False) as counter:  # disables checkpointing of decoders
             run()
         if profile is not None:
             with torch.profiler.profile() as trace:
@@ -127,9 +126,7 @@ def update_job(
 
 
 def ceiling_job(precision: Precision) -> Job:
-    """3×3 convolutions, forward and backward, channels-last: the rate that networks of them can reach.
-
-    Of several shapes it takes the fastest.
+    """3×3 convolutions, forward and backward, channels-last, of the fastest of several shapes.
 
     Args:
         precision: `fp32`, `bf16` or `fp16`.
@@ -141,7 +138,7 @@ def ceiling_job(precision: Precision) -> Job:
 
 
 def _convolutions(channels: int, side: int, dtype: torch.dtype) -> tuple[Job, float]:
-    """So many convolutions of one shape as take `CEILING_SECONDS`, and their operations a second."""
+    """Convolutions of one shape that take at least `CEILING_SECONDS`, and their operations per second."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     batch_size = CEILING_BATCH if device.type == "cpu" else CEILING_BATCH_ON_GPU
 
@@ -156,7 +153,7 @@ def _convolutions(channels: int, side: int, dtype: torch.dtype) -> tuple[Job, fl
     def convolve() -> None:
         torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), towards)
 
-    # Counting warms up, too: a first convolution may take longer than all that are timed.
+    # Counting warms up as well: the first convolution may take longer than the timed ones.
     with FlopCounterMode(display=False) as counter:
         convolve()
     flops = counter.get_total_flops()
@@ -189,7 +186,7 @@ def _made_up_modalities(config: CMVAEExperiment, image_size: int) -> dict[str, M
     ]
     if others:
         raise UserError(
-            f"{', '.join(others)}: no images, so that nothing can be made up; read shards instead"
+            f"{', '.join(others)}: not an image modality, so there are no random batches. Read shards: --read"
         )
     modality = ImageModality(shape=(3, image_size, image_size))
     return dict.fromkeys(config.model.modalities, modality)

@@ -1,4 +1,4 @@
-"""Jobs that are timed in turns, A B A B, each in a process of its own."""
+"""Time jobs in turns (A B A B), each in its own process."""
 
 from __future__ import annotations
 
@@ -20,50 +20,50 @@ OWN_CHECKOUT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the things to be compared."""
+    """One of the variants to compare."""
 
     title: str
     job: str
-    """Its name, see `child`."""
+    """Name of the job, see `child`."""
     arguments: dict[str, Any] = field(default_factory=dict)
     checkout: Path = OWN_CHECKOUT
-    """Whose `cmvae` does it."""
+    """Checkout whose code runs the job."""
     compared_with: str | None = None
-    """Title of the variant whose rate its own is told in multiples of."""
+    """Title of the variant whose rate is the unit of `times_as_fast`."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What became of one variant."""
+    """Measurements of one variant."""
 
     variant: Variant
     num_items: int
-    """Samples or images of one run."""
+    """Number of samples or images per run."""
     seconds: list[float]
-    """Of each run."""
+    """Wall time of each run."""
     facts: dict[str, Any]
     peak_memory_bytes: int
     data_wait_share: float | None = None
-    """Median share of a run that waited for data, where any was read."""
+    """Median share of a run that waited for data; None if none was read."""
 
     @property
     def rates(self) -> list[float]:
-        """Items a second, of each run."""
+        """Items per second of each run."""
         return [self.num_items / seconds for seconds in self.seconds]
 
     @property
     def median_seconds(self) -> float:
-        """Of a run."""
+        """Median wall time of a run."""
         return statistics.median(self.seconds)
 
     @property
     def median_rate(self) -> float:
-        """Items a second."""
+        """Median items per second."""
         return statistics.median(self.rates)
 
     @property
     def median_flops(self) -> float | None:
-        """Floating-point operations a second, if they were counted."""
+        """Floating-point operations per second; None if they were not counted."""
         flops = self.facts.get("flops")
         return None if flops is None else flops / self.median_seconds
 
@@ -71,19 +71,19 @@ class Measured:
 def measure_in_turns(
     variants: Sequence[Variant], repeats: int, warm_up: int = 1, alone: bool = False
 ) -> list[Measured]:
-    """Time every variant `repeats` times: the first of each, then the second of each, and so on.
+    """Time every variant `repeats` times: the first run of each, then the second run of each, and so on.
 
-    Whatever else the machine does then falls on all of them alike.
+    So other load on the machine affects all variants alike.
 
     Args:
-        variants: what to time.
-        repeats: runs of each.
-        warm_up: runs before the first that counts.
-        alone: one variant after the other instead: where memory or reader processes of several would be in
-            each other's way.
+        variants: the variants.
+        repeats: timed runs of each.
+        warm_up: runs of each before the timed ones.
+        alone: time one variant after the other instead, where memory or reader processes of several variants
+            would interfere.
 
     Raises:
-        UserError: a job cannot be done, or its process died.
+        UserError: a job cannot be run, or its process died.
     """
     total = len(variants) * repeats
     with progress_bar(total=total, desc="runs", unit="run", leave=False) as progress:
@@ -129,14 +129,16 @@ class _Child:
             self._requests.write(f"{line}\n")
             self._requests.flush()
         except BrokenPipeError:
-            pass  # the answer, or that there is none, says why
+            pass  # `_answer` reports why
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         line = self._answers.readline()
         if not line:
             code = self._process.wait()
-            raise UserError(f"{self._variant.title}: its process ended with code {code}; see above")
+            raise UserError(
+                f"{self._variant.title}: its process ended with exit code {code}; see its output above"
+            )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise UserError(f"{self._variant.title}: {answer['error']}")
@@ -147,7 +149,7 @@ class _Child:
         self._runs.append(self._ask("run"))
 
     def end(self) -> Measured:
-        """What it measured, when all is done."""
+        """End the process after its last run, and return its measurements."""
         self._requests.close()
         about = self._answer()
         shares = [run["data_wait_share"] for run in self._runs if "data_wait_share" in run]
@@ -161,6 +163,6 @@ class _Child:
         )
 
     def kill(self) -> None:
-        """End it, whatever it is doing."""
+        """Kill the process, if it still runs."""
         self._process.kill()
         self._process.wait()

@@ -1,4 +1,4 @@
-"""Jobs on a trained run: the selection of clusters, refined images, and the groups of an evaluation."""
+"""Jobs on a trained run: selection of clusters, refinement of images, groups of metrics."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def selection_job(run: str, again: bool) -> Job:
 
     Args:
         run: folder of a CMVAE's run.
-        again: encode the split again for every number of clusters, as the released code does; else once.
+        again: encode the split once per number of clusters, as the released code does, instead of once.
 
     Raises:
-        UserError: the folder is no run of a CMVAE.
+        UserError: the folder is not the run of a CMVAE.
     """
     config = load_run_config(Path(run))
     if not isinstance(config, CMVAEExperiment):
-        raise UserError(f"{run}: the run of a refiner, which has no clusters. Give that of its CMVAE")
+        raise UserError(f"{run}: is the run of a refiner, which has no clusters. Give the run of its CMVAE")
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = CMVAE.from_pretrained(Path(run) / "export", device)
-    # Batches in memory: encoding is compared, not reading.
+    # In memory, so that reading is not timed.
     batches = list(
         EvaluationLoader(
             config.data.shards,
@@ -55,19 +55,19 @@ def selection_job(run: str, again: bool) -> Job:
 
 
 def refining_job(run: str, overrides: list[str], num_images: int) -> Job:
-    """Refine unconditional generations, which are made beforehand.
+    """Refine unconditional samples, which are generated before the first run.
 
     Args:
         run: folder of a refiner's run.
-        overrides: settings of the sampler to change, `num_steps=20`.
-        num_images: in one run, over all modalities; rounded up to equally many of each.
+        overrides: sampler settings to change, such as `num_steps=20`.
+        num_images: images per run over all modalities, rounded up to equally many of each.
 
     Raises:
-        UserError: the folder is no run of a refiner.
+        UserError: the folder is not the run of a refiner.
     """
     config = load_run_config(Path(run), [f"refiner.sampler.{setting}" for setting in overrides])
     if not isinstance(config, RefinerExperiment):
-        raise UserError(f"{run}: the run of a CMVAE, which refines nothing. Give that of its refiner")
+        raise UserError(f"{run}: is the run of a CMVAE, which refines nothing. Give the run of its refiner")
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     both = DCMVAE.from_run(config, Path(run), device)
     images = list(both.refiner.modalities)
@@ -87,12 +87,12 @@ def refining_job(run: str, overrides: list[str], num_images: int) -> Job:
 
 
 def evaluation_job(run: str, group: str) -> Job:
-    """One group of metrics of a run, nothing written.
+    """Compute one group of metrics of a run, without writing anything.
 
     Args:
         run: folder of a run.
-        group: of `evaluation.metrics`. After a run the facts `metrics` and `left_out` say how many
-            it has for this model, and why not more.
+        group: one of `evaluation.metrics`. After a run, the fact `metrics` is the number of metrics, and
+            `left_out` names those that are not available for this model.
     """
     config = load_run_config(Path(run), [f"evaluation.metrics=[{group}]"])
     index = ShardIndex.load(config.data.shards)

@@ -1,7 +1,7 @@
 """Jobs on trained runs."""
 
 import pytest
-from generating import evaluation_job, refining_job, selection_job
+from inference import evaluation_job, refining_job, selection_job
 from refiner_run import write_refiner_run
 
 from cmvae.models.cmvae import CMVAE

@@ -1,4 +1,4 @@
-"""`tools/benchmarks/compare_samplers.py` on an untrained pair."""
+"""`tools/benchmarks/samplers.py` on an untrained pair."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def call(capsys, monkeypatch):
     """`call(…)` is the tool's exit code, standard output and error."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["benchmarks/compare_samplers.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["benchmarks/samplers.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / "tools/benchmarks/compare_samplers.py"), run_name="__main__")
+            runpy.run_path(str(ROOT / "tools/benchmarks/samplers.py"), run_name="__main__")
         out, err = capsys.readouterr()
         assert "Traceback" not in err
         return end.value.code, out, err
@@ -89,8 +89,8 @@ def test_a_table_and_figures_below_the_run(call, folder):
     ]
     assert cells["real train images"][3:5] == ["–", "–"]
     for name in FILES[:2]:
-        with Image.open(samplers / name) as picture:
-            assert min(picture.size) > 200
+        with Image.open(samplers / name) as image:
+            assert min(image.size) > 200
 
 
 def test_an_interrupted_run_has_shown_what_it_measured_and_leaves_no_half_folder(call, folder, monkeypatch):
@@ -105,8 +105,8 @@ def test_an_interrupted_run_has_shown_what_it_measured_and_leaves_no_half_folder
     out_folder = folder / "out"
     code, out, _ = call(folder / "refiner", "num_steps=1", "num_steps=3", "--out", out_folder, "--num", 40)
     assert code == 130
-    assert "dpm_solver, 1 step" in rows(out)
-    assert "dpm_solver, 3 steps" not in rows(out)
+    assert "\ndpm_solver, 1 step: distance: uncond. " in out
+    assert "dpm_solver, 3 steps" not in out
     assert sorted(path.name for path in folder.iterdir()) == ["cmvae", "refiner"]
 
 
@@ -119,14 +119,14 @@ def test_shards_without_classifiers_are_refused_with_the_command(call, folder, q
     code, out, err = call(folder / "refiner", "num_steps=1")
     assert code == 2
     assert "error: " in err
-    assert f"train_classifiers.py {shards}" in err
+    assert f"cmvae classifiers {shards}" in err
     assert out == ""
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("cmvae", "num_steps=1"), "cmvae: the run of a CMVAE, which has no sampler"),
+        (("cmvae", "num_steps=1"), "cmvae: is the run of a CMVAE, which has no sampler"),
         (("nothing", "num_steps=1"), "nothing is no run"),
         (("refiner", "num_step=1"), "refiner.sampler.num_step: no such key; did you mean 'num_steps'?"),
         (("refiner", "num_steps"), "write key=value"),
@@ -150,7 +150,7 @@ def test_guidance_takes_a_refiner_that_has_learned_it(folder):
     path = folder / "refiner/config.yaml"
     path.write_text(path.read_text().replace("dropout: 0.1", "dropout: 0.0"))
     # As a user starts it, from another folder and without the library on the path.
-    done = run_tool("benchmarks/compare_samplers.py", "refiner", "guidance=2", folder=folder)
+    done = run_tool("benchmarks/samplers.py", "refiner", "guidance=2", folder=folder)
     assert done.returncode == 2
     assert "set conditioning.dropout" in done.stderr
     assert "Traceback" not in done.stderr
