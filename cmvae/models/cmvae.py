@@ -28,8 +28,8 @@ from cmvae.utils.errors import UserError
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# Maximum number of output values times filters in one call of a decoder on a CPU; feature maps grow with
-# both. 55 images of the published PolyMNIST. Smaller calls are slower, larger ones only take more memory.
+# Maximum number of output values times filters in one call of a decoder on a CPU. Feature maps grow with both.
+# It equals 55 images of the published PolyMNIST. Smaller calls are slower, larger ones only take more memory.
 _MAX_DECODED_SIZE = 2**23
 
 
@@ -39,7 +39,7 @@ def _full_precision(output: Tensor) -> Tensor:
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    """Whether the output of a module in training depends on how a batch is split."""
+    """Whether a module has batch norm, so that splitting a batch changes its output in training."""
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
