@@ -28,7 +28,7 @@ from cmvae.utils.errors import UserError
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# Maximum number of output values times filters in one call of a decoder on a CPU. Feature maps grow with both.
+# Maximum number of output values times filters in one call of a decoder on a CPU; feature maps grow with it.
 # It equals 55 images of the published PolyMNIST. Smaller calls are slower, larger ones only take more memory.
 _MAX_DECODED_SIZE = 2**23
 
