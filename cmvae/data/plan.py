@@ -195,7 +195,7 @@ class EvaluationPlan:
         shard_sizes: samples in each shard of the split.
         batch_size: B, samples of one batch on one rank.
         world_size: W, number of ranks.
-        num_samples: only the first so many, if there are more.
+        num_samples: read at most this many samples, from the first on.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Rows of one modality, one class per kind: raw values in, stored values out.
+"""Rows of one modality: raw values in, stored values out.
 
 The sources of users' own data consist of columns: tables, folders, data in memory, captions of birds. A
 column stores its values as a modality says. `fit_text`, `fit_vector` and so on make the modality of new data
@@ -34,9 +34,12 @@ from cmvae.utils.errors import UserError
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 LENGTH_STEP = 8
-"""Texts are as long as a multiple of this: networks of captions halve the length three times."""
-CONSTANT = 1e-5
-"""A dimension with a smaller ratio of deviation to mean is constant: in single precision little is left."""
+"""Number of tokens of a text is a multiple of this: caption networks halve the length three times."""
+MAX_NUMBER = float(np.finfo(np.float32).max)
+"""Vectors are stored in single precision."""
+_CONSTANT = 1e-5
+"""A dimension is constant if its standard deviation is at most this share of its mean. In single precision,
+such deviations are lost."""
 
 
 class Column(Protocol):
@@ -44,17 +47,40 @@ class Column(Protocol):
 
     @property
     def modality(self) -> Modality:
-        """What is stored."""
+        """How the values are stored."""
 
     def has(self, row: int) -> bool:
         """Whether the row has this modality."""
 
     def read(self, row: int) -> np.ndarray:
-        """What is stored of a row that has it.
+        """The stored value of a row that has this modality.
 
         Raises:
-            UserError: what the row names is missing or damaged.
+            UserError: the file that the row names is missing or damaged.
         """
+
+
+class ArrayColumn:
+    """Stored values in memory.
+
+    Args:
+        values: (N, *shape) stored value of each row; anything where it is missing.
+        has: (N,) bool, whether each row has a value; None if all have one.
+        modality: how the values are stored.
+    """
+
+    def __init__(self, values: np.ndarray, has: np.ndarray | None, modality: Modality) -> None:
+        self._values = values.astype(modality.dtype, copy=False)
+        self._has = has
+        self.modality = modality
+
+    def has(self, row: int) -> bool:
+        """Whether the row has a value."""
+        return self._has is None or bool(self._has[row])
+
+    def read(self, row: int) -> np.ndarray:
+        """The shape and dtype of the modality."""
+        return self._values[row]
 
 
 class ImageColumn:
@@ -185,25 +211,15 @@ def fit_text(
     return TextModality(shape=(length,), categories=vocabulary, optional=None in sentences)
 
 
-class VectorColumn:
-    """Numbers in the units of the data.
+def number_column(values: np.ndarray, modality: VectorModality | BinaryModality) -> ArrayColumn:
+    """A column of numbers, in the units of the data.
 
     Args:
-        values: (N, D) float64; a row with NaN lacks the modality.
-        modality: names, means and standard deviations of the dimensions.
+        values: (N, D) float64, 0 or 1 for a binary modality; a row with NaN lacks the modality.
+        modality: how the values are stored.
     """
-
-    def __init__(self, values: np.ndarray, modality: VectorModality) -> None:
-        self._values, self.modality = values.astype(np.float32), modality
-        self._has = ~np.isnan(values).any(axis=1)
-
-    def has(self, row: int) -> bool:
-        """Whether the row has all of its numbers."""
-        return bool(self._has[row])
-
-    def read(self, row: int) -> np.ndarray:
-        """(D,) float32."""
-        return self._values[row]
+    has = ~np.isnan(values).any(axis=1)
+    return ArrayColumn(np.where(has[:, None], values, 0), has, modality)
 
 
 def fit_vector(
@@ -227,7 +243,7 @@ def fit_vector(
         what = ", ".join(names) if names is not None else "a vector"
         raise UserError(f"{what}: no row of the train split has all of its numbers; leave it out")
     mean, std = of_train.mean(axis=0), of_train.std(axis=0)
-    constant = std <= CONSTANT * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
+    constant = std <= _CONSTANT * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
     modality = VectorModality(
         shape=values.shape[1:],
         optional=not bool(has.all()),
@@ -238,52 +254,21 @@ def fit_vector(
     return modality, tuple(modality.column_names[index] for index in np.flatnonzero(constant).tolist())
 
 
-class BinaryColumn:
-    """Yes and no.
-
-    Args:
-        values: (N, D) float64 of 0 and 1; a row with NaN lacks the modality.
-        modality: names of the dimensions.
-    """
-
-    def __init__(self, values: np.ndarray, modality: BinaryModality) -> None:
-        self._values, self.modality = values, modality
-        self._has = ~np.isnan(values).any(axis=1)
-
-    def has(self, row: int) -> bool:
-        """Whether the row has all of its values."""
-        return bool(self._has[row])
-
-    def read(self, row: int) -> np.ndarray:
-        """(D,) uint8."""
-        return self._values[row].astype(np.uint8)
-
-
 def fit_binary(values: np.ndarray, names: Sequence[str]) -> BinaryModality:
     """Names of the dimensions (D,) of `values` (N, D), and whether some rows lack the modality."""
     return BinaryModality(shape=values.shape[1:], columns=tuple(names), optional=bool(np.isnan(values).any()))
 
 
-class CategoricalColumn:
-    """One of several names.
+def categorical_column(names: Sequence[str | None], modality: CategoricalModality) -> ArrayColumn:
+    """A column of one of several names.
 
     Args:
         names: (N,) name of each row, None where it is missing; a name that is no category is missing, too.
         modality: the categories.
     """
-
-    def __init__(self, names: Sequence[str | None], modality: CategoricalModality) -> None:
-        self.modality = modality
-        places = {name: place for place, name in enumerate(modality.categories)}
-        self._places = [None if name is None else places.get(name) for name in names]
-
-    def has(self, row: int) -> bool:
-        """Whether the row has a category."""
-        return self._places[row] is not None
-
-    def read(self, row: int) -> np.ndarray:
-        """() int64."""
-        return np.array(self._places[row], dtype=np.int64)
+    numbers = {name: number for number, name in enumerate(modality.categories)}
+    values = np.array([-1 if name is None else numbers.get(name, -1) for name in names], dtype=np.int64)
+    return ArrayColumn(values, values >= 0, modality)
 
 
 def fit_categorical(names: Sequence[str | None], what: str) -> CategoricalModality:
@@ -308,29 +293,29 @@ class ColumnSource:
 
     name: str
     columns: Mapping[str, Column]
-    """By modality."""
+    """By modality, N rows each."""
     splits: Splits
     labels: np.ndarray | None
     """(N,) class of each row."""
     class_names: tuple[str, ...] | None
     keys: Sequence[str]
-    """(N,) what each row is called in the shards."""
+    """(N,) key of each row in the shards."""
     settings: Mapping[str, str | int | float | bool | None]
     groups: Sequence[str] | None = None
-    """(N,) name of the group of each row; None where rows have no groups."""
+    """(N,) name of the group of each row; None if rows have no groups."""
 
     @property
     def modalities(self) -> dict[str, Modality]:
-        """As `Source.modalities`."""
+        """The modality of each column."""
         return {name: column.modality for name, column in self.columns.items()}
 
     @property
     def split_sizes(self) -> dict[SplitName, int]:
-        """As `Source.split_sizes`."""
+        """Number of rows of each split."""
         return {split: len(rows) for split, rows in self.splits.items()}
 
     def sample(self, split: SplitName, index: int) -> Sample:
-        """As `Source.sample`."""
+        """Row number `index` of `split`."""
         row = int(self.splits[split][index])
         return Sample(
             {name: column.read(row) for name, column in self.columns.items() if column.has(row)},
@@ -341,52 +326,65 @@ class ColumnSource:
 
 
 def read_image(path: Path, modality: Modality) -> np.ndarray:
-    """A picture file as (channels, height, width) uint8: turned as its EXIF says, its middle, resized.
+    """Read the largest square, or rectangle of the modality's proportions, in the middle of an image file.
+
+    The image is rotated as its EXIF data says, transparent pixels become white.
+
+    Returns:
+        (channels, height, width) uint8.
 
     Raises:
-        ValueError: it is no picture, or one of more than eight bits; with what to do.
+        ValueError: the file is not an image, or has more than 8 bits per channel.
     """
     channels, height, width = modality.shape
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith(("I", "F")):
-                raise ValueError(f"a picture of mode {image.mode}, more than 8 bits a pixel. Save it with 8")
+                raise ValueError(f"has mode {image.mode}, more than 8 bits per channel. Save it with 8 bits")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
-                # What lies below full transparency is arbitrary.
+                # The colour of fully transparent pixels is arbitrary.
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("L" if channels == 1 else "RGB")
             pixels = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
     except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"cannot be read as a picture ({error}); {', '.join(IMAGE_FORMATS)} can be. Replace it"
+            f"cannot be read as an image ({error}). Replace it; supported formats are "
+            f"{', '.join(IMAGE_FORMATS)}"
         ) from error
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
 def number_classes(names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels and class names of what is called so: by the alphabet, or by size where all are numbers.
+    """Number class names in alphabetical order, or by value if all names are numbers.
 
     Returns:
-        (N,) int64, and the name of every number.
+        (N,) int64 number of each name, and the name of each number.
     """
     found = set(names)
+
+    def value(name: str) -> tuple[float, str]:
+        number = float(name)
+        if math.isnan(number):  # has no place in an order
+            raise ValueError
+        return number, name
+
     try:
-        class_names = tuple(sorted(found, key=lambda name: (float(name), name)))
+        class_names = tuple(sorted(found, key=value))
     except ValueError:
         class_names = tuple(sorted(found))
-    places = {name: place for place, name in enumerate(class_names)}
-    return np.array([places[name] for name in names], dtype=np.int64), class_names
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return np.array([numbers[name] for name in names], dtype=np.int64), class_names
 
 
 def resolve_inside(folder: Path, text: str) -> Path:
-    """A path that a data file names: absolute, or below the folder of that file.
+    """A path from a data file: absolute, or relative to the folder of that file.
 
     Raises:
-        ValueError: a relative one leads out of the folder.
+        ValueError: a relative path leads out of the folder.
     """
     inside = os.path.normpath(text)
     if inside == os.pardir or inside.startswith(os.pardir + os.sep):
-        raise ValueError(f"{text} leads out of {folder}. Write an absolute path if that is meant")
+        raise ValueError(f"{text} leads out of {folder}. Write an absolute path if this is intended")
     return folder / inside

@@ -21,7 +21,15 @@ import numpy as np
 from cmvae.data.index import SplitName
 from cmvae.datasets.archive import add_download_arguments, download_and_unpack
 from cmvae.datasets.base import random_stream
-from cmvae.datasets.columns import ColumnSource, ImageColumn, TextColumn, fit_image, fit_text
+from cmvae.datasets.columns import (
+    ArrayColumn,
+    Column,
+    ColumnSource,
+    ImageColumn,
+    TextColumn,
+    fit_image,
+    fit_text,
+)
 from cmvae.datasets.splits import Splits, draw_splits, fractions, fractions_text
 from cmvae.modalities import ImageModality, TextModality
 from cmvae.modalities.text import EOS, PAD, SPECIAL_TOKENS, UNKNOWN
@@ -120,38 +128,6 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
     return open_release(folder, arguments.fractions, arguments.seed)
 
 
-class ArrayImages:
-    """Photographs that are in memory already, a column."""
-
-    def __init__(self, images: np.ndarray, image_of_row: np.ndarray) -> None:
-        self._images, self._image_of_row = images, image_of_row
-        self.modality = ImageModality(shape=images.shape[1:])
-
-    def has(self, row: int) -> bool:
-        """As `Column.has`."""
-        return True
-
-    def read(self, row: int) -> np.ndarray:
-        """As `Column.read`: (3, height, width) uint8."""
-        return self._images[self._image_of_row[row]]
-
-
-class TokenRows:
-    """Captions that are tokens already, a column."""
-
-    def __init__(self, tokens: np.ndarray, vocabulary: tuple[str, ...]) -> None:
-        self._tokens = tokens
-        self.modality = TextModality(shape=tokens.shape[1:], categories=vocabulary)
-
-    def has(self, row: int) -> bool:
-        """As `Column.has`."""
-        return True
-
-    def read(self, row: int) -> np.ndarray:
-        """As `Column.read`: (length,) int64."""
-        return self._tokens[row]
-
-
 def open_mini(folder: Path, shares: tuple[float, float, float], seed: int) -> ColumnSource:
     """cub_mini64 in families, without its four lone subspecies.
 
@@ -179,8 +155,9 @@ def open_mini(folder: Path, shares: tuple[float, float, float], seed: int) -> Co
     subspecies = [_strip_number(classes[label]) for label in labels.tolist()]
     kept = [number for number, name in enumerate(subspecies) if _group_of(name, FAMILIES) is not None]
     rows = _CaptionRows([captions[number] for number in kept])
+    pixels = images[kept].transpose(0, 3, 1, 2)
     return rows.source(
-        ArrayImages(images[kept].transpose(0, 3, 1, 2), rows.image_of_row),
+        ArrayColumn(pixels[rows.image_of_row], None, ImageModality(shape=pixels.shape[1:])),
         [subspecies[number] for number in kept],
         [Path(files[number]).stem for number in kept],
         FAMILIES,
@@ -277,8 +254,8 @@ def open_release(folder: Path, shares: tuple[float, float, float], seed: int) ->
     return ColumnSource(
         name="cubicc",
         columns={
-            "image": ArrayImages(images, np.arange(len(images))),
-            "caption": TokenRows(tokens, vocabulary),
+            "image": ArrayColumn(images, None, ImageModality(shape=images.shape[1:])),
+            "caption": ArrayColumn(tokens, None, TextModality(shape=tokens.shape[1:], categories=vocabulary)),
         },
         splits=splits,
         labels=np.searchsorted(classes, labels),
@@ -318,7 +295,7 @@ class _CaptionRows:
 
     def source(
         self,
-        images: ArrayImages | ImageColumn,
+        images: Column,
         subspecies: Sequence[str],
         stems: Sequence[str],
         groups: Mapping[str, Sequence[str]],

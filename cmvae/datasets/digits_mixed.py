@@ -14,7 +14,7 @@ import numpy as np
 from cmvae.data.index import SplitName
 from cmvae.datasets import digits
 from cmvae.datasets.base import SPLIT_NUMBERS, Sample, random_stream
-from cmvae.datasets.columns import TextColumn, VectorColumn, fit_text, fit_vector
+from cmvae.datasets.columns import TextColumn, fit_text, fit_vector, number_column
 from cmvae.datasets.digits import DigitsSource
 
 DESCRIPTION = "scikit-learn's digits as image, pixel statistics and sentence; needs no download"
@@ -83,7 +83,7 @@ class DigitsMixedSource:
         """Of each split (2, number of samples): the originals of the image and of the statistics."""
         statistics = pixel_statistics(self._pictures.grey)
         modality, _ = fit_vector(statistics, STATISTICS, self.partners["train"][1])
-        self._statistics = VectorColumn(statistics, modality)
+        self._statistics = number_column(statistics, modality)
         # A row a sample, one split after another.
         self._first_row: dict[SplitName, int] = {}
         sentences: list[str | None] = []

@@ -1,4 +1,4 @@
-"""A folder of one's own: one subfolder a modality, files of the same name are one sample."""
+"""A user's own folder: one subfolder per modality; files with the same name form a sample."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ import numpy as np
 from cmvae.datasets.base import random_stream
 from cmvae.datasets.columns import (
     IMAGE_SUFFIXES,
+    MAX_NUMBER,
     Column,
     ColumnSource,
     ImageColumn,
     TextColumn,
-    VectorColumn,
     fit_image,
     fit_text,
     fit_vector,
     number_classes,
+    number_column,
 )
 from cmvae.datasets.splits import draw_splits, fractions_text
-from cmvae.datasets.table import read_table
+from cmvae.datasets.table_file import read_table
 from cmvae.datasets.user_data import (
     add_shared_arguments,
     check_columns,
@@ -35,7 +36,7 @@ from cmvae.datasets.user_data import (
 )
 from cmvae.utils.errors import UserError
 
-DESCRIPTION = "your own folder: one subfolder a modality (pictures, .txt or .npy), files paired by name"
+DESCRIPTION = "your own folder: one subfolder per modality (images, .txt or .npy), files paired by name"
 
 LABELS_NAME = "labels.csv"
 _KINDS = {**dict.fromkeys(IMAGE_SUFFIXES, "image"), ".txt": "text", ".npy": "vector"}
@@ -43,22 +44,26 @@ _SPLIT_STREAM = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `make_shards.py folder`."""
+    """Add the flags of `cmvae pack folder`."""
     parser.add_argument(
         "folder",
         type=Path,
-        help=f"its subfolders are the modalities; {LABELS_NAME} in it, with columns name and label, is for "
-        "evaluation",
+        help=f"folder with one subfolder per modality; {LABELS_NAME} in it, with the columns name and label, "
+        "is for evaluation",
     )
     add_shared_arguments(parser)
 
 
 def config_for(arguments: argparse.Namespace) -> None:
-    """As `SourceModule.config_for`: there is none, one is made."""
+    """None: a starter config is made from the data."""
 
 
 def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
-    """The source that the flags describe."""
+    """Open the folder that the flags describe.
+
+    Raises:
+        UserError: a file is missing or damaged, or files do not fit together.
+    """
     folder: Path = arguments.folder
     files = _list_files(folder)
     stems = sorted(set().union(*files.values()))
@@ -73,7 +78,7 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
         name = make_name(subfolder, kind)
         if name in columns:
             raise UserError(
-                f"{folder / subfolder}: another folder is the modality {name!r} as well. Rename one"
+                f"{folder / subfolder}: another subfolder is also the modality {name!r}. Rename one"
             )
         paths = [of_subfolder.get(stem) for stem in stems]
         if kind == "image":
@@ -89,9 +94,9 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
             values = _read_vectors(paths)
             modality, constant = fit_vector(values, None, splits["train"])
             warn_of_constant(name, constant)
-            columns[name] = VectorColumn(values, modality)
+            columns[name] = number_column(values, modality)
     check_columns(columns, places)
-    # A key ends at the first dot, and tar names are safest plain.
+    # A key ends at the first dot of a member's name, and plain names are safest in a tar.
     keys = [re.sub(r"[^A-Za-z0-9_-]", "_", stem) for stem in stems]
     check_keys(keys, places)
     return ColumnSource(
@@ -110,10 +115,10 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
 
 
 def _list_files(folder: Path) -> dict[str, dict[str, Path]]:
-    """Subfolder to its files by stem; hidden files and other suffixes are left alone, and told.
+    """Files of each subfolder by stem; hidden files are ignored, and other suffixes reported and ignored.
 
     Raises:
-        UserError: there is no such folder, it has no modality, or a name is there twice.
+        UserError: the folder does not exist or has no modality, or two files of a subfolder have one stem.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder. Give one with a subfolder for each modality")
@@ -132,13 +137,13 @@ def _list_files(folder: Path) -> dict[str, dict[str, Path]]:
             found[path.stem] = path
         if ignored:
             shown = ", ".join(f"{count} {suffix}" for suffix, count in ignored.items())
-            print(f"note: {subfolder}: left alone: {shown}", file=sys.stderr)
+            print(f"note: {subfolder}: ignored: {shown}", file=sys.stderr)
         if found:
             files[subfolder.name] = found
     if not files:
         raise UserError(
-            f"{folder}: no subfolder with pictures, .txt or .npy in it. Make one for each modality, with "
-            "files of the same name for what belongs together"
+            f"{folder}: no subfolder contains images, .txt or .npy files. Make one for each modality; files "
+            "of one sample have the same name"
         )
     return files
 
@@ -148,21 +153,23 @@ def _kind_of(subfolder: Path, files: Mapping[str, Path]) -> str:
     for path in files.values():
         kinds.setdefault(_KINDS[path.suffix.lower()], path)
     if len(kinds) > 1:
-        examples = " and ".join(path.name for path in kinds.values())
-        raise UserError(f"{subfolder}: holds {' and '.join(kinds)}, as {examples}. One kind a subfolder")
+        raise UserError(
+            f"{subfolder}: contains {' and '.join(kinds)}, for example "
+            f"{' and '.join(path.name for path in kinds.values())}. Use one subfolder per kind"
+        )
     return next(iter(kinds))
 
 
 def _read_text(path: Path) -> str | None:
-    """The text of a file; None where there is none in it."""
+    """The text of a file; None if it is empty."""
     try:
         return path.read_text(encoding="utf-8").strip() or None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text in UTF-8: {error}. Save it so") from error
+        raise UserError(f"{path}: cannot be read as text in UTF-8: {error}. Save it in UTF-8") from error
 
 
 def _read_vectors(paths: Sequence[Path | None]) -> np.ndarray:
-    """(N, D) float64, NaN where there is no file; arrays of more axes are laid out flat."""
+    """(N, D) float64, NaN where there is no file; arrays of more dimensions are flattened."""
     rows: list[np.ndarray | None] = []
     first: Path | None = None
     for path in paths:
@@ -176,26 +183,30 @@ def _read_vectors(paths: Sequence[Path | None]) -> np.ndarray:
             raise UserError(
                 f"{path}: cannot be read as an array of numbers ({error}). Save it again"
             ) from error
-        if not np.isfinite(row).all() or len(row) == 0:
-            raise UserError(f"{path}: holds no numbers, or such as are not finite. Mend or remove the file")
+        if len(row) == 0 or not (np.abs(row) <= MAX_NUMBER).all():
+            raise UserError(
+                f"{path}: is empty, or has numbers that are not finite in single precision. Fix or remove it"
+            )
         if first is None:
             first, size = path, len(row)
         elif len(row) != size:
-            raise UserError(f"{path}: holds {len(row)} numbers, {first} holds {size}. They must be as many")
+            raise UserError(
+                f"{path}: has {len(row)} numbers, but {first} has {size}. All files need as many numbers"
+            )
         rows.append(row)
     return np.stack([np.full(size, np.nan) if row is None else row for row in rows])
 
 
 def _read_labels(path: Path, stems: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Labels of the samples, from a CSV with columns name and label, if there is one."""
+    """Labels and class names of the samples, from a CSV file with columns name and label, if it exists."""
     if not path.is_file():
         return None, None
-    table = read_table(path, separator=None, empty=frozenset([""]))
-    of_name = dict(zip(table.filled("name"), table.filled("label"), strict=True))
-    lacking = [stem for stem in stems if stem not in of_name]
+    table = read_table(path)
+    label_of = dict(zip(table.filled("name"), table.filled("label"), strict=True))
+    lacking = [stem for stem in stems if stem not in label_of]
     if lacking:
         raise UserError(
-            f"{path}: no row with the name {lacking[0]!r}, which has files, and {len(lacking) - 1} more like "
-            "that. A name is a file's without its ending"
+            f"{path}: no row with the name {lacking[0]!r}, which has files, and {len(lacking) - 1} more such "
+            "names. A name is that of a file without its suffix"
         )
-    return number_classes([of_name[stem] for stem in stems])
+    return number_classes([label_of[stem] for stem in stems])

@@ -12,19 +12,19 @@ import numpy as np
 
 from cmvae.datasets.columns import (
     IMAGE_SUFFIXES,
+    MAX_NUMBER,
     ArrayImageColumn,
-    BinaryColumn,
-    CategoricalColumn,
     Column,
     ImageColumn,
     TextColumn,
-    VectorColumn,
+    categorical_column,
     channels_first,
     fit_binary,
     fit_categorical,
     fit_image,
     fit_text,
     fit_vector,
+    number_column,
 )
 from cmvae.modalities import (
     BinaryModality,
@@ -192,8 +192,11 @@ def _numbers(name: str, data: Any) -> np.ndarray:
         array = array.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise UserError(f"{name}: not all values are numbers: {error}") from error
-    if np.isinf(array).any():
-        raise UserError(f"{name}: holds an infinite number. Replace it, or set it to NaN: missing")
+    if (np.abs(array) > MAX_NUMBER).any():
+        raise UserError(
+            f"{name}: holds {array[np.abs(array) > MAX_NUMBER][0]}, which is out of the range of single "
+            "precision. Replace it, or set it to NaN: missing"
+        )
     return array
 
 
@@ -241,16 +244,14 @@ def make_column(name: str, values: Values, modality: Modality) -> Column:
             raise UserError(
                 f"{name}: has {data.shape[1]} dimensions, but the model was trained on {modality.shape[0]}"
             )
-        if isinstance(modality, VectorModality):
-            return VectorColumn(data, modality)
-        return BinaryColumn(data, modality)
+        return number_column(data, modality)
     if isinstance(modality, TextModality):
         return TextColumn(data, modality)
     if isinstance(modality, CategoricalModality):
         unknown = sorted({value for value in data if value is not None} - set(modality.categories))
         if unknown:
             warnings.warn(f"{name}: {unknown[:5]} are no categories of the model: missing", stacklevel=2)
-        return CategoricalColumn(data, modality)
+        return categorical_column(data, modality)
     assert isinstance(modality, ImageModality)  # noqa: S101 (there are no other kinds)
     places = [f"{name}: sample {row}" for row in range(len(data))]
     if _holds_paths(data):

@@ -33,10 +33,10 @@ RESERVED_NAMES = frozenset(
 
 
 def check_name(name: str) -> str:
-    """The name of a modality, if it may be one.
+    """Return the name of a modality if it is valid.
 
     Raises:
-        ValueError: it may not; the message says why.
+        ValueError: it has other characters, or is reserved.
     """
     if not re.fullmatch(NAME_PATTERN, name) or name in RESERVED_NAMES:
         raise ValueError(

@@ -45,7 +45,7 @@ def test_files_of_the_same_name_are_one_sample(root, capsys):
     (root / "notes" / "README.md").write_text("no text of a sample")
     source = read(root, "--image-size", "8")
     told = capsys.readouterr().err
-    assert "left alone: 1 .md" in told
+    assert "ignored: 1 .md" in told
     assert "photos is missing in 10 of 40" in told
     index = write_shards(source, root / "out")
     assert {name: modality.kind for name, modality in index.modalities.items()} == {
@@ -87,13 +87,13 @@ def test_labels_are_optional(root):
 def test_mistakes_are_named(root, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         read(root / "nothing")
-    with pytest.raises(UserError, match="no subfolder with pictures"):
+    with pytest.raises(UserError, match="no subfolder contains images"):
         read(root / "Photos")
     (root / "notes" / "s.1.png").write_bytes(b"x")
     with pytest.raises(UserError, match=r"s\.1\.txt: s\.1\.png has the same name"):
         read(root)
     (root / "notes" / "s.1.txt").unlink()
-    with pytest.raises(UserError, match=r"notes: holds (image and text|text and image), .*s\.1\.png"):
+    with pytest.raises(UserError, match=r"notes: contains (image and text|text and image), .*s\.1\.png"):
         read(root)
     (root / "notes" / "s.1.png").unlink()
     (root / "notes" / "extra.txt").write_text("x")
@@ -101,10 +101,10 @@ def test_mistakes_are_named(root, tmp_path):
         read(root)
     (root / "notes" / "extra.txt").unlink()
     np.save(root / "spectra" / "s.1.npy", np.zeros(5))
-    with pytest.raises(UserError, match=r"s\.1\d?\.npy: holds \d numbers, .*s\.\d+\.npy holds \d"):
+    with pytest.raises(UserError, match=r"s\.1\d?\.npy: has \d numbers, but .*s\.\d+\.npy has \d"):
         read(root)
     np.save(root / "spectra" / "s.1.npy", np.array([1, np.nan]))
-    with pytest.raises(UserError, match=r"s\.1\.npy: holds no numbers, or such as are not finite"):
+    with pytest.raises(UserError, match=r"s\.1\.npy: is empty, or has numbers that are not finite"):
         read(root)
     np.save(root / "spectra" / "s.1.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match=r"s\.1\.npy: cannot be read as an array"):
@@ -114,5 +114,5 @@ def test_mistakes_are_named(root, tmp_path):
 def test_names_that_become_one_key_are_refused(root):
     (root / "labels.csv").unlink()
     (root / "notes" / "s_1.txt").write_text("x")
-    with pytest.raises(UserError, match=r"s_1: 's_1' is the key of .*s\.1 as well"):
+    with pytest.raises(UserError, match=r"s_1: the key 's_1' is also that of .*s\.1"):
         read(root)

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -6,6 +8,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from cmvae.data.reader import EvaluationLoader
+from cmvae.datasets.columns import number_classes
 from cmvae.datasets.writer import write_shards
 from cmvae.utils.errors import UserError
 
@@ -161,11 +164,11 @@ def test_groups_and_classes_are_respected_where_splits_are_drawn(tmp_path):
     assert [sum(bird % 2 for bird in found) for found in birds.values()] == [16, 2, 2]
 
 
-def test_a_picture_of_two_splits_is_told(tmp_path, capsys):
+def test_an_image_of_two_splits_is_reported(tmp_path, capsys):
     Image.new("L", (8, 8)).save(tmp_path / "one.png")
     path = write_csv(tmp_path / "t.csv", [{"p": "one.png", "x": n} for n in range(30)])
     read(path, "--image p --vector x")
-    assert "1 pictures are in train and in another split" in capsys.readouterr().err
+    assert "1 images are in train and in another split" in capsys.readouterr().err
 
 
 def test_a_constant_column_is_told_and_harmless(tmp_path, capsys):
@@ -183,7 +186,7 @@ def test_a_pattern_leaves_out_what_has_another_part(tmp_path):
     source = read(path, "--vector all=* --label kind --split part --group bird --key id")
     assert source.modalities["all"].columns == ("x", "y")
     # Whoever names a column means it.
-    with pytest.raises(UserError, match="--label kind: is a modality as well"):
+    with pytest.raises(UserError, match="--label kind: is also a modality"):
         read(path, "--vector x,kind --label kind")
 
 
@@ -197,29 +200,101 @@ def test_patterns_names_and_keys(tmp_path):
 def test_other_separators_and_empty_cells(tmp_path):
     rows = [{"a": "NA" if n == 3 else n, "b": n} for n in range(30)]
     path = write_csv(tmp_path / "t.csv", rows, delimiter=";")
-    source = read(path, "--separator ; --vector a --vector b --na NA")
-    assert source.modalities["a"].optional
-    assert not source.modalities["b"].optional
+    for separator in ("", "--separator ;"):  # found in the column names, or given
+        source = read(path, f"{separator} --vector a --vector b --na NA")
+        assert source.modalities["a"].optional
+        assert not source.modalities["b"].optional
     with pytest.raises(UserError, match="--separator"):
+        read(path, "--separator , --vector a")
+
+
+def write(path, text: str):
+    path.write_bytes(text.encode())
+    return path
+
+
+def samples(source):
+    return [source.sample(split, n) for split, size in source.split_sizes.items() for n in range(size)]
+
+
+ROWS = "".join(f"{n}.5;red,{n};x\r\n" for n in range(30))
+
+
+@pytest.mark.parametrize("first", ["", "sep=;\r\n", '"sep=;"\n', "\ufeffsep=;\r\n"])
+def test_tables_of_european_spreadsheets(tmp_path, first):
+    path = write(tmp_path / "t.csv", first + "a;colour;b\r\n" + ROWS.replace(".", ","))
+    source = read(path, "--vector a --text colour --decimal ,")
+    assert sorted(sample.values["a"] for sample in samples(source)) == [n + 0.5 for n in range(30)]
+    row = 2 + bool(first)
+    with pytest.raises(UserError, match=rf"row {row}, column a: '0,5' is not a number.*add --decimal ,"):
         read(path, "--vector a")
+
+
+def test_with_a_decimal_comma_a_point_is_not_guessed_away(tmp_path):
+    """1.234 is 1234 to some who write 0,5."""
+    path = write(tmp_path / "t.csv", "a;b\n1.234;1\n" + "0,5;2\n" * 20)
+    with pytest.raises(UserError, match=r"row 2, column a: '1\.234' is not a number"):
+        read(path, "--vector a --decimal ,")
+
+
+def test_blank_rows_are_ignored_and_counted(tmp_path):
+    rows = "".join(f"{n},x\n\n , \n" for n in range(30))
+    source = read(write(tmp_path / "t.csv", "\na,b\n" + rows + ",\n\n"), "--vector a")
+    found = {sample.key: int(sample.values["a"][0]) for sample in samples(source)}
+    assert found == {f"row-{3 * n + 3:06d}": n for n in range(30)}
+
+
+def test_columns_without_a_name_are_ignored(tmp_path):
+    rows = "".join(f"{n},{n + 1},,\n" for n in range(30))
+    source = read(write(tmp_path / "t.csv", ",a,,\n" + rows), "--vector", "all=*")
+    assert source.modalities["all"].columns == ("a",)
+
+
+@pytest.mark.parametrize("cell", ["12_34", "1e39", "-1e400", "inf", "nan", "0x10", "1,234.5", "--1"])
+def test_what_is_not_a_number_of_single_precision_is_refused(tmp_path, cell):
+    path = write_csv(tmp_path / "t.csv", [*numbers(3), {"x": cell, "y": 1}, *numbers(20)])
+    with pytest.raises(UserError, match=rf"row 5, column x: '{cell}' is (not a number|out of the range)"):
+        read(path, "--vector x")
+
+
+def test_cells_may_be_long(tmp_path):
+    path = write_csv(tmp_path / "t.csv", [{"t": "word " * 30_000}] * 20)
+    assert read(path, "--text t").modalities["t"].shape == (32,)
+
+
+@pytest.mark.parametrize("name", ["label", "Size", "2d"])
+def test_a_modality_s_name_is_checked_before_the_table_is_read(tmp_path, capsys, name):
+    with pytest.raises(SystemExit):
+        read(tmp_path / "missing.csv", f"--text {name}=caption")
+    assert f"modality name '{name}' must be lower-case letters" in capsys.readouterr().err
+
+
+def test_classes_are_in_the_same_order_whatever_the_hashes(tmp_path):
+    names = ["10", "9", "nan", "2", "inf"]
+    found = {number_classes(order)[1] for order in itertools.permutations(names)}
+    assert found == {("10", "2", "9", "inf", "nan")}
+    assert number_classes(["10", "9", "2"])[1] == ("2", "9", "10")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--vector caption", r"birds\.csv: row 3, column caption: .A green bird.*is no number.*--na"),
+        ("--vector caption", r"birds\.csv: row 3, column caption: .A green bird.*is not a number.*--na"),
         ("--binary colour", r"row 2, column colour: 'red' is none of"),
         ("--vector wieght", r"no column 'wieght'. Did you mean 'weight'\?"),
         ("--vector weight --label caption", r"row 2, column caption: empty"),
-        ("--vector weight --split colour", r"row 2, column colour: 'red' is no split"),
-        ("--vector weight", r"birds\.csv: row 2, .*row 9, .*and 4 more: nothing there in any modality"),
-        ("--text colour --label colour", "--label colour: is a modality as well"),
-        ("--text colour --categorical colour", "there already. Name them: --categorical NAME=colour"),
+        ("--vector weight --split colour", r"row 2, column colour: 'red' is not a split"),
+        ("--vector weight", r"birds\.csv: row 2, .*row 9, .*and 4 more: has no value in any modality"),
+        ("--text colour --label colour", "--label colour: is also a modality"),
+        (
+            "--text colour --categorical colour",
+            "already a modality 'colour'. Give another name: --categorical NAME=colour",
+        ),
         ("--image weight", r"row 3, column weight: .*1001.0: no such file"),
-        ("--image *s*", "--image .*: means .*Give one at a time"),
-        ("--text caption --text colour --key colour", r"row 5: 'red' is the key of .*row 2 as well"),
+        ("--image *s*", "--image .*: selects .*Give one column"),
+        ("--text caption --text colour --key colour", r"row 5: the key 'red' is also that of .*row 2"),
         ("--text colour --key caption", r"row 2, column caption: empty"),
-        ("", "no modality is asked for"),
+        ("", "no modality is given"),
     ],
 )
 def test_mistakes_are_named_with_row_and_column(tmp_path, rows, flags, message):
@@ -231,11 +306,11 @@ def test_mistakes_are_named_with_row_and_column(tmp_path, rows, flags, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a,b\n1,2\n1,2,3\n", "row 3 has 3 cells, the first row names 2 columns"),
+        (b"a,b\n1,2\n1,2,3\n", "row 3 has 3 cells, but there are 2 column names"),
         (b"a,b\n1,2\n1\n", "row 3 has 1 cells"),
-        (b"a,a\n1,2\n", "row 1: column 'a' is there twice"),
-        (b"a,b\n", "holds no rows"),
-        (b"", "holds no rows"),
+        (b"a,a\n1,2\n", "row 1: two columns are called 'a'"),
+        (b"a,b\n", "has no rows"),
+        (b"", "has no rows"),
         ("a\né\n".encode("latin-1"), "UTF-8"),
         (b'a\n"1\n', "cannot be read as CSV"),
     ],
@@ -266,9 +341,7 @@ def test_paths_stay_below_the_table_unless_they_are_absolute(tmp_path):
 def test_a_damaged_picture_is_named(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     source = read(write_csv(tmp_path / "t.csv", [{"p": "bad.png"}] * 30), "--image p")
-    with pytest.raises(
-        UserError, match=r"t\.csv: row \d+, column p: .*bad\.png: cannot be read as a picture"
-    ):
+    with pytest.raises(UserError, match=r"t\.csv: row \d+, column p: .*bad\.png: cannot be read as an image"):
         source.sample("train", 0)
 
 
@@ -296,5 +369,5 @@ def test_pictures_are_turned_cut_and_resized(tmp_path):
 def test_sixteen_bits_are_refused_rather_than_clipped(tmp_path):
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "deep.png")
     source = read(write_csv(tmp_path / "t.csv", [{"p": "deep.png"}] * 30), "--image p")
-    with pytest.raises(UserError, match="more than 8 bits"):
+    with pytest.raises(UserError, match="more than 8 bits per channel"):
         source.sample("train", 0)
