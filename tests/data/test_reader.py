@@ -375,7 +375,7 @@ def test_damage_is_named(make_folder, damage):
     folder = make_folder([3], change=change)
     with pytest.raises(UserError) as problem:
         list(training(folder).epoch_batches(0))
-    for word in [*words, "inspect_shards.py"]:
+    for word in [*words, "cmvae inspect"]:
         assert word in str(problem.value)
 
 
@@ -436,7 +436,7 @@ def test_a_damaged_sample_is_skipped_and_told_and_no_batch_is_lost(make_folder, 
             check_content(batch)
     (told,) = [problem for batch in read for problem in batch["skipped"]]
     assert "train-1.tar: " in told
-    assert "inspect_shards.py" in told
+    assert "cmvae inspect" in told
 
 
 def write_tar_apart(folder):
