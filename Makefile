@@ -71,7 +71,7 @@ cubicc: $(VENV)/installed
 	$(BIN)/python launch/evaluate.py runs/cubicc
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
 
 # All tests of these folders, also the long ones.
 test-faults: $(VENV)/installed-dev

@@ -483,7 +483,7 @@ def load_cmvae_run(run_dir: Path, overrides: Sequence[str] = ()) -> CMVAEExperim
     """
     config = load_run_config(run_dir, overrides)
     if not isinstance(config, CMVAEExperiment):
-        raise UserError(f"{run_dir}: the run of a refiner, where that of a CMVAE is wanted")
+        raise UserError(f"{run_dir}: the run of a refiner. Give the run of a CMVAE")
     return config
 
 

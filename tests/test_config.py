@@ -226,7 +226,7 @@ def test_a_refiner_reads_the_modalities_of_its_cmvae(tmp_path):
         check_against_shards(config, index_with("m0", "m1"), "mine.yaml")
     # A refiner is not refined.
     save_config(config, run / "config.yaml")
-    with pytest.raises(UserError, match=rf"cmvae: {run}: the run of a refiner, where that of a CMVAE"):
+    with pytest.raises(UserError, match=rf"cmvae: {run}: the run of a refiner. Give the run of a CMVAE"):
         check_against_shards(config, index_with("m0", "m1", "m2"), "mine.yaml")
     with pytest.raises(UserError, match="the run of a refiner"):
         load_cmvae_run(run)

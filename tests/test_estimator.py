@@ -200,6 +200,8 @@ def test_a_training_leaves_the_random_state_of_the_caller(fitted):
     ("data", "parameters", "message"),
     [
         ({}, {}, "there is no modality"),
+        ({"label": np.zeros((9, 2))}, {}, "modality name 'label' must be"),
+        ({"two words": np.zeros((9, 2))}, {}, "modality name 'two words' must be"),
         ({"a": [1.0, 2.0], "b": [1.0]}, {}, "different numbers of samples"),
         ({"a": [[1.0, np.inf]] * 9}, {}, "a: holds inf, which is out of the range"),
         ({"a": [[1.0, 1e39]] * 9}, {}, r"a: holds 1e\+39, which is out of the range"),

@@ -160,7 +160,7 @@ def test_what_a_killed_training_had_logged_is_not_logged_again(tmp_path: Path, r
                 tracker.log_image(draw(), "cross/modal", step)
 
     log(open_tracker(make_config(), run_dir, is_main=True), range(1, 6))
-    # Killed between the curve and the picture of a step.
+    # Killed between the metric and the image of a step.
     killed = open_tracker(make_config(), run_dir, is_main=True)
     killed.log_metrics({"train/loss": 6.0, "train/epoch": 0.0}, 6)
     killed.log_metrics({"validation/loss": 6.0}, 6)
@@ -174,8 +174,8 @@ def test_what_a_killed_training_had_logged_is_not_logged_again(tmp_path: Path, r
     assert logged("train/loss") == [(step, float(step)) for step in range(1, 9)]
     assert logged("train/epoch") == [(step, 0.0) for step in range(1, 9)]
     assert logged("validation/loss") == [(step, float(step)) for step in (2, 4, 6, 8)]
-    pictures = [file.path for file in reader.list_artifacts(run_id(run_dir), "images")]
-    steps = [int(path.split("+step+")[1].split("+")[0]) for path in pictures if path.endswith(".png")]
+    images = [file.path for file in reader.list_artifacts(run_id(run_dir), "images")]
+    steps = [int(path.split("+step+")[1].split("+")[0]) for path in images if path.endswith(".png")]
     assert sorted(steps) == [2, 4, 6, 8]
 
 

@@ -188,7 +188,7 @@ def safe_name(key: str) -> str:
 
 
 def active_clusters(model: CMVAE, wanted: int | None) -> list[int]:
-    """All clusters that the selection kept, or the one that is wanted.
+    """All active clusters, or the given one.
 
     Raises:
         UserError: the model has no such cluster, or the selection dropped it.

@@ -1,4 +1,4 @@
-"""Several runs of one experiment that differ in their seed, and the answer that they give without labels."""
+"""Runs of one experiment that differ in their seed: plan and compare them, and choose one without labels."""
 
 from __future__ import annotations
 
@@ -30,40 +30,40 @@ CONSENSUS_NAME = "consensus.csv"
 
 @dataclass(frozen=True)
 class Restart:
-    """One of the runs, as its folder and its clusters describe it."""
+    """One of the runs, from the files in its folder."""
 
     seed: int
     folder: str
     num_clusters: int
-    """Of its export."""
+    """Number of clusters of its export."""
     bound: float
-    """Of its last validation, a mean over samples in nats."""
+    """Bound at its last validation, a mean over samples, in nats."""
     contrast: float | None
-    """Between modalities, at the last validation, in nats; None where the objective has none."""
+    """Alignment term at its last validation, in nats; None without this term."""
     criterion: str
-    """The one that decided about the number of clusters."""
+    """The criterion that chose the number of clusters."""
     criteria: dict[str, float | None]
-    """Every criterion at this number; None where its curve does not reach so far."""
+    """Value of every criterion at this number; None if its curve does not include it."""
     mean_ari: float
-    """The mean adjusted Rand index between its clusters and those of every other run."""
+    """Mean adjusted Rand index between its clusters and those of the other runs."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the runs say together; as JSON the content of `restarts.json`."""
+    """Result of all runs; the content of `restarts.json`."""
 
     runs: list[Restart]
     failed: list[int]
-    """Seeds of the runs that did not come to their end."""
+    """Seeds of the runs that are not complete."""
     chosen: str
-    """Folder of the run to take."""
+    """Folder of the chosen run."""
     mean_pairwise_ari: float
     pairwise_ari: list[list[float]]
-    """(R, R), in the order of `runs`."""
+    """(R, R) adjusted Rand indices, in the order of `runs`."""
     unanimous: float
-    """Share of the samples in a cluster that all runs agree about."""
+    """Share of the samples on whose cluster all runs agree."""
     warning: str | None
-    """A sentence, where the runs disagree too much to trust any of them."""
+    """A sentence if the runs disagree too much to trust any of them, else None."""
 
 
 def restarts_folder(config: CMVAEExperiment) -> Path:
@@ -72,7 +72,7 @@ def restarts_folder(config: CMVAEExperiment) -> Path:
 
 
 def plan_restarts(config: CMVAEExperiment, num_runs: int) -> list[CMVAEExperiment]:
-    """The experiments of so many runs, with the seeds from that of `config` on.
+    """The experiments of the runs, with consecutive seeds from that of `config`.
 
     Each has a folder of its own, named after its seed, below that of all of them.
     """
@@ -91,19 +91,19 @@ def plan_restarts(config: CMVAEExperiment, num_runs: int) -> list[CMVAEExperimen
 
 
 def overrides_of(run: CMVAEExperiment) -> list[str]:
-    """What a command line has to say so that the shared config becomes that of this run."""
+    """Overrides that turn the shared config into that of this run."""
     # A JSON string is a YAML string, whatever is in it: a name such as 2024-01-5 is no date then.
     texts = {"name": run.name, "output_dir": str(run.run_dir), "tracking.parent": str(run.tracking.parent)}
     return [f"seed={run.seed}", *(f"{key}={json.dumps(text)}" for key, text in texts.items())]
 
 
 def is_complete(run: CMVAEExperiment) -> bool:
-    """Whether a run was trained to its end."""
+    """Whether a run is complete."""
     return (run.run_dir / "export").is_dir()
 
 
 def check_earlier(runs: Sequence[CMVAEExperiment]) -> None:
-    """Refuse to go on with runs that were trained with other settings.
+    """Refuse to continue runs that were trained with other settings.
 
     Raises:
         UserError: it names the first such setting.
@@ -123,7 +123,7 @@ def check_earlier(runs: Sequence[CMVAEExperiment]) -> None:
 
 
 def delete_earlier(folder: Path, runs: Sequence[CMVAEExperiment]) -> None:
-    """Delete what earlier runs left, and what was said of them; other files stay."""
+    """Delete earlier runs and their results; other files stay."""
     for name in (RESTARTS_NAME, CONSENSUS_NAME):
         (folder / name).unlink(missing_ok=True)
     for run in runs:
@@ -132,7 +132,7 @@ def delete_earlier(folder: Path, runs: Sequence[CMVAEExperiment]) -> None:
 
 
 def find_answer(runs: Sequence[CMVAEExperiment], index: ShardIndex, folder: Path) -> Answer:
-    """Put all samples into the clusters of every complete run, compare the runs, and write what comes out.
+    """Assign all samples by every complete run, compare the runs and write the results.
 
     `folder` gets `restarts.json`, the answer, and `consensus.csv`, a row for each sample of all splits,
     sorted by key: `key`, `split`, `cluster` by the names of the chosen run, and `confidence`, the share of
@@ -146,14 +146,14 @@ def find_answer(runs: Sequence[CMVAEExperiment], index: ShardIndex, folder: Path
     Raises:
         UserError: fewer than two runs are complete, one is damaged, or the files cannot be written.
     """
-    # Slow to import; what was planned and refused until here needs no torch.
+    # Slow to import.
     from cmvae.commands.cluster_table import write_table
 
     complete = [run for run in runs if is_complete(run)]
     if len(complete) < 2:
         raise UserError(
             f"{folder}: {len(complete)} of {len(runs)} runs complete, and it takes two to compare. The logs "
-            f"{folder}/SEED.log say why the others failed; mend it and give the command again"
+            f"{folder}/SEED.log say why the others failed; fix that and run the command again"
         )
     samples, labelings = _assign(complete, index)
     agreement = pairwise_agreement(labelings)
@@ -186,7 +186,7 @@ def find_answer(runs: Sequence[CMVAEExperiment], index: ShardIndex, folder: Path
 
 
 def _assign(runs: Sequence[CMVAEExperiment], index: ShardIndex) -> tuple[list[tuple[str, str]], IntArray]:
-    """Key and split of each of N samples, and the clusters of R runs, (R, N)."""
+    """Key and split of N samples, and their clusters by R runs, (R, N)."""
     from cmvae.commands.cluster_table import assign_samples
 
     samples: list[tuple[str, str]] = []
@@ -228,7 +228,7 @@ def _describe(run: CMVAEExperiment, mean_ari: float) -> Restart:
 
 
 def format_answer(answer: Answer) -> str:
-    """The runs as a table for a terminal; the chosen one has an arrow."""
+    """Format the runs as a table for a terminal; an arrow marks the chosen one."""
     criterion = answer.runs[0].criterion
     rows = [["", "seed", "clusters", "bound", criterion, "contrast", "agreement (ARI)"]]
     for run in answer.runs:

@@ -51,17 +51,17 @@ _TAIL_BYTES = 4096
 
 
 class Lines:
-    """A line for each start and end; on a terminal also one for each training, with its progress bar."""
+    """Prints one line per start and end and, on a terminal, the progress of each training."""
 
     def __init__(self) -> None:
         self._bars: dict[str, tqdm] = {}
 
     def started(self, job: Job) -> None:
-        """As `Watcher.started`."""
+        """Report the start of a job."""
         tqdm.write(f"{job.name}: training, log in {job.log}", file=sys.stderr)
 
     def running(self, jobs: Sequence[Job]) -> None:
-        """As `Watcher.running`."""
+        """Show the progress of the running jobs."""
         if not sys.stderr.isatty():
             return
         for job in jobs:
@@ -70,7 +70,7 @@ class Lines:
             self._bars[job.name].set_description_str(last_line(job.log))
 
     def ended(self, job: Job, exit_code: int) -> None:
-        """As `Watcher.ended`."""
+        """Report the end of a job."""
         if job.name in self._bars:
             self._bars.pop(job.name).close()
         what = "complete" if exit_code == 0 else f"ended with exit code {exit_code}: {last_line(job.log)}"
@@ -78,7 +78,7 @@ class Lines:
 
 
 def last_line(log: Path) -> str:
-    """What a log ends with; a progress bar's last state is a line."""
+    """The last line of a log, which may be the last state of a progress bar."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
         lines = file.read().decode(errors="replace").splitlines()
@@ -129,8 +129,8 @@ def check_experiment(arguments: argparse.Namespace) -> tuple[CMVAEExperiment, Sh
 def train_all(
     runs: Sequence[CMVAEExperiment], arguments: argparse.Namespace, folder: Path
 ) -> signal.Signals | None:
-    """Train what is not complete; None, or the signal that stopped it."""
-    # Slow to import, like all that they import.
+    """Train the runs that are not complete; returns None, or the signal that stopped them."""
+    # Slow to import.
     import torch
 
     from cmvae.training.step_checks import StopRequest
@@ -150,7 +150,7 @@ def train_all(
 
 
 def report(answer: Answer, folder: Path) -> None:
-    """Say what came out, and what to do next."""
+    """Print the result and the next command."""
     print(format_answer(answer))
     print(
         f"mean pairwise ARI {answer.mean_pairwise_ari:.3f}; {answer.unanimous:.0%} of the samples unanimous"
@@ -183,7 +183,7 @@ def main() -> int:
     tracker = resume_tracker(config, folder, is_main=True)
     stopped_by = train_all(runs, arguments, folder)
     if stopped_by is not None:
-        print(f"{stopped_by.name}: stopped. Give the same command to go on", file=sys.stderr)
+        print(f"{stopped_by.name}: stopped. Run the same command again to continue", file=sys.stderr)
         return stopped_code(stopped_by)
     answer = find_answer(runs, index, folder)
     tracker.log_metrics({"restarts/mean_pairwise_ari": answer.mean_pairwise_ari}, step=0)

@@ -33,6 +33,7 @@ from cmvae.modalities import (
     Modality,
     TextModality,
     VectorModality,
+    check_name,
 )
 from cmvae.utils.errors import UserError
 
@@ -83,6 +84,11 @@ def read_values(
         }
     else:
         parts = dict(data)
+    for name in parts:
+        try:
+            check_name(name)
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
     if not parts:
         raise UserError("there is no modality. Give a dict with at least one")
     values = {name: _read(name, part, kinds.get(name)) for name, part in parts.items()}

@@ -39,7 +39,7 @@ from cmvae.datasets.user_data import (
     read_split,
     warn_of_constant,
 )
-from cmvae.modalities.base import check_name
+from cmvae.modalities import check_name
 from cmvae.utils.errors import UserError
 
 DESCRIPTION = "your own table, CSV or Parquet: columns of values, texts and paths of images"

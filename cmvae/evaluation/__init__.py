@@ -1,1 +1,1 @@
-"""What a trained model is worth, from its export."""
+"""Evaluation of a trained model from its export."""

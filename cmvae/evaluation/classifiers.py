@@ -1,8 +1,8 @@
-"""Small image classifiers, one a modality, that read what a model generated.
+"""Small image classifiers, one per modality, for generated images.
 
-Trained once per packed data set on its labelled train split, they lie beside the shards in
-`classifiers/MODALITY.safetensors`; the index says how well each reads real test images. Coherence takes their
-predictions; distances between sets of images take their features.
+They are trained once per packed data set, on its labelled train split, and stored beside the shards in
+`classifiers/MODALITY.safetensors`; the index holds their accuracy on real test images. Coherence takes their
+predictions, distances between sets of images their features.
 """
 
 from __future__ import annotations
@@ -37,26 +37,28 @@ _LOGGER = logging.getLogger(__name__)
 NUM_FEATURES = 32
 """F. Small, so that a Gaussian can be fitted to the features of some hundred test images."""
 MIN_ACCURACY, GOOD_ACCURACY = 0.80, 0.95
-"""On real test data: below the first a classifier is not used, below the second it is with a warning."""
+"""Accuracy on real test images: below the first a classifier is refused, below the second it is used with a
+warning."""
 DEFAULT_WIDTH = 16
 
-# The last feature map is flattened, so it must be small whatever the images' size is.
+# The last feature map is flattened, so it must be small for any size of images.
 _LAST_MAP_SIZE = 7
 _BATCH_SIZE, _EVALUATION_BATCH_SIZE = 64, 512
 _LEARNING_RATE, _WEIGHT_DECAY = 5e-3, 5e-2
-# Without --epochs: enough passes to see so many images, and never fewer than five.
+# Default number of epochs: enough to see so many images, and at least five.
 _IMAGES_SEEN, _MIN_EPOCHS = 30_000, 5
-# Ranges of the augmentation: turn in radians, scale and shear, shift in half images, contrast, brightness.
+# Ranges of the augmentation: rotation in radians, scale and shear, shift in half images, contrast,
+# brightness.
 _TURN, _SCALE, _SHIFT, _CONTRAST, _BRIGHTNESS = 0.14, 0.08, 0.07, 0.4, 0.15
 
 
 class ImageClassifier(nn.Module):
-    """Convolutions with halvings between them, F features, then a linear head.
+    """Convolutions and poolings, F features, then a linear head.
 
     Args:
         shape: (channels, height, width) of an image.
         num_classes: number of classes.
-        width: channels of the first convolution; each halving doubles them, up to four times as many.
+        width: channels of the first convolution; each pooling doubles them, up to four times as many.
     """
 
     def __init__(self, shape: Sequence[int], num_classes: int, width: int = DEFAULT_WIDTH) -> None:
@@ -85,8 +87,8 @@ class ImageClassifier(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, num_classes) and features (B, F), before their ReLU.
 
-        Batch normalisation gives every feature about unit variance on the train images, so that no feature
-        rules a distance, and before the ReLU a Gaussian fits better.
+        Batch normalization gives features about unit variance on the train images, so that none dominates a
+        distance, and before the ReLU a Gaussian fits better.
 
         Args:
             images: (B, C, H, W) in [0, 1].
@@ -96,17 +98,17 @@ class ImageClassifier(nn.Module):
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Predicted classes (B,) int64 and features (B, F), fp32.
+        """Predict classes (B,) int64, and features (B, F) fp32.
 
         Args:
-            images: (B, C, H, W); what a decoder puts outside of [0, 1] is clipped, as a picture would be.
+            images: (B, C, H, W), clipped to [0, 1] as an image file would be.
         """
         logits, features = self(images.clamp(0, 1))
         return logits.argmax(-1), features
 
 
 def default_epochs(num_images: int) -> int:
-    """Passes over so many train images."""
+    """Default number of epochs for a number of train images."""
     return max(_MIN_EPOCHS, math.ceil(_IMAGES_SEEN / num_images))
 
 
@@ -120,17 +122,17 @@ def train_classifier(
     seed: int,
     report: Callable[[int], None] = lambda step: None,
 ) -> ImageClassifier:
-    """Train a classifier with AdamW and one cycle of the learning rate, on randomly changed images.
+    """Train a classifier with AdamW and a one-cycle learning rate, on augmented images.
 
     Deterministic on a CPU: the same arguments give the same weights.
 
     Args:
-        images: (N, C, H, W) uint8, on the device to train on.
+        images: (N, C, H, W) uint8, on the training device.
         labels: (N,) int64, on the same device.
         num_classes: number of classes.
         width: channels of the first convolution.
-        epochs: passes over the images.
-        seed: of the initial weights, the order and the augmentation.
+        epochs: number of epochs.
+        seed: seed of the initial weights, the order and the augmentation.
         report: called after each of the `num_steps(N, epochs)` steps with its number, from 1.
 
     Returns:
@@ -159,7 +161,7 @@ def train_classifier(
 
 
 def num_steps(num_images: int, epochs: int) -> int:
-    """Optimiser steps of a training: full batches only, but one at least."""
+    """Number of optimizer steps of a training: full batches only, at least one per epoch."""
     return epochs * max(1, num_images // _BATCH_SIZE)
 
 
@@ -172,39 +174,39 @@ def train_classifiers(
     seed: int = 0,
     report: Callable[[str, int, int], None] = lambda modality, total, step: None,
 ) -> dict[str, ClassifierSchema]:
-    """Train the classifier of every image modality of a packed data set and save them beside its shards.
+    """Train a classifier per image modality of a packed data set, and save them beside its shards.
 
-    The validation split is not used. Nothing is written before all are trained; the index comes last.
+    The validation split is not used. Nothing is written before all are trained; the index is written last.
 
     Args:
         folder: what `cmvae pack` wrote, with labels.
-        device: where to train.
+        device: training device.
         width: channels of the first convolution.
-        epochs: passes over the train split; None sees about 30,000 images.
-        seed: of everything random.
-        report: called after each step with the modality, the number of its steps, and the step's own.
+        epochs: number of epochs; None sees about 30,000 images.
+        seed: seed of everything random.
+        report: called after each step with modality, total number of steps, and number of the step.
 
     Returns:
-        What the index now says of each.
+        Modality → the new entry of the index.
 
     Raises:
-        UserError: the data has no labels or no images, or none of some class, a shard is damaged, or the disk
-            is full.
+        UserError: the data has no labels or no images, or a class has none, a shard is damaged, or the files
+            cannot be written.
     """
     index = ShardIndex.load(folder)
     if index.class_names is None:
         raise UserError(
-            f"{folder}: has no labels, so no classifier can be trained on it. Pack the data with labels, or "
-            "evaluate without coherence, frechet and fidelity"
+            f"{folder}: has no labels to train classifiers with. Pack the data with labels, or evaluate "
+            "without coherence, frechet and fidelity"
         )
-    pictured = [name for name, of_name in index.modalities.items() if "generative" in of_name.metrics]
-    if not pictured:
+    image_names = [name for name, of_name in index.modalities.items() if "generative" in of_name.metrics]
+    if not image_names:
         raise UserError(
-            f"{folder}: no modality is of images, so there is nothing to train: text is read by a classifier "
-            "that each evaluation fits itself"
+            f"{folder}: has no image modality, so there is nothing to train. Text is classified without this "
+            "command"
         )
     contents, entries = {}, {}
-    for modality in pictured:
+    for modality in image_names:
         images, labels = (tensor.to(device) for tensor in _read_split(folder, "train", modality))
         missing = set(range(len(index.class_names))) - set(labels.tolist())
         if missing:
@@ -252,20 +254,20 @@ def train_classifiers(
 def load_classifiers(
     location: Location, index: ShardIndex, modalities: Sequence[str], device: torch.device
 ) -> dict[str, ImageClassifier]:
-    """The classifiers of some modalities, in evaluation mode; a warning is logged for one that reads badly.
+    """Load the classifiers of modalities, in evaluation mode; logs a warning for a low accuracy.
 
     Args:
         location: the shard folder, or its URL.
         index: its index.
-        modalities: which.
-        device: where to.
+        modalities: image modalities.
+        device: device of the classifiers.
 
     Raises:
         UserError: the data has no labels, a modality has no classifier, or it is missing, changed, damaged or
             below `MIN_ACCURACY`.
     """
     if index.class_names is None:
-        raise UserError(f"{location}: has no labels, so there are no classifiers to read images with")
+        raise UserError(f"{location}: has no labels, so there are no classifiers")
     missing = [name for name in modalities if name not in index.classifiers]
     if missing:
         raise UserError(
@@ -288,8 +290,8 @@ def _load_classifier(
     path = f"{location}/{entry.file}"
     if entry.accuracy < MIN_ACCURACY:
         raise UserError(
-            f"{path}: reads only {entry.accuracy:.1%} of the real test images right, below "
-            f"{MIN_ACCURACY:.0%}, so what it says of generated ones means nothing. Train it longer or wider: "
+            f"{path}: has an accuracy of {entry.accuracy:.1%} on real test images, below {MIN_ACCURACY:.0%}, "
+            "too low to judge generated ones. Train it longer or wider: "
             f"{_command(location)} --epochs {2 * entry.epochs} --width {2 * entry.width}"
         )
     try:
@@ -302,7 +304,7 @@ def _load_classifier(
         ) from error
     if hashlib.sha256(content).hexdigest() != entry.sha256:
         raise UserError(
-            f"{path}: its SHA-256 is not what the index says, so it was changed or damaged. Train it again: "
+            f"{path}: its SHA-256 is not that in the index, so it was changed or damaged. Train it again: "
             f"{_command(location)}"
         )
     classifier = ImageClassifier(modality.shape, len(index.class_names or ()), entry.width)
@@ -314,7 +316,7 @@ def _load_classifier(
         ) from error
     if entry.accuracy < GOOD_ACCURACY:
         _LOGGER.warning(
-            "%s: reads %.1f %% of the real test images right, below %.0f %%: coherence is at most about that",
+            "%s: has an accuracy of %.1f %% on real test images, below %.0f %%, which limits coherence",
             path,
             100 * entry.accuracy,
             100 * GOOD_ACCURACY,
@@ -323,7 +325,7 @@ def _load_classifier(
 
 
 def _read_split(folder: Path, split: str, modality: str) -> tuple[Tensor, Tensor]:
-    """All images (N, C, H, W) uint8 that a split has of a modality, and their labels (N,)."""
+    """Read all images (N, C, H, W) uint8 of a modality in a split, and their labels (N,)."""
     loader = EvaluationLoader(folder, split=split, modalities=[modality], batch_size=_EVALUATION_BATCH_SIZE)
     images, labels = [], []
     for batch in loader:
@@ -344,10 +346,10 @@ def _measure_accuracy(classifier: ImageClassifier, images: Tensor, labels: Tenso
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turned, scaled, sheared and shifted a little, with other contrast and brightness in each channel.
+    """Rotate, scale, shear and shift a little, and change contrast and brightness per channel.
 
-    Generated images are not quite like real ones: a classifier that has seen only exact colours and places
-    would say less about them. Flips are left out: they make other digits and letters.
+    Generated images differ a little from real ones in colours and positions, and should be classified all the
+    same. Flips are left out, because they change digits and letters.
     """
 
     def uniform(largest: float, *shape: int) -> Tensor:

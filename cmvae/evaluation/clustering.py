@@ -1,4 +1,4 @@
-"""What the clusters of an export are worth."""
+"""Evaluate the clusters of an export."""
 
 from __future__ import annotations
 
@@ -25,34 +25,35 @@ from cmvae.visualize import plots
 from cmvae.visualize.previews import draw_cluster_samples, draw_latent_map
 
 AGREEMENT = ("acc", "nmi", "ari", "purity")
-# Samples that the picture of each cluster shows.
+# Samples per cluster in the figure.
 CLUSTER_SAMPLES = 6
-# Up to so many modalities every subset of them is tried: 30 of five, but 254 of eight.
+# With at most so many modalities, all subsets are evaluated: 30 of five, but 254 of eight.
 _MAX_MODALITIES_FOR_ALL_SUBSETS = 5
 _RULES = {
-    "vote": "mode of the modalities' clusters; the most confident one decides a draw",
+    "vote": "mode of the modalities' clusters; the most confident one decides ties",
     "joint": "the cluster at the geometric median of the modalities' locations",
 }
 _GROUP_RULE = (
     "a group is one sample: the mean of its members' locations in each modality, then the cluster at the "
     "geometric median of the modalities; its label is the most frequent one of its members"
 )
-# t-SNE of fewer points is no map, and of fewer than four it fails.
+# t-SNE fails with fewer points.
 _MIN_MAP_SAMPLES = 4
 
 
 def evaluate_clustering(context: EvaluationContext, export: Path) -> GroupResult:
-    """Clusters of the split that is evaluated, after the export's selection, and pictures of them.
-
-    By all modalities together `clustering/{num_clusters,acc,nmi,ari,purity}`, with as many clusters as the
-    training began with `clustering_all/…`, and from a subset of the modalities `clustering/from/m0-m1/…`. The
-    number that each criterion selects is `clustering/selected/CRITERION`. Where samples of the split have
-    groups, each group also counts as one sample: `clustering/by_group/{num_groups,acc,nmi,ari,purity}` by all
-    modalities together, and `clustering/by_group/from/NAME/…` by one modality.
+    """Evaluate and draw the selected clusters of the split.
 
     Args:
-        context: the evaluation.
-        export: the export, which has the criteria of the number of clusters.
+        context: model, data and settings.
+        export: folder of the export, with the record of the selection.
+
+    Returns:
+        `clustering/{num_clusters,acc,nmi,ari,purity}` by all modalities; `clustering_all/…` with as many
+        clusters as the training began with; `clustering/from/m0-m1/…` by subsets of the modalities;
+        `clustering/selected/CRITERION`, the number that each criterion selects. If samples have groups, also
+        with each group as one sample: `clustering/by_group/{num_groups,acc,nmi,ari,purity}` by all
+        modalities, and `clustering/by_group/from/NAME/…` by one modality.
     """
     model, settings = context.model, context.settings
     encoded = _encode_on_all_ranks(context, settings.split)
@@ -73,7 +74,7 @@ def evaluate_clustering(context: EvaluationContext, export: Path) -> GroupResult
             part = encoded.with_modalities([model.modality_names.index(name) for name in names])
             agreement = _agreement(assign_split(model, part), part.label)
             result.metrics |= {
-                # Of all signs that join names, "-" is one that MLflow takes and no modality has.
+                # "-" is allowed in MLflow's names and not in those of modalities.
                 f"clustering/from/{'-'.join(names)}/{key}": agreement[key]
                 for key in AGREEMENT
             }
@@ -89,7 +90,7 @@ def evaluate_clustering(context: EvaluationContext, export: Path) -> GroupResult
 
 
 def _add_groups(model: CMVAE, encoded: EncodedSplit, result: GroupResult) -> None:
-    """Add the clusters of groups, by all modalities together and by each on its own."""
+    """Add the agreement of groups, by all modalities and by each."""
     names = model.modality_names
     groups = encoded.numbered_groups()
     result.metrics["clustering/by_group/num_groups"] = float(groups.max() + 1)
@@ -112,8 +113,8 @@ def group_agreement(model: CMVAE, split: EncodedSplit) -> dict[str, float]:
     """`clustering_metrics` of the groups of a split that have a label, each as one sample.
 
     Args:
-        model: whose active clusters count.
-        split: encoded samples with groups, each with at least one modality, at least one with a label.
+        model: model with selected clusters.
+        split: encoded samples with groups, each with at least one modality; at least one has a label.
     """
     groups = split.numbered_groups()
     labels = label_by_group(split.label, groups)
@@ -122,9 +123,9 @@ def group_agreement(model: CMVAE, split: EncodedSplit) -> dict[str, float]:
 
 
 def _compare_numbers(model: CMVAE, export: Path, encoded: EncodedSplit, result: GroupResult) -> None:
-    """Add what the criteria select, their curves, the tree, and the scores of the largest set of clusters."""
+    """Add selected numbers, criterion curves, the tree, and the agreement of the largest set of clusters."""
     if not (export / CLUSTER_RECORD_NAME).is_file():
-        reason = f"{export} was not written by a training, which would compare numbers of clusters"
+        reason = f"{export} has no record of a selection, because no training wrote it"
         result.left_out |= dict.fromkeys(
             ("clustering/selected", "clustering_all", "figures/cluster_numbers"), reason
         )
@@ -145,7 +146,7 @@ def _compare_numbers(model: CMVAE, export: Path, encoded: EncodedSplit, result: 
 
 
 def modality_subsets(names: Sequence[str]) -> tuple[list[tuple[str, ...]], str]:
-    """The subsets of modalities that clusters are read from, without the set of all, and the rule in words.
+    """The proper subsets of modalities that are evaluated, and a description of the choice.
 
     Args:
         names: the modalities.
@@ -159,15 +160,15 @@ def modality_subsets(names: Sequence[str]) -> tuple[list[tuple[str, ...]], str]:
 
 
 def evaluate_clusters(model: CMVAE, split: EncodedSplit) -> tuple[dict[str, float], np.ndarray]:
-    """Clusters of a split and, where it has labels, their agreement with them.
+    """Assign a split to clusters and compare them with its labels.
 
     Args:
-        model: whose active clusters count.
+        model: model with selected clusters.
         split: the encoded split.
 
     Returns:
-        `clustering/num_clusters` (selected), and where there are labels `clustering/{acc,nmi,ari,purity}`;
-        and the clusters (N,).
+        `clustering/num_clusters` and, if there are labels, `clustering/{acc,nmi,ari,purity}`; and the
+        clusters (N,).
     """
     assignments = assign_split(model, split)
     metrics = {"clustering/num_clusters": float(model.cluster_prior.active.sum())}
@@ -195,7 +196,7 @@ def _draw(
     assignments: np.ndarray,
     result: GroupResult,
 ) -> None:
-    """Add the pictures to the result, or the reasons why there is none."""
+    """Add the figures, or the reasons why one is left out."""
     settings, class_names = context.settings, context.index.class_names
     generator = torch.Generator(context.device).manual_seed(settings.seed)
     result.figures["cluster_samples"] = draw_cluster_samples(context.model, CLUSTER_SAMPLES, generator)
@@ -204,7 +205,7 @@ def _draw(
             encoded, assignments, settings.map_samples, settings.seed
         )
     else:
-        result.left_out["figures/latent_map"] = f"a map needs at least {_MIN_MAP_SAMPLES} samples"
+        result.left_out["figures/latent_map"] = f"takes at least {_MIN_MAP_SAMPLES} samples"
     labelled = encoded.label >= 0
     if class_names is not None and labelled.any():
         counts, cluster_ids = confusion(assignments[labelled], encoded.label[labelled], len(class_names))

@@ -1,7 +1,7 @@
-"""Coherence: how often what was generated belongs to the class that it should belong to.
+"""Coherence: how often generated samples have the class of what they were generated from.
 
-Functions of the classes that classifiers read in what was generated. Source: the protocols of MMVAE (Shi et
-al., 2019) and MMVAE+ (Palumbo et al., 2023).
+Functions of predicted classes. Source: the protocols of MMVAE (Shi et al., 2019) and MMVAE+ (Palumbo et al.,
+2023).
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import numpy as np
 from cmvae.clustering import FloatArray, IntArray
 
 Sources = tuple[str, ...]
-"""The modalities that a generation was conditioned on."""
+"""Modalities that a sample was generated from."""
 
 
 def conditional_coherence(
-    read: Mapping[Sources, Mapping[str, IntArray]], label: Mapping[Sources, IntArray]
+    predicted: Mapping[Sources, Mapping[str, IntArray]], label: Mapping[Sources, IntArray]
 ) -> dict[str, float]:
-    """Share of conditional generations that are read as the class of what they were generated from.
+    """Share of conditional samples that are classified as the class of their sources.
 
     Args:
-        read: sources → target → classes (n,) read in the target's generations, n samples that have the
+        predicted: sources → target → predicted classes (n,) of the generated target, n samples that have the
             sources.
         label: sources → classes (n,) of these samples.
 
     Returns:
-        `coherence/matrix/SOURCE/TARGET` of every pair, also SOURCE itself; `coherence/conditional`, the mean
-        over ordered pairs of two modalities; and `coherence/conditional_by_sources/S`, the mean over all
+        `coherence/matrix/SOURCE/TARGET` of every pair, with SOURCE itself; `coherence/conditional`, the mean
+        over ordered pairs of different modalities; `coherence/conditional_by_sources/S`, the mean over all
         sets of S sources and the targets outside of the set.
     """
     metrics = {}
     outside: dict[int, list[float]] = {}
-    for sources, targets in read.items():
+    for sources, targets in predicted.items():
         for target, classes in targets.items():
             share = float(np.mean(classes == label[sources]))
             if len(sources) == 1:
@@ -47,13 +47,13 @@ def conditional_coherence(
     return metrics
 
 
-def unconditional_coherence(read: Mapping[str, IntArray]) -> float:
-    """Share of joint generations in which all modalities are read as the same class.
+def unconditional_coherence(predicted: Mapping[str, IntArray]) -> float:
+    """Share of joint samples in which all modalities are classified as the same class.
 
     Args:
-        read: modality → classes (N,).
+        predicted: modality → predicted classes (N,).
     """
-    first, *others = read.values()
+    first, *others = predicted.values()
     return float(np.mean(np.all([classes == first for classes in others], axis=0)))
 
 

@@ -1,8 +1,8 @@
-"""What every metric works with, on each rank: the model, the data, and noise that belongs to the sample.
+"""Context of an evaluation on each rank: the model, the data, and noise that belongs to the sample.
 
-A figure must not depend on how many ranks or how large batches it was computed with. So every rank encodes
-its part of a split, all parts are put together in the split's own order, and the noise of a sample is a
-function of (seed, stream, position) alone.
+Metrics must not depend on the number of ranks or the batch size. So every rank encodes its part of a split,
+the parts are concatenated in the order of the split, and the noise of a sample is a function of (seed,
+stream, position).
 """
 
 from __future__ import annotations
@@ -37,28 +37,31 @@ class EvaluationContext:
     model: CMVAE
     """The export, in evaluation mode, on `accelerator.device`."""
     shards: Location
+    """Folder or URL of the packed data."""
     index: ShardIndex
+    """Index of `shards`."""
     settings: EvaluationConfig
+    """Settings of the evaluation."""
     accelerator: Accelerator
+    """The process group and the device."""
     dcmvae: DCMVAE | None = None
-    """The model with its refiner, if there is one; on the same device."""
+    """The model with its refiner, on the same device; None without a refiner."""
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self.accelerator.device
 
     def measured_by(self, metrics: MetricName) -> tuple[str, ...]:
-        """The modalities whose kind a group of metrics is for."""
+        """Modalities that a group of metrics applies to."""
         return tuple(name for name, modality in self.model.modalities.items() if metrics in modality.metrics)
 
     def batches(self, split: str, num_samples: int | None = None) -> Iterator[dict[str, Any]]:
-        """This rank's batches of a split on the device, modalities as data (B, *shape).
+        """Batches of a split on this rank and device, with modalities as data (B, *shape).
 
         Args:
-            split: which split.
-            num_samples: only the first so many samples, which were shuffled when they were packed; None is
-                all.
+            split: name of the split.
+            num_samples: use only the first samples, which packing has shuffled; None uses all.
         """
         loader = EvaluationLoader(
             self.shards,
@@ -73,9 +76,9 @@ class EvaluationContext:
             yield to_device(batch, self.model.modalities, self.device)
 
     def positions(self, num_samples: int) -> Iterator[dict[str, Tensor]]:
-        """This rank's batches of `position` and `valid` when there is nothing to read: generations.
+        """Batches of `position` and `valid` on this rank, for samples that are generated instead of read.
 
-        Padded as `EvaluationPlan` pads a split, so that `collect` takes them alike.
+        They are padded as `EvaluationPlan` pads a split, as `collect` requires.
         """
         world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
         plan = EvaluationPlan([num_samples], self.settings.batch_size, world_size).for_rank(0, rank)
@@ -91,31 +94,33 @@ class EvaluationContext:
         batches: Iterator[Mapping[str, Any]],
         compute: Callable[[Mapping[str, Any]], Mapping[str, Tensor]],
     ) -> dict[str, np.ndarray]:
-        """`compute` over batches on all ranks, put together in the split's order; on all ranks.
+        """Apply `compute` to batches on all ranks, and concatenate the results in the order of the split.
+
+        All ranks must call it.
 
         Args:
-            batches: from `batches` or `positions`.
-            compute: a batch to tensors (B, ...), by name.
+            batches: batches of `batches` or `positions`.
+            compute: batch → name → tensor (B, ...).
 
         Returns:
-            By name (N, ...), every sample exactly once, without padding; the same on every rank.
+            Name → (N, ...), every sample exactly once, without padding; the same on every rank.
         """
         parts: dict[str, list[Tensor]] = {}
         for batch in batches:
             for name, value in {**compute(batch), "valid": batch["valid"]}.items():
                 parts.setdefault(name, []).append(value.detach().cpu())
-        # One contiguous part a rank: rank by rank is the split's own order.
+        # Every rank has a contiguous part, so the order of ranks is that of the split.
         gathered = {name: self._gather(torch.cat(values)) for name, values in parts.items()}
         valid = gathered.pop("valid")
         return {name: values[valid].numpy() for name, values in gathered.items()}
 
     def draw_noise(self, stream: str, positions: Tensor, shape: Sequence[int]) -> Tensor:
-        """Standard noise of the model's family, (B, *shape): a function of (seed, stream, position).
+        """Draw standard noise of the model's family, (B, *shape), a function of (seed, stream, position).
 
         Args:
-            stream: what the noise is for, so that two uses are independent.
+            stream: name of the use; different uses are independent.
             positions: (B,) int64.
-            shape: of one sample's noise.
+            shape: shape of the noise of one sample.
         """
         rows = [
             self.model.family.draw_noise(shape, torch.device("cpu"), generator)
@@ -124,10 +129,10 @@ class EvaluationContext:
         return torch.stack(rows).to(self.device)
 
     def draw_uniform(self, stream: str, positions: Tensor) -> Tensor:
-        """Uniform on [0, 1), (B,) float64 on the CPU: a function of (seed, stream, position), for choices.
+        """Draw uniform numbers in [0, 1), (B,) float64 on the CPU, a function of (seed, stream, position).
 
         Args:
-            stream: what the choice is, so that two uses are independent.
+            stream: name of the use; different uses are independent.
             positions: (B,) int64.
         """
         rows = [
@@ -137,10 +142,10 @@ class EvaluationContext:
         return torch.stack(rows)
 
     def draw_seeds(self, stream: str, positions: Tensor) -> list[int]:
-        """One random number of 63 bits a sample: a function of (seed, stream, position).
+        """Draw one seed of 63 bits per sample, a function of (seed, stream, position).
 
         Args:
-            stream: what it is for, so that two uses are independent.
+            stream: name of the use; different uses are independent.
             positions: (B,) int64.
         """
         return [derive_seed(self.settings.seed, stream, position) for position in positions.tolist()]

@@ -1,6 +1,6 @@
-"""Fréchet distance between sets of images, as Gaussians in the features of some network.
+"""Fréchet distance between sets of images, as Gaussians in the features of a network.
 
-In the features of Inception-v3 it is the FID of Heusel et al., 2017; in any other it is not called so.
+In the features of Inception-v3 it is the FID (Heusel et al., 2017).
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from torch import Tensor, nn
 from cmvae.clustering import FloatArray
 from cmvae.utils.errors import UserError
 
-# torchmetrics imports torchvision, which must be mended first.
+# Before torchmetrics, which imports torchvision.
 import cmvae.utils.torchvision_shim  # noqa: F401 isort:skip
 from torchmetrics.image.fid import FrechetInceptionDistance  # isort:skip
 
 _LOGGER = logging.getLogger(__name__)
 
 INCEPTION_FEATURES = 2048
-# Fewer samples than this many times the features, and the estimate of a covariance is a rough one.
+# With fewer samples per feature, the estimate of a covariance is rough.
 _GOOD_RATIO = 10
 
 
 class FrechetDistance:
-    """Squared 2-Wasserstein distance to a fixed set of real features, both as Gaussians; float64.
+    """Squared 2-Wasserstein distance to a fixed set of real features, both as Gaussians, in float64.
 
     Args:
         real: (N, F), more samples than features.
     """
 
     def __init__(self, real: FloatArray) -> None:
-        # Every rank holds all samples already, so there is nothing to synchronise.
+        # Every rank already holds all samples.
         self._metric = FrechetInceptionDistance(
             _AlreadyFeatures(real.shape[1]), reset_real_features=False, sync_on_compute=False
         )
         self._metric.update(_double(real), real=True)
 
     def to(self, generated: FloatArray) -> float:
-        """The distance to generated features (N', F), more samples than features."""
+        """Distance to generated features (N', F), more samples than features."""
         self._metric.update(_double(generated), real=False)
         distance = float(self._metric.compute())
         self._metric.reset()
@@ -51,21 +51,21 @@ class FrechetDistance:
 
 
 def refusal(num_samples: int, num_features: int) -> str | None:
-    """Why so few samples say nothing about a Gaussian of so many features; None where they do."""
+    """Why there are too few samples for a Gaussian of so many features; None if there are enough."""
     if num_samples > num_features:
         return None
     return (
-        f"{num_samples:,} samples cannot give the covariance of {num_features:,} features: it takes more "
-        "samples than features, and ten times as many to be good"
+        f"{num_samples:,} samples are too few for the covariance of {num_features:,} features, which takes "
+        "more samples than features, and ten times as many for a good estimate"
     )
 
 
 def warn_if_few(name: str, num_samples: int, num_features: int) -> None:
-    """Log a warning where samples are enough to compute a distance, but not to trust its absolute value."""
+    """Log a warning if there are enough samples for a distance, but too few for a good estimate."""
     if num_samples < _GOOD_RATIO * num_features:
         _LOGGER.warning(
-            "%s: %s samples for %s features, below ten times as many, so the distance comes out too large; "
-            "compare it only with those of equally many samples",
+            "%s: %s samples for %s features, fewer than ten times as many, so the distance is overestimated; "
+            "compare it only at equal numbers of samples",
             name,
             f"{num_samples:,}",
             f"{num_features:,}",
@@ -73,17 +73,19 @@ def warn_if_few(name: str, num_samples: int, num_features: int) -> None:
 
 
 def load_inception(weights: Path | None, device: torch.device) -> nn.Module:
-    """Inception-v3 of the FID, from `to_bytes` images to features (B, 2048).
+    """Load Inception-v3 of the FID, which maps `to_bytes` images to features (B, 2048).
 
     Args:
-        weights: torch-fidelity's file; None lets torch-fidelity fetch it into torch's cache.
-        device: where to.
+        weights: torch-fidelity's file; None lets torch-fidelity download it into torch's cache.
+        device: device of the network.
 
     Raises:
-        UserError: torch-fidelity is not installed, or the weights are missing, damaged or out of reach.
+        UserError: torch-fidelity is not installed, or the weights are missing, damaged or not available.
     """
     if importlib.util.find_spec("torch_fidelity") is None:
-        raise UserError("torch-fidelity is not installed, which has Inception-v3: pip install torch-fidelity")
+        raise UserError(
+            "Inception-v3 requires torch-fidelity, which is not installed: pip install torch-fidelity"
+        )
     if weights is not None:
         _check_weights(weights)
     path = None if weights is None else str(weights)
@@ -91,21 +93,20 @@ def load_inception(weights: Path | None, device: torch.device) -> nn.Module:
         metric = FrechetInceptionDistance(INCEPTION_FEATURES, feature_extractor_weights_path=path)
     except (OSError, RuntimeError, TypeError) as error:  # no network, or weights of another network
         raise UserError(
-            f"the weights of Inception-v3 cannot be had from {path or 'the network'}: "
-            f"{str(error).splitlines()[0]}. Put "
-            "torch-fidelity's weights-inception-2015-12-05-6726825d.pth somewhere and set "
-            "evaluation.inception_weights to its path"
+            f"the weights of Inception-v3 cannot be loaded from {path or 'the network'}: "
+            f"{str(error).splitlines()[0]}. Download torch-fidelity's "
+            "weights-inception-2015-12-05-6726825d.pth and set evaluation.inception_weights to its path"
         ) from error
     return metric.inception.to(device)
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Images (B, 1 or 3, H, W) in [0, 1] as Inception takes them: (B, 3, H, W) uint8."""
+    """Convert images (B, 1 or 3, H, W) in [0, 1] to the input of Inception, (B, 3, H, W) uint8."""
     return images.clamp(0, 1).mul(255).round().to(torch.uint8).expand(-1, 3, -1, -1)
 
 
 class _AlreadyFeatures(nn.Module):
-    """In place of torchmetrics' network: its metric is then given features instead of images."""
+    """Identity that replaces torchmetrics' network, so that the metric takes features instead of images."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -120,12 +121,12 @@ def _double(features: FloatArray) -> Tensor:
 
 
 def _check_weights(path: Path) -> None:
-    """Let a file through to torch-fidelity, which would run any pickle, only if it holds tensors alone."""
+    """Raise unless a file holds tensors only: torch-fidelity would unpickle anything."""
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
-            f"{path}: is no readable file of weights ({type(error).__name__}). Set "
+            f"{path}: is not a readable weights file ({type(error).__name__}). Set "
             "evaluation.inception_weights to torch-fidelity's weights-inception-2015-12-05-6726825d.pth, or "
             "to null"
         ) from error

@@ -77,7 +77,7 @@ class Reference:
     comparisons: Sequence[_Comparison]
     """One per feature space."""
     coherent: bool
-    """Whether coherence is wanted and available."""
+    """Whether coherence is requested and available."""
     left_out: Mapping[str, str]
     """See `GroupResult.left_out`."""
 

@@ -1,15 +1,15 @@
-"""Test joint log-likelihood log p(x_1, …, x_M), by importance sampling.
+"""Joint log-likelihood log p(x_1, …, x_M) of a split, by importance sampling.
 
-For each of S samples of the latents, z comes from the mixture of the modalities' posteriors, equally often
-from each (the strata have one denominator, the mixture: the balance heuristic of Veach and Guibas, 1995), and
-every w_m from its own posterior. With
+For each of S importance samples, z comes from the mixture of the modalities' posteriors, equally often from
+each (stratified, with the balance heuristic of Veach and Guibas, 1995), and every w_m from its own posterior.
+With
 
     lw[s] = log p(z) + Σ_m log p(w_m) + Σ_m log p(x_m | z, w_m)
             − log (1/M) Σ_j q(z|x_j) − Σ_m log q(w_m|x_m)
 
 the mean of exp lw is unbiased for p(x_1, …, x_M), and its logarithm is a lower bound in expectation that
-rises with S (Burda et al., IWAE, 2016). This is the density of the data: neither the weights s_n of the
-modalities nor β, which belong to the objective, enter it.
+rises with S (Burda et al., IWAE, 2016). Neither the weights s_n of the modalities nor β enter: they belong to
+the objective, not to the density of the data.
 """
 
 from __future__ import annotations
@@ -30,18 +30,17 @@ from cmvae.models.cmvae import CMVAE, Posterior
 from cmvae.models.objectives import cluster_log_prob, data_log_prob, mixture_log_prob
 from cmvae.utils.progress import progress_bar
 
-# Importance samples of one sample that are drawn together. Part of what the noise is a function of, hence a
-# constant: the figure must not depend on how much memory there is.
+# Importance samples that are drawn together. The noise depends on it, so it must not depend on the memory.
 _CHUNK_SAMPLES = 120
-# Pairs (z, w) that go through the decoders together: 2 GB of feature maps at 64×64 pixels and width 64.
-_DECODED_TOGETHER = 512
+DECODED_TOGETHER = 512
+"""Pairs (z, w) that are decoded together: 2 GB of feature maps at 64×64 pixels and width 64."""
 
 
 def evaluate_likelihood(context: EvaluationContext) -> GroupResult:
-    """The mean of log p(x_1, …, x_M) over the split, in nats, and its standard error over samples.
+    """Estimate the mean of log p(x_1, …, x_M) over the split, in nats, and its standard error over samples.
 
-    `likelihood/effective_samples` says whether the importance samples were enough: the mean of
-    (Σ w)² / Σ w² over the split, between one and their number.
+    `likelihood/effective_samples`, the mean of (Σ w)² / Σ w² over the split, is between one and the number of
+    importance samples, and shows whether they were enough.
     """
     settings, model = context.settings, context.model
     num_modalities = len(model.modality_names)
@@ -77,7 +76,7 @@ def evaluate_likelihood(context: EvaluationContext) -> GroupResult:
             "likelihood.importance_samples": num_samples,
             "likelihood.importance_samples_per_chunk": chunks[0] * num_modalities,
             "likelihood.proposal": "z: mixture of q(z|x_m), stratified; w_m: q(w_m|x_m)",
-            "likelihood.unit": "nats a sample, of all modalities together",
+            "likelihood.unit": "nats per sample, all modalities together",
             "likelihood.weighted_by_s_n_or_beta": False,
         },
     )
@@ -85,16 +84,15 @@ def evaluate_likelihood(context: EvaluationContext) -> GroupResult:
         error = log_likelihood.std(ddof=1) / math.sqrt(len(log_likelihood))
         result.metrics["likelihood/joint_standard_error"] = float(error)
     else:
-        result.left_out["likelihood/joint_standard_error"] = "a single sample has no spread"
+        result.left_out["likelihood/joint_standard_error"] = "a single sample has no standard error"
     return result
 
 
 def chunk_sizes(num_samples: int, num_modalities: int) -> list[int]:
-    """Importance samples from each modality's posterior in each chunk.
+    """Number of importance samples from each modality's posterior, per chunk.
 
     Args:
-        num_samples: importance samples asked for; rounded up to a multiple of `num_modalities`, so that all
-            modalities propose equally often.
+        num_samples: number of importance samples; rounded up to a multiple of `num_modalities`.
         num_modalities: M.
     """
     each = math.ceil(num_samples / num_modalities)
@@ -111,23 +109,23 @@ def importance_log_weights(
     shared_noise: Tensor,
     private_noise: Tensor,
 ) -> Tensor:
-    """Log-weights lw[s] of a chunk, (M·k, B), of what is there; −∞ where z comes from what is not.
+    """Log-weights lw[s] of a chunk, (M·k, B), over the present modalities; −∞ where z is from a missing one.
 
     Args:
-        model: priors, decoders and likelihoods.
-        inputs: by modality (B, ...).
-        posteriors: of `inputs`, parameters (B, D).
+        model: the model.
+        inputs: modality → (B, ...).
+        posteriors: modality → posteriors with parameters (B, D).
         present: (M, B) bool, the modalities that a sample has; at least one.
-        shared_noise: (M, k, B, D_z): k samples of z from each modality's posterior.
-        private_noise: (M, M·k, B, D_w): for every sample of z, a w_m of every modality.
+        shared_noise: (M, k, B, D_z), for k samples of z from each modality's posterior.
+        private_noise: (M, M·k, B, D_w), for a w of every modality per sample of z.
     """
     sources = list(posteriors.values())
     shared = torch.cat([source.shared.sample(shared_noise[m]) for m, source in enumerate(sources)])
     private = {
         name: source.private.sample(private_noise[m]) for m, (name, source) in enumerate(posteriors.items())
     }
-    # Hundreds of pixels a modality: their log-likelihoods are large against what is left after the
-    # differences, so the terms are put together in double precision (on the CPU, which always has it).
+    # Log-likelihoods of hundreds of pixels are large against their differences, so the terms are added in
+    # double precision (on the CPU, because some devices lack it).
     terms = [
         cluster_log_prob(*model.cluster_prior(shared)),
         -mixture_log_prob([source.shared for source in sources], shared, present),
@@ -149,14 +147,14 @@ def importance_log_weights(
 def _log_weights_of_batch(
     context: EvaluationContext, batch: Mapping[str, Any], chunks: Sequence[int], progress: tqdm
 ) -> np.ndarray:
-    """Log-weights (S, B) of a batch, all chunks below each other."""
+    """Log-weights (S, B) of a batch, over all chunks."""
     model = context.model
     num_modalities = len(model.modality_names)
     inputs = {name: batch[name] for name in model.modality_names}
     with torch.no_grad():
         posteriors = model.encode(inputs)
     columns = []
-    for rows in _row_blocks(len(batch["position"]), _DECODED_TOGETHER // (chunks[0] * num_modalities)):
+    for rows in _row_blocks(len(batch["position"]), DECODED_TOGETHER // (chunks[0] * num_modalities)):
         chosen_inputs = {name: x[rows] for name, x in inputs.items()}
         chosen_posteriors = {name: _take(posterior, rows) for name, posterior in posteriors.items()}
         parts = [

@@ -1,4 +1,4 @@
-"""How well numbers and categories are generated from other modalities, value by value."""
+"""Accuracy of generated vectors, bits and categories, value by value."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _LEAST_SPREAD = 1e-5
 
 
 def evaluate_prediction(context: EvaluationContext) -> GroupResult:
-    """Of vectors, binary and categorical modalities, and of every pair of SOURCE and TARGET, self included.
+    """Compare generated vectors, bits and categories with real ones, for every SOURCE and TARGET.
 
     Returns:
-        `prediction/r2/SOURCE/TARGET` of vectors: share of the variance that is explained, a mean over
-        dimensions that vary; at most 1, and below 0 where the mean of the split would do better. And
-        `prediction/accuracy/SOURCE/TARGET` of the others: share of values that are right, beside it
-        `prediction/accuracy_by_chance/SOURCE/TARGET`, that of always saying what is most frequent.
+        For vectors, `prediction/r2/SOURCE/TARGET`: explained share of the variance, averaged over dimensions
+        that vary; at most 1, and below 0 if worse than the mean of the split. For others,
+        `prediction/accuracy/SOURCE/TARGET`: share of correct values, and
+        `prediction/accuracy_by_chance/SOURCE/TARGET`: that of always predicting the most frequent value.
     """
     targets = context.measured_by("prediction")
     if not targets:
-        return GroupResult(left_out={"prediction": "the model has neither vectors nor categories"})
+        return GroupResult(left_out={"prediction": "the model has no vectors, bits or categories"})
     result = GroupResult(
         protocol={
             "prediction.split": context.settings.split,
@@ -52,16 +52,16 @@ def evaluate_prediction(context: EvaluationContext) -> GroupResult:
 
 
 def _varying(real: np.ndarray, modality: Modality) -> np.ndarray:
-    """(D,) bool, which dimensions are not constant in the split: of those there is no share of a variance.
+    """(D,) bool, the dimensions that vary in the split; the others have no variance to explain.
 
-    Compared with the train split's spread: a constant that was standardised and put back differs by rounding.
+    The threshold is relative to the train split, because a standardised constant differs by rounding.
     """
     usual = np.asarray(modality.std) if isinstance(modality, VectorModality) else 1.0
     return real.std(axis=0, dtype=np.float64) > _LEAST_SPREAD * usual
 
 
 def _by_chance(pair: Pair) -> float:
-    """Accuracy of saying of every sample what is most frequent, in each dimension."""
+    """Accuracy of always predicting the most frequent value of each dimension."""
     columns = pair.real.reshape(len(pair.real), -1).T
     return float(
         np.mean([np.unique(column, return_counts=True)[1].max() for column in columns]) / len(pair.real)

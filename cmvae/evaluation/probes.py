@@ -1,7 +1,7 @@
-"""Linear probes: what a linear classifier can read from the latents of one modality.
+"""Linear probes: how well a linear classifier predicts the class from the latents of one modality.
 
-The shared z should tell the class, the private w should not. As in MMVAE+ and CMVAE, logistic regression on
-the locations of the posteriors.
+The shared z should determine the class, the private w should not. As in MMVAE+ and CMVAE, the classifier is
+logistic regression on the locations of the posteriors.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from torch import Tensor
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.report import GroupResult
 
-# Hundreds of samples for each of some ten classes and a hundred dimensions: more change the third decimal of
-# a linear classifier's accuracy, and cost minutes.
 MAX_TRAINING_SAMPLES = 20_000
+"""More change a linear classifier's accuracy in the third decimal, and take minutes."""
 _MAX_ITERATIONS = 2000
 
 
 def evaluate_probes(context: EvaluationContext) -> GroupResult:
-    """Accuracy of a linear classifier on z, on w and on both, for each modality: `probe/{z,w,both}/MODALITY`.
+    """Measure the accuracy of linear classifiers on z, w and both, `probe/{z,w,both}/MODALITY`.
 
-    Trained on the labelled samples of the train split that have the modality, tested on those of the split
-    that is evaluated.
+    They are trained on the labelled samples of the train split that have the modality, and tested on those of
+    the split that is evaluated.
     """
     split = context.settings.split
     if context.index.class_names is None:
@@ -42,7 +41,8 @@ def evaluate_probes(context: EvaluationContext) -> GroupResult:
     if len(np.unique(train["label"])) < 2:
         return GroupResult(left_out={"probe": "the train split has labels of fewer than two classes"})
     chosen = {
-        name: _choose(_having(train, name), context.settings.seed) for name in context.model.modality_names
+        name: _choose(_samples_with(train, name), context.settings.seed)
+        for name in context.model.modality_names
     }
     result = GroupResult(
         protocol={
@@ -53,7 +53,7 @@ def evaluate_probes(context: EvaluationContext) -> GroupResult:
         }
     )
     for modality, learned in chosen.items():
-        tested = _having(test, modality)
+        tested = _samples_with(test, modality)
         result.protocol[f"probe.train_samples.{modality}"] = len(learned["label"])
         result.protocol[f"probe.test_samples.{modality}"] = len(tested["label"])
         if len(np.unique(learned["label"])) < 2 or len(tested["label"]) == 0:
@@ -73,11 +73,11 @@ def evaluate_probes(context: EvaluationContext) -> GroupResult:
 def probe_accuracy(
     train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray
 ) -> float:
-    """Share of test samples that logistic regression puts into the right class.
+    """Accuracy of logistic regression on test samples.
 
     Args:
-        train_features: (N, D); every dimension is standardised by the statistics of these.
-        train_labels: (N,) of at least two classes.
+        train_features: (N, D); every dimension is standardised with their statistics.
+        train_labels: (N,), at least two classes.
         test_features: (T, D).
         test_labels: (T,).
     """
@@ -86,7 +86,7 @@ def probe_accuracy(
 
 
 def _encode(context: EvaluationContext, split: str) -> dict[str, np.ndarray]:
-    """Labelled samples: `z/MODALITY` (N, D_z), `w/MODALITY` (N, D_w), `has/MODALITY` and `label` (N,)."""
+    """Encode labelled samples: `z/MODALITY` (N, D_z), `w/MODALITY` (N, D_w), `has/MODALITY`, `label` (N,)."""
 
     def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         posteriors = context.model.encode({name: batch[name] for name in context.model.modality_names})
@@ -101,14 +101,14 @@ def _encode(context: EvaluationContext, split: str) -> dict[str, np.ndarray]:
     return {name: values[labelled] for name, values in encoded.items()}
 
 
-def _having(encoded: Mapping[str, np.ndarray], modality: str) -> dict[str, np.ndarray]:
+def _samples_with(encoded: Mapping[str, np.ndarray], modality: str) -> dict[str, np.ndarray]:
     """The samples that have a modality."""
     there = encoded[f"has/{modality}"]
     return {name: values[there] for name, values in encoded.items()}
 
 
 def _choose(encoded: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """At most `MAX_TRAINING_SAMPLES`, chosen at random by `seed`."""
+    """A random choice of at most `MAX_TRAINING_SAMPLES`."""
     num_samples = len(encoded["label"])
     chosen = np.random.default_rng(seed).permutation(num_samples)[:MAX_TRAINING_SAMPLES]
     return {name: values[np.sort(chosen)] for name, values in encoded.items()}

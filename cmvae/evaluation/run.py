@@ -1,4 +1,4 @@
-"""From a run's export to `evaluation/`, metrics, protocol and figures, and to MLflow."""
+"""Evaluate the export of a run: write `evaluation/`, and log it to MLflow."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from cmvae.models.export import weights_sha256
 from cmvae.tracking import resume_tracker
 from cmvae.visualize.previews import draw_refinements, generate_cross_modal
 
-# One pass of generations feeds all of them.
+# Groups that share one pass of generated samples.
 GENERATIVE_GROUPS = frozenset({"coherence", "frechet", "fidelity"})
-# Samples in the picture of generations, and in what is written down of them.
+# Samples in the preview.
 GRID_SAMPLES = 8
 
 
 def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> GroupResult | None:
-    """Evaluate an export by the groups of `config.evaluation.metrics`; to be called on every rank.
+    """Evaluate an export by the groups of `config.evaluation.metrics`; all ranks must call it.
 
-    The run of a refiner is evaluated by the generative groups, before and after refinement; all else is a
-    matter of its CMVAE's run.
+    A refiner's run is evaluated by the generative groups only, before and after refinement; the others belong
+    to the run of its CMVAE.
 
     Args:
-        config: the run's experiment.
+        config: the experiment of the run.
         index: the index of `config.data.shards`.
-        run_dir: folder of the run, with its export; the result is written below `run_dir/evaluation`.
+        run_dir: folder of the run, with its export; results are written to `run_dir/evaluation`.
 
     Returns:
-        What was written, on rank 0; None on other ranks.
+        The results on rank 0; None on other ranks.
 
     Raises:
-        UserError: the export or the shards are missing or damaged, or the result cannot be written.
+        UserError: the export or the shards are missing or damaged, or the results cannot be written.
     """
     accelerator = start_evaluation_accelerator()
     try:
@@ -55,7 +55,7 @@ def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> 
             result.add(_show_generations(context))
             write_report(run_dir / "evaluation", result)
             _track(config, run_dir, result)
-        # A rank that left while the first one still writes would take the connections down with it.
+        # A rank that leaves while rank 0 still writes would close its connections.
         accelerator.wait_for_everyone()
         return result if accelerator.is_main_process else None
     finally:
@@ -65,7 +65,7 @@ def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> 
 def load_context(
     config: ExperimentConfig, index: ShardIndex, run_dir: Path, accelerator: Accelerator
 ) -> EvaluationContext:
-    """Model, refiner and data of a run; arguments and errors as of `evaluate_run`."""
+    """Load model, refiner and data of a run; for arguments and errors see `evaluate_run`."""
     if isinstance(config, RefinerExperiment):
         from cmvae.models.dcmvae import DCMVAE
 
@@ -80,22 +80,22 @@ def load_context(
 def evaluate_groups(
     context: EvaluationContext, config: ExperimentConfig, run_dir: Path
 ) -> Iterator[GroupResult]:
-    """The groups that were asked for and make sense for the run, one after the other."""
+    """Compute the configured groups that apply to the run, one after the other."""
     wanted = set(context.settings.metrics)
     if wanted & GENERATIVE_GROUPS:
-        # torchmetrics takes four seconds to import.
+        # Imports torchmetrics, which takes four seconds.
         from cmvae.evaluation.generative import evaluate_generative
 
         yield evaluate_generative(context, wanted & GENERATIVE_GROUPS)
     if isinstance(config, RefinerExperiment):
-        reason = f"a matter of the CMVAE alone: evaluate {config.cmvae}"
+        reason = f"does not depend on the refiner: evaluate {config.cmvae}"
         yield GroupResult(left_out=dict.fromkeys(sorted(wanted - GENERATIVE_GROUPS), reason))
     if not isinstance(config, CMVAEExperiment):
         return
     if "clustering" in wanted:
         yield evaluate_clustering(context, run_dir / "export")
     if "text" in wanted:
-        # Imports torchmetrics, too.
+        # Imports torchmetrics.
         from cmvae.evaluation.text import evaluate_text
 
         yield evaluate_text(context)
@@ -108,7 +108,7 @@ def evaluate_groups(
 
 
 def _describe(context: EvaluationContext, export: Path) -> GroupResult:
-    """What all groups share: which weights on which data, with which seed."""
+    """The protocol that all groups share: weights, data and seed."""
     settings = context.settings
     split = context.index.split(settings.split, context.shards)
     protocol: dict[str, str | int | float | bool | None] = {
@@ -122,7 +122,7 @@ def _describe(context: EvaluationContext, export: Path) -> GroupResult:
 
 
 def _show_generations(context: EvaluationContext) -> GroupResult:
-    """The first samples of the split, each modality generated from each."""
+    """Preview of the first samples of the split, with every modality generated from every modality."""
     batch = next(iter(context.batches(context.settings.split)))
     shown = batch["valid"].nonzero().flatten()[:GRID_SAMPLES]
     inputs = {name: batch[name][shown] for name in context.model.modality_names}

@@ -1,8 +1,7 @@
-"""What generated text is worth: token by token, as sentences, and by the colours and the class that it names.
+"""Metrics of generated text: token accuracy, BLEU, named colours, and a text classifier.
 
-Every metric compares what is generated for a sample, from one of its other modalities or from the text
-itself, with the sample's own text; how it is generated is told by `cmvae.evaluation.sampling`.
-docs/metrics.md says what each is good for.
+Every metric compares text generated for a sample, from another modality or from the text itself, with the
+real text of the sample; see `cmvae.evaluation.sampling`. docs/evaluation.md explains them.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from cmvae.modalities import Modality
 from cmvae.modalities.text import EOS, SPECIAL_TOKENS
 from cmvae.utils.errors import UserError
 
-# torchmetrics imports torchvision, which must be mended first.
+# Before torchmetrics, which imports torchvision.
 import cmvae.utils.torchvision_shim  # noqa: F401 isort:skip
 from torchmetrics.functional.text import bleu_score  # isort:skip
 
@@ -40,42 +39,44 @@ _MAX_ITERATIONS = 1000
 
 @dataclass(frozen=True)
 class TextClassifier:
-    """Reads the class of a text off its words."""
+    """Classifier of the texts of one modality."""
 
     pipeline: Pipeline
+    """Lines of words → classes."""
     modality: Modality
+    """The text modality."""
     accuracy: float
-    """On the real texts of the split that is evaluated."""
+    """Accuracy on the real texts of the split that is evaluated."""
 
     def classify(self, tokens: Tensor) -> Tensor:
-        """Classes (B,) int64 of data (B, length)."""
+        """Predict classes (B,) int64 of data (B, length)."""
         classes = self.pipeline.predict(to_texts(self.modality.to_stored(tokens), self.modality))
         return torch.from_numpy(classes.astype(np.int64)).to(tokens.device)
 
 
 def train_text_classifier(context: EvaluationContext, modality: str) -> TextClassifier:
-    """Fit what reads the class of one modality's texts, on the train split; the same on every rank.
+    """Train a classifier of one text modality on the train split; the same on every rank.
 
-    Logistic regression on TF-IDF of words and pairs of words: a linear model that looks at which words there
-    are and hardly at their order, so that it reads the faulty sentences of a decoder, too.
+    It is logistic regression on TF-IDF of words and pairs of words. A linear model hardly depends on the
+    order of words, so it can classify the faulty sentences of a decoder.
 
     Args:
-        context: the evaluation; its split says the accuracy.
-        modality: of kind text.
+        context: the evaluation; its split gives the accuracy.
+        modality: a text modality.
 
     Raises:
-        UserError: the data has no labels or no train split, its texts have no words or are of one class, or
-            the classifier reads fewer than `MIN_ACCURACY` of the real texts right.
+        UserError: the data has no labels or no train split, its texts have no words or one class only, or the
+            accuracy on real texts is below `MIN_ACCURACY`.
     """
     split = context.settings.split
     if context.index.class_names is None:
-        raise UserError("the data has no labels to learn to read texts from")
+        raise UserError("the data has no labels to train a text classifier with")
     if split == "train" or "train" not in context.index.splits:
-        raise UserError(f"no train split apart from the {split} split to learn to read texts from")
+        raise UserError(f"no train split apart from the {split} split to train a text classifier on")
     train_texts, train_labels = _labelled_texts(context, modality, "train")
     texts, labels = _labelled_texts(context, modality, split)
     if len(set(train_labels.tolist())) < 2 or not any(train_texts) or not texts:
-        raise UserError("too few labelled texts, or too few classes of them, to learn to read them")
+        raise UserError("too few labelled texts, or too few classes, to train a text classifier")
     pipeline = make_pipeline(
         TfidfVectorizer(tokenizer=str.split, token_pattern=None, lowercase=False, ngram_range=(1, 2)),
         LogisticRegression(max_iter=_MAX_ITERATIONS),
@@ -83,19 +84,19 @@ def train_text_classifier(context: EvaluationContext, modality: str) -> TextClas
     accuracy = float(pipeline.fit(train_texts, train_labels).score(texts, labels))
     if accuracy < MIN_ACCURACY:
         raise UserError(
-            f"words tell the class of only {accuracy:.1%} of the real texts, below {MIN_ACCURACY:.0%}, so "
-            "what they say of generated ones means nothing"
+            f"the text classifier has an accuracy of {accuracy:.1%} on real texts, below "
+            f"{MIN_ACCURACY:.0%}, too low to judge generated ones"
         )
     return TextClassifier(pipeline, context.model.modalities[modality], accuracy)
 
 
 def evaluate_text(context: EvaluationContext) -> GroupResult:
-    """Of all text modalities, and of every pair of SOURCE and TARGET, self included.
+    """Compare generated with real texts, for every text TARGET and every SOURCE, itself included.
 
     Returns:
-        `text/token_accuracy/SOURCE/TARGET`, `text/bleu/…`, and where real texts name colours
-        `text/colours/…`, beside it `text/colours_by_chance/…`; each also as `…/self` and `…/cross`, means
-        over pairs of a text with itself and with another source.
+        `text/token_accuracy/SOURCE/TARGET` and `text/bleu/…`; if real texts name colours, also
+        `text/colours/…` and `text/colours_by_chance/…`. The means are `…/self` over pairs with SOURCE =
+        TARGET and `…/cross` over the others.
     """
     targets = context.measured_by("text")
     if not targets:
@@ -124,9 +125,9 @@ def evaluate_text(context: EvaluationContext) -> GroupResult:
 
 
 def _compare(pair: Pair, modality: Modality, seed: int) -> dict[str, float]:
-    """The metrics of one pair, by name."""
+    """Metrics of one pair, by name."""
     generated, real = to_texts(pair.generated, modality), to_texts(pair.real, modality)
-    # What a text shares with that of any sample is no merit of what it was generated from.
+    # Chance level: the colours that a text shares with that of another sample.
     others = [real[place] for place in np.random.default_rng(seed).permutation(len(real))]
     metrics = {
         "token_accuracy": token_accuracy(pair.generated, pair.real),
@@ -138,17 +139,16 @@ def _compare(pair: Pair, modality: Modality, seed: int) -> dict[str, float]:
 
 
 def to_texts(stored: np.ndarray, modality: Modality) -> list[str]:
-    """Stored tokens (N, length) as lines of words."""
+    """Convert stored tokens (N, length) to lines of words."""
     return [modality.describe(row) for row in stored]
 
 
 def token_accuracy(generated: IntArray, real: IntArray) -> float:
-    """Share of tokens that stand where the real text has them.
+    """Share of tokens that equal the real text's token in the same place.
 
     Args:
-        generated: (N, length), places in the vocabulary.
-        real: (N, length); counted up to its first `<eos>`, which is the last token that a model must get
-            right. What fills the rest up would make every model look good.
+        generated: (N, length), indices in the vocabulary.
+        real: (N, length); counted up to and including the first `<eos>`, because padding is easy to predict.
     """
     ends = real == SPECIAL_TOKENS.index(EOS)
     counted = (np.cumsum(ends, axis=1) - ends) == 0
@@ -156,13 +156,13 @@ def token_accuracy(generated: IntArray, real: IntArray) -> float:
 
 
 def bleu(generated: Sequence[str], real: Sequence[str]) -> float:
-    """BLEU (Papineni et al., 2002) of a whole set, each text with one reference.
+    """Corpus BLEU (Papineni et al., 2002) with one reference per text.
 
-    Of up to four words in a row, as usual, or as many as the longest real text has.
+    N-grams have up to four words, or as many as the longest real text.
 
     Args:
         generated: N texts.
-        real: N texts, the references.
+        real: N reference texts.
     """
     order = min(_MAX_BLEU_ORDER, max(len(text.split()) for text in real))
     if order == 0:
@@ -171,17 +171,16 @@ def bleu(generated: Sequence[str], real: Sequence[str]) -> float:
 
 
 def colour_agreement(generated: Sequence[str], real: Sequence[str]) -> float | None:
-    """Do generated texts name the colours that the real ones name? Mean F1 of the two sets of colours.
+    """Mean F1 between the sets of colours that generated and real texts name.
 
-    Where a real text names a single colour and a generated one, too, this is the share of texts that name the
-    right one; naming all colours at once does not pay.
+    For texts with a single colour each, this is the share of correct colours.
 
     Args:
         generated: N texts.
-        real: N texts; those without any colour do not count.
+        real: N texts; those without a colour are skipped.
 
     Returns:
-        In [0, 1]; None where no real text names a colour.
+        Mean in [0, 1]; None if no real text names a colour.
     """
     scores = []
     for text, reference in zip(generated, real, strict=True):
@@ -196,7 +195,7 @@ def _colours(text: str) -> set[str]:
 
 
 def _labelled_texts(context: EvaluationContext, modality: str, split: str) -> tuple[list[str], IntArray]:
-    """The texts that a split has of a modality with a label, and their labels (N,)."""
+    """The labelled texts of a modality in a split, and their labels (N,)."""
     place = context.model.modality_names.index(modality)
     collected = context.collect(
         context.batches(split),

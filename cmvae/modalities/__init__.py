@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cmvae.modalities.base import RESERVED_NAMES, Modality, ModalityName
+from cmvae.modalities.base import RESERVED_NAMES, Modality, ModalityName, check_name
 from cmvae.modalities.binary import BinaryModality
 from cmvae.modalities.categorical import CategoricalModality
 from cmvae.modalities.image import ImageModality
@@ -23,6 +23,7 @@ __all__ = [
     "ModalityName",
     "TextModality",
     "VectorModality",
+    "check_name",
 ]
 
 AnyModality = Annotated[

@@ -1,1 +1,1 @@
-"""Models as tensors: CMVAE and D-CMVAE, their objectives, networks and exports."""
+"""CMVAE and D-CMVAE: models, networks, objectives and exports."""

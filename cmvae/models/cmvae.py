@@ -1,7 +1,7 @@
-"""CMVAE: encoders, decoders, the cluster prior; no loss in it.
+"""CMVAE: encoders, decoders and the cluster prior. The loss is in `cmvae.models.objectives`.
 
-Everything that training and validation need goes through calls of submodules, because under DeepSpeed ZeRO-3
-a parameter is empty outside its module's call.
+Training and validation use parameters only through calls of submodules: under DeepSpeed ZeRO-3 a parameter is
+empty outside the call of its module.
 """
 
 from __future__ import annotations
@@ -28,40 +28,40 @@ from cmvae.utils.errors import UserError
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# Values times filters that a decoder makes in one call on a CPU, 55 images of the published PolyMNIST:
-# its feature maps grow with both. Fewer would make it slower, more would only take memory.
-_DECODED_AT_A_TIME = 2**23
+# Maximum number of output values times filters per call of a decoder on a CPU. Feature maps grow with both.
+# It equals 55 images of the published PolyMNIST. Smaller calls are slower, larger ones only take more memory.
+_MAX_DECODED_SIZE = 2**23
 
 
 def _full_precision(output: Tensor) -> Tensor:
-    """Densities and reductions want at least fp32, whatever precision the networks ran in."""
+    """Convert half precision to fp32, which densities and reductions need."""
     return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    """Whether a batch that is split would have other statistics than as a whole."""
+    """Whether a module has batch norm, so that splitting a batch changes its output in training."""
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
 def channels_last(module: Module) -> Module:
-    """Lay convolution weights out channels-last, as the images and all feature maps are."""
+    """Convert convolution weights to the memory format channels-last, that of images and feature maps."""
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class Posterior(NamedTuple):
-    """What one modality says: q(z|x_m) with parameters (B, D_z) and q(w_m|x_m) with (B, D_w)."""
+    """Posteriors given one modality: q(z|x_m), parameters (B, D_z), and q(w_m|x_m), parameters (B, D_w)."""
 
     shared: LocationScale
     private: LocationScale
 
 
 def stack_shared_locations(posteriors: Mapping[str, Posterior]) -> Tensor:
-    """Locations of q(z|x_m), (B, M, D_z): what clusters are read from."""
+    """Stack the locations of q(z|x_m), by which samples are clustered: (B, M, D_z)."""
     return torch.stack([posterior.shared.loc for posterior in posteriors.values()], dim=1)
 
 
 class Latents(NamedTuple):
-    """What a joint generation is decoded from."""
+    """Latents of all modalities, as input of `CMVAE.decode`."""
 
     shared: Tensor
     """z, (B, D_z)."""
@@ -70,19 +70,19 @@ class Latents(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """Clusters of a batch, after the selection."""
+    """Cluster assignments of a batch, among the active clusters."""
 
     cluster: Tensor
     """(B,) int64."""
     confidence: Tensor
-    """(B,): by vote the mean over the modalities of their responsibility of the cluster, else p(c | z) at the
-    joint location."""
+    """(B,) With `assign_by: vote`, the mean responsibility of the cluster over the modalities; with `joint`,
+    p(c | z) at the joint location."""
     responsibilities: Tensor
-    """(B, M, C) p(c | z) at each modality's posterior location."""
+    """(B, M, C) p(c | z) at the posterior location of each modality."""
 
 
 class ExportConfig(BaseModel):
-    """`config.yaml` of an export: all that is needed to build the model."""
+    """`config.yaml` of an export: everything needed to build the model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -92,62 +92,83 @@ class ExportConfig(BaseModel):
 
 
 class ClusterPrior(nn.Module):
-    """p(c) p(z|c): learned weights π and means, scales fixed at the neutral raw 0 while training."""
+    """Mixture prior p(c) p(z|c) with learned weights π and means.
+
+    Args:
+        family: family of the components.
+        num_clusters: C.
+        dim: D.
+        mean_range: means are initialised uniformly in [−mean_range, mean_range].
+    """
 
     def __init__(self, family: type[LocationScale], num_clusters: int, dim: int, mean_range: float) -> None:
         super().__init__()
         self.family = family
         self.logits = nn.Parameter(torch.zeros(num_clusters))
         self.means = nn.Parameter(torch.empty(num_clusters, dim).uniform_(-mean_range, mean_range))
-        # Fixed while training; an export whose clusters were found in z has what fits them.
+        # Fixed at the neutral value in training. `take` fits it to clusters that were found in z.
         self.register_buffer("scale", family.scale_from_raw(torch.zeros(dim)))
-        # Clusters that the selection kept; all of them while training.
+        # Clusters that the selection kept; all clusters in training.
         self.register_buffer("active", torch.ones(num_clusters, dtype=torch.bool))
         self.scale: Tensor
         self.active: Tensor
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Log π (C,), −∞ where a cluster is not active, and log p(z|c) (..., C) of every cluster.
+        """Compute the log-weights and log-densities of the clusters.
 
         Args:
             z: (..., D).
+
+        Returns:
+            `log_weights` (C,) and log p(z|c) (..., C).
         """
         return self.log_weights, self.family(self.means, self.scale).log_prob(z.unsqueeze(-2))
 
     @property
     def log_weights(self) -> Tensor:
-        """Log π (C,), renormalised over the active clusters, −∞ elsewhere."""
+        """Log π, (C,), normalised over the active clusters; −∞ for the others."""
         return self.logits.masked_fill(~self.active, -torch.inf).log_softmax(-1)
 
     @torch.no_grad()
     def take(self, hierarchy: ClusterHierarchy, num_clusters: int) -> None:
-        """Have the clusters of one set of a hierarchy, and no others active.
+        """Activate the clusters of one set of a hierarchy, and only these.
 
         Args:
-            hierarchy: of at most as many clusters as this prior has.
-            num_clusters: size of the set.
+            hierarchy: sets of clusters, of at most as many clusters as this prior has.
+            num_clusters: number of clusters of the set.
 
         Raises:
-            ValueError: there is no such set.
+            ValueError: the hierarchy has no such set.
         """
         step, active = hierarchy.step(num_clusters), torch.from_numpy(hierarchy.active(num_clusters))
         self.active.zero_()[: len(active)] = active.to(self.active.device)
         if hierarchy.is_pruned:
-            return  # parts of the mixture that this is
+            return  # The sets are subsets of this mixture.
         self.means[: len(active)] = torch.from_numpy(hierarchy.means[step]).to(self.means)
-        # Weights of clusters that are gone mean nothing, and must be finite.
+        # The weights of removed clusters are not used, but must be finite.
         shares = torch.from_numpy(hierarchy.shares[step]).to(self.logits)
         self.logits[: len(active)] = shares.clamp(min=torch.finfo(shares.dtype).tiny).log()
         variance = torch.full_like(self.scale, float(hierarchy.variance[step]))
         self.scale.copy_(self.family.scale_of(variance))
 
     def sample(self, clusters: Tensor, noise: Tensor) -> Tensor:
-        """Samples of p(z|c) for `clusters` (B,) from `noise` (B, D)."""
+        """Sample from p(z|c).
+
+        Args:
+            clusters: c, (B,) int64.
+            noise: standard noise of the family, (B, D).
+
+        Returns:
+            (B, D)
+        """
         return self.family(self.means[clusters], self.scale).sample(noise)
 
 
 class AuxiliaryPrior(nn.Module):
-    """r_m(w_m) of MMVAE+: mean 0, learned scale; stands in for w_m when another modality is the source."""
+    """Auxiliary prior r_m(w_m) of MMVAE+, with mean 0 and a learned scale.
+
+    Modality m is decoded with a sample of it where z comes from another modality.
+    """
 
     def __init__(self, family: type[LocationScale], dim: int) -> None:
         super().__init__()
@@ -155,20 +176,20 @@ class AuxiliaryPrior(nn.Module):
         self.raw_scale = nn.Parameter(torch.zeros(dim))
 
     def forward(self) -> Tensor:
-        """The scales (D,)."""
+        """Return the scales, (D,)."""
         return self.family.scale_from_raw(self.raw_scale)
 
 
 class CMVAE(nn.Module):
-    """The generative model with its encoders.
+    """Clustering multimodal VAE (Palumbo et al., ICLR 2024): encoders, decoders and priors.
 
     Args:
         config: sizes, family and networks.
-        modalities: each modality that `config` names, by name.
-        autocast_dtype: precision of the networks; None is fp32. Densities are fp32 in any case.
+        modalities: modalities by name; at least those in `config`.
+        autocast_dtype: precision of the networks; None is fp32. Densities are always fp32.
 
     Raises:
-        UserError: the network of a modality does not fit it.
+        UserError: a network does not exist or does not fit its modality.
     """
 
     def __init__(
@@ -197,7 +218,7 @@ class CMVAE(nn.Module):
         self.cluster_prior = ClusterPrior(
             self.family, config.num_clusters, config.shared_dim, config.cluster_mean_range
         )
-        # With one modality there is no other source, so r would be a parameter that nothing uses.
+        # With one modality, r would be an unused parameter.
         self.auxiliary_priors = nn.ModuleDict(
             {name: AuxiliaryPrior(self.family, config.private_dim) for name in config.modalities}
             if len(config.modalities) > 1
@@ -209,24 +230,27 @@ class CMVAE(nn.Module):
 
     @property
     def modality_names(self) -> tuple[str, ...]:
-        """The modalities, in the order of every M axis."""
+        """Names of the modalities, in the order of every M axis."""
         return tuple(self.config.modalities)
 
     @property
     def private_prior(self) -> LocationScale:
-        """p(w_m), the same fixed density for every modality; parameters (D_w,)."""
+        """Prior p(w_m), the same fixed density for every modality; parameters (D_w,)."""
         return self.family(torch.zeros_like(self.private_scale), self.private_scale)
 
     def auxiliary_prior(self, modality: str) -> LocationScale:
-        """r_m(w_m), parameters (D_w,)."""
+        """Auxiliary prior r_m(w_m), parameters (D_w,)."""
         scale = self.auxiliary_priors[modality]()
         return self.family(torch.zeros_like(scale), scale)
 
     def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, Posterior]:
-        """Posteriors of the modalities in `inputs`.
+        """Compute the posteriors given each modality.
 
         Args:
-            inputs: by modality, data (B, *shape), see `cmvae.modalities`; images are in [0, 1].
+            inputs: data (B, *shape) by modality, see `cmvae.modalities`; images are in [0, 1].
+
+        Returns:
+            Posteriors by modality, in the order of `inputs`.
         """
         posteriors = {}
         for name, x in inputs.items():
@@ -240,10 +264,13 @@ class CMVAE(nn.Module):
         return posteriors
 
     def encode_shared(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Locations of q(z|x_m) alone, (B, D_z) by modality, for a training that needs nothing else.
+        """Compute only the locations of q(z|x_m), without the trunk of w.
 
         Args:
-            inputs: as of `encode`.
+            inputs: see `encode`.
+
+        Returns:
+            (B, D_z) by modality.
         """
         locations = {}
         for name, x in inputs.items():
@@ -252,29 +279,30 @@ class CMVAE(nn.Module):
         return locations
 
     def decode(self, shared: Tensor, private: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The mean of p(x_m | z, w_m), or the most probable value, for every modality in `private`.
+        """Decode to the mean of p(x_m | z, w_m); to the mode, if values are categories.
 
         Args:
             shared: z, (..., D_z).
             private: w_m by modality, (..., D_w) with the same leading axes as z.
 
         Returns:
-            By modality data (..., *shape), images (..., C, H, W) in fp32.
+            Data (..., *shape) for every modality in `private`; images are (..., C, H, W) in fp32.
         """
         decoded = self.decode_parameters(shared, private)
         return {name: self.likelihoods[name].to_data(parameters) for name, parameters in decoded.items()}
 
     def decode_parameters(self, shared: Tensor, private: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters of p(x_m | z, w_m) for every modality in `private`.
+        """Decode to the parameters of p(x_m | z, w_m).
 
-        A decoder is called once, but on a CPU for so few latents at a time that its feature maps stay small.
+        Each decoder is called once, or on a CPU in parts whose feature maps stay small.
 
         Args:
             shared: z, (..., D_z).
             private: w_m by modality, (..., D_w) with the same leading axes as z.
 
         Returns:
-            By modality (..., *parameter shape), fp32: locations or logits, see `cmvae.models.likelihoods`.
+            Locations or logits (..., *parameter_shape), fp32, for every modality in `private`; see
+            `cmvae.models.likelihoods`.
         """
         lead = shared.shape[:-1]
         decoded = {}
@@ -282,26 +310,23 @@ class CMVAE(nn.Module):
             latents = torch.cat([shared, w], dim=-1).flatten(0, -2)
             with self._network_precision(shared.device):
                 parts = [self.decoders[name](part) for part in latents.chunk(self._num_parts(name, latents))]
-            location = parts[0] if len(parts) == 1 else torch.cat(parts)
-            decoded[name] = _full_precision(location).unflatten(0, lead)
+            parameters = parts[0] if len(parts) == 1 else torch.cat(parts)
+            decoded[name] = _full_precision(parameters).unflatten(0, lead)
         return decoded
 
     @torch.no_grad()
     def assign(self, inputs: Mapping[str, Tensor], mask: Tensor | None = None) -> Assignment:
-        """Clusters of a batch from the modalities given, by `config.assign_by`.
+        """Assign a batch to clusters from one or several modalities, as `config.assign_by` says.
 
         Args:
-            inputs: by modality, data (B, *shape); images are in [0, 1].
-            mask: (B, M) bool, false where a sample lacks one of `inputs`; None if none lacks any.
+            inputs: data (B, *shape) by modality; images are in [0, 1].
+            mask: (B, number of inputs) bool, False where a sample lacks a modality; None if all are present.
         """
-        shared = stack_shared_locations(self.encode(inputs))
-        log_weights, log_density = (tensor.cpu().numpy() for tensor in self.cluster_prior(shared))
-        active = self.cluster_prior.active.cpu().numpy()
-        log_weights = np.where(active, log_weights, 0)
-        probabilities = responsibilities(log_density, log_weights, active)
-        present = np.ones(probabilities.shape[:2], dtype=bool) if mask is None else mask.cpu().numpy()
+        shared_loc = stack_shared_locations(self.encode(inputs)).cpu().numpy()
+        probabilities = self.cluster_probabilities(shared_loc)
+        present = np.ones(shared_loc.shape[:2], dtype=bool) if mask is None else mask.cpu().numpy()
         if self.config.assign_by == "joint":
-            clusters, certainty = self.assign_jointly(shared.cpu().numpy(), present)
+            clusters, certainty = self.assign_jointly(shared_loc, present)
         else:
             clusters = vote(probabilities, present)
             certainty = confidence(probabilities, clusters, present)
@@ -310,36 +335,38 @@ class CMVAE(nn.Module):
         )
 
     def assign_jointly(self, shared_loc: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Clusters where the modalities put samples together, see `cmvae.clustering.joint_location`.
+        """Assign samples to clusters at the joint locations, see `cmvae.clustering.joint_location`.
 
         Args:
             shared_loc: (N, M, D_z) locations of q(z|x_m).
-            present: (N, M) bool, the modalities that a sample has. Samples without any get a cluster that
-                means nothing.
+            present: (N, M) bool, the modalities that a sample has. The cluster of a sample without any is
+                arbitrary.
 
         Returns:
-            (N,) clusters and (N,) p(c | z) of them at the joint locations.
+            Clusters (N,) and their probabilities p(c | z), (N,).
         """
         present = present | ~present.any(axis=1, keepdims=True)
         probabilities = self.cluster_probabilities(joint_location(shared_loc, present))
         return probabilities.argmax(axis=1), probabilities.max(axis=1)
 
     def cluster_probabilities(self, locations: np.ndarray) -> np.ndarray:
-        """p(c | z) over the active clusters, (N, C) with 0 for the others, at `locations` (N, D_z)."""
+        """Compute p(c | z), (..., C), at `locations` (..., D_z); zero for clusters that are not active."""
         active = self.cluster_prior.active.cpu().numpy()
         log_weights = np.where(active, self.cluster_prior.log_weights.detach().cpu().numpy(), 0)
-        return responsibilities(self.log_density(locations)[:, None], log_weights, active)[:, 0]
+        log_density = self.log_density(locations)
+        flat = log_density.reshape(-1, 1, log_density.shape[-1])
+        return responsibilities(flat, log_weights, active).reshape(log_density.shape)
 
     @torch.no_grad()
     def log_density(self, locations: np.ndarray) -> np.ndarray:
-        """Log p(z|c) of every cluster, (..., C), for `locations` (..., D_z) that lie on the CPU."""
+        """Compute log p(z|c), (..., C), at `locations` (..., D_z)."""
         z = torch.from_numpy(locations).to(self.private_scale.device)
         density: np.ndarray = self.cluster_prior(z)[1].cpu().numpy()
         return density
 
     @torch.no_grad()
     def reconstruct(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Each modality from its own posterior locations, data (B, *shape)."""
+        """Decode each modality from its own posterior locations; data (B, *shape) by modality."""
         return {
             name: self.decode(posterior.shared.loc, {name: posterior.private.loc})[name]
             for name, posterior in self.encode(inputs).items()
@@ -355,25 +382,25 @@ class CMVAE(nn.Module):
         cluster: int | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Generate every modality: unconditionally, of one cluster, or from other modalities.
+        """Generate every modality: unconditionally, from one cluster, or given other modalities.
 
-        z comes from the prior p(z), from p(z|c), or from the mixture of q(z|x_m) over the modalities given;
-        w always from p(w), as method and protocols have it.
+        z is sampled from p(z), from p(z|c), or from the mixture of q(z|x_m) over the given modalities. w is
+        always sampled from p(w), as in the paper and its evaluation protocols.
 
         Args:
-            num_samples: how many; only without `given`.
-            given: by modality, data (B, *shape) to condition on; images are in [0, 1].
-            mask: (B, number of `given`) bool, false where a sample lacks one of `given`; it must have one at
-                least. None if none lacks any.
+            num_samples: number of samples; only without `given`.
+            given: data (B, *shape) by modality to condition on; images are in [0, 1].
+            mask: (B, number of given modalities) bool, False where a sample lacks a modality. Each sample
+                must have at least one. None if all are present.
             cluster: index of a cluster; only without `given`.
-            generator: random stream, on the model's device; None uses torch's default.
+            generator: random number generator on the model's device; None uses the default one of torch.
 
         Returns:
-            By modality data (num_samples or B, *shape) as `decode` returns it; `modalities[name].to_text`
-            and `modalities[name].to_stored` convert it to the units of the data set.
+            Data (num_samples or B, *shape) by modality. `modalities[name].to_text` and
+            `modalities[name].to_stored` convert it to text and to the units of the data set.
 
         Raises:
-            ValueError: neither or both of `num_samples` and `given`, or `cluster` with `given`.
+            ValueError: neither or both of `num_samples` and `given` are set, or `cluster` and `given`.
         """
         latents = self.sample_latents(
             num_samples, given=given, mask=mask, cluster=cluster, generator=generator
@@ -390,13 +417,13 @@ class CMVAE(nn.Module):
         cluster: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Latents:
-        """What `generate` decodes; arguments and errors as there."""
+        """Sample the latents that `generate` decodes; see there for arguments and errors."""
         if given is not None and num_samples is None and cluster is None:
             shared = self._sample_posterior(given, mask, generator)
         elif num_samples is not None and given is None:
             shared = self._sample_prior(num_samples, cluster, generator)
         else:
-            raise ValueError("give num_samples (and cluster, if wanted) or given, not both")
+            raise ValueError("set either num_samples (optionally with cluster) or given, not both")
         private = {}
         for name in self.modality_names:
             noise = self.family.draw_noise((len(shared), self.config.private_dim), shared.device, generator)
@@ -431,24 +458,24 @@ class CMVAE(nn.Module):
         return self.family(locations[source, rows], scales[source, rows]).sample(noise)
 
     def _num_parts(self, name: str, latents: Tensor) -> int:
-        """In how many calls a decoder is given `latents`."""
+        """Number of calls in which a decoder decodes `latents`."""
         decoder = self.decoders[name]
         if latents.device.type != "cpu" or (decoder.training and has_batch_norm(decoder)):
             return 1
         size = math.prod(self.modalities[name].shape) * self.config.modalities[name].width
-        return max(1, math.ceil(len(latents) * size / _DECODED_AT_A_TIME))
+        return max(1, math.ceil(len(latents) * size / _MAX_DECODED_SIZE))
 
     def _network_precision(self, device: torch.device) -> torch.autocast:
-        """Autocast for the networks alone; with fp32 it switches off whatever a launcher switched on."""
+        """Autocast for the networks only; with fp32 it disables an autocast that a launcher enabled."""
         return torch.autocast(device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def save_pretrained(
         self, folder: str | Path, clusters: tuple[ClusterHierarchy, ClusterRecord] | None = None
     ) -> None:
-        """Write an export, see `cmvae.models.export.save_export`, whole or not at all.
+        """Write an export atomically, see `cmvae.models.export.save_export`.
 
         Args:
-            folder: where to; an older export there is replaced.
+            folder: folder of the export; an older export there is replaced.
             clusters: sets of clusters to choose from later, and how they were found; None writes none.
         """
         config = ExportConfig(model=self.config, modalities=self.modalities)
@@ -465,14 +492,14 @@ class CMVAE(nn.Module):
         """Load an export that `save_pretrained` wrote, in evaluation mode.
 
         Args:
-            folder: the export.
-            device: where to.
-            autocast_dtype: as of the class.
-            num_clusters: have so many clusters instead of those that were selected; None keeps these.
+            folder: folder of the export.
+            device: device of the model.
+            autocast_dtype: precision of the networks; None is fp32.
+            num_clusters: number of clusters; None is the number that was selected.
 
         Raises:
-            UserError: the folder is no export, is damaged, or its weights are not finite or do not fit its
-                config; or it has no set of `num_clusters` clusters.
+            UserError: the folder is not an export or is damaged, the weights are not finite or do not fit the
+                config, or there is no set of `num_clusters` clusters.
         """
         folder = Path(folder)
         export = read_export_config(folder, ExportConfig)

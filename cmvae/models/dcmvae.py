@@ -1,4 +1,4 @@
-"""D-CMVAE: a CMVAE and the diffusion that makes what it generates sharp."""
+"""D-CMVAE: a CMVAE and the diffusion model that refines its images."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from cmvae.utils.seeds import derive_seed
 
 
 class DCMVAE:
-    """A CMVAE and its refiner, on one device, in evaluation mode.
+    """A CMVAE and its refiner, on one device and in evaluation mode.
 
     Args:
-        cmvae: what generates.
-        refiner: what refines it; it must have been trained on reconstructions of `cmvae`, which
-            `from_pretrained` checks.
+        cmvae: the model that generates.
+        refiner: the model that refines generated images. It must have been trained on reconstructions of
+            `cmvae`; `from_pretrained` checks this.
     """
 
     def __init__(self, cmvae: CMVAE, refiner: Refiner) -> None:
@@ -39,39 +39,40 @@ class DCMVAE:
         autocast_dtype: torch.dtype | None = None,
         sampler: SamplerConfig | None = None,
     ) -> DCMVAE:
-        """Load the exports of both.
+        """Load the exports of both models.
 
         Args:
             refiner: `RUN/export` of the refiner.
-            cmvae: `RUN/export` of the CMVAE that it was trained with.
-            device: where to.
+            cmvae: `RUN/export` of the CMVAE that the refiner was trained with.
+            device: device of both models.
             autocast_dtype: precision of the refiner's networks; None is fp32.
-            sampler: how to refine, instead of what the refiner's own config says.
+            sampler: settings of the sampler; None is those of the export.
 
         Raises:
-            UserError: an export is missing or damaged, or the refiner belongs to another CMVAE.
+            UserError: an export is missing or damaged, or the refiner was trained with another CMVAE.
         """
         loaded = Refiner.from_pretrained(refiner, device, autocast_dtype, sampler)
         model = CMVAE.from_pretrained(cmvae, device)
-        given = weights_sha256(Path(cmvae))
-        if given != loaded.cmvae_sha256:
+        digest = weights_sha256(Path(cmvae))
+        if digest != loaded.cmvae_sha256:
             raise UserError(
-                f"{refiner}: refines the CMVAE with the weights {loaded.cmvae_sha256[:12]}…, but {cmvae} has "
-                f"{given[:12]}…. Give the CMVAE that it was trained with, or train a refiner for this one"
+                f"{refiner}: trained with the CMVAE whose weights have SHA-256 {loaded.cmvae_sha256[:12]}…, "
+                f"but {cmvae} has {digest[:12]}…. Pass the CMVAE that it was trained with, or train a new "
+                "refiner for this one"
             )
         return cls(model, loaded)
 
     @classmethod
     def from_run(cls, config: RefinerExperiment, run_dir: Path, device: str | torch.device) -> DCMVAE:
-        """Load what the run of a refiner left, in its precision and with the sampler of `config`.
+        """Load the exports of a refiner's run and of its CMVAE, with the precision and sampler of `config`.
 
         Args:
-            config: the run's experiment, perhaps with another sampler.
+            config: the experiment of the run; its sampler may have been changed.
             run_dir: folder of the run.
-            device: where to.
+            device: device of both models.
 
         Raises:
-            UserError: as `from_pretrained`.
+            UserError: see `from_pretrained`.
         """
         return cls.from_pretrained(
             run_dir / "export",
@@ -89,12 +90,19 @@ class DCMVAE:
         *,
         seeds: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        """Sharp images from what the CMVAE made; see `Refiner.refine`.
+        """Refine images of the CMVAE, see `Refiner.refine`.
 
-        Of `sampler.candidates` pictures of an image x̂_m the one with the largest q(z | picture) is kept.
+        With `sampler.candidates` above 1, each image is refined several times, and the candidate x with the
+        largest q(z|x) is kept.
 
-        Without `shared`, z is what the CMVAE reads back from the images where it is needed: the mean of their
-        joint posterior (1/M) Σ_m q(z|x_m).
+        Args:
+            images: decoded images (B, C, H, W) by modality.
+            shared: z, (B, D_z), from which they were decoded. None: if z is needed, it is estimated from
+                the images, as the mean of their joint posterior (1/M) Σ_m q(z|x_m).
+            seeds: seeds of the samples, B of them; None draws them from the default generator of torch.
+
+        Returns:
+            (B, C, H, W) in [0, 1] by modality.
         """
         candidates = self.refiner.config.sampler.candidates
         if shared is None and (self.refiner.config.conditioning.latent or candidates > 1):
@@ -107,16 +115,16 @@ class DCMVAE:
         log_density = self._log_density_of(shared, kept)
         for candidate in range(1, candidates):
             others = [derive_seed(seed, f"candidate {candidate}") for seed in seeds]
-            made = self.refiner.refine(images, shared, seeds=others)
-            for name, better in self._log_density_of(shared, made).items():
-                is_better = better > log_density[name]
-                kept[name] = torch.where(is_better[:, None, None, None], made[name], kept[name])
-                log_density[name] = torch.where(is_better, better, log_density[name])
+            refined = self.refiner.refine(images, shared, seeds=others)
+            for name, new_density in self._log_density_of(shared, refined).items():
+                is_better = new_density > log_density[name]
+                kept[name] = torch.where(is_better[:, None, None, None], refined[name], kept[name])
+                log_density[name] = torch.where(is_better, new_density, log_density[name])
         return kept
 
-    def _log_density_of(self, shared: Tensor, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Log q(z|x_m) in nats, (B,), of the modalities that are refined."""
-        refined = {name: x for name, x in made.items() if name in self.refiner.modalities}
+    def _log_density_of(self, shared: Tensor, images: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Log q(z|x_m) of the refined modalities, (B,), in nats."""
+        refined = {name: x for name, x in images.items() if name in self.refiner.modalities}
         return {name: q.shared.log_prob(shared) for name, q in self.cmvae.encode(refined).items()}
 
     def generate(
@@ -128,10 +136,10 @@ class DCMVAE:
         cluster: int | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """What `CMVAE.generate` makes of the same arguments, its images refined.
+        """Generate every modality as `CMVAE.generate` does, and refine the images.
 
         Returns:
-            By modality data (B, *shape), images (B, C, H, W) in [0, 1].
+            Data (num_samples or B, *shape) by modality; images are (..., C, H, W) in [0, 1].
         """
         latents = self.cmvae.sample_latents(
             num_samples, given=given, mask=mask, cluster=cluster, generator=generator

@@ -1,4 +1,4 @@
-"""Encode a split once, find the clusters that the encodings show, and put samples into them."""
+"""Encode a split once, find clusters among the encodings, and assign samples to them."""
 
 from __future__ import annotations
 
@@ -33,51 +33,51 @@ from cmvae.models.cmvae import CMVAE, stack_shared_locations
 from cmvae.models.export import ClusterRecord, CurveRecord
 
 CLUSTER_SAMPLES = 4000
-"""Train samples that the final clusters are found in, besides the validation split."""
+"""Number of train samples in which the final clusters are found, in addition to the validation split."""
 
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """A split at the locations of its posteriors; N samples, M modalities, C clusters, before selection."""
+    """Encodings of a split: N samples, M modalities, all C clusters of the model."""
 
     log_density: np.ndarray
-    """(N, M, C) log p(z|c), in nats."""
+    """(N, M, C) log p(z|c) at the locations of q(z|x_m), in nats."""
     shared_loc: np.ndarray
-    """(N, M, D_z)."""
+    """(N, M, D_z) locations of q(z|x_m)."""
     present: np.ndarray
-    """(N, M) bool, the modalities that a sample has; what else is said of the others means nothing."""
+    """(N, M) bool, the modalities that a sample has. Other fields are arbitrary for missing modalities."""
     label: np.ndarray
-    """(N,), −1 where there is none."""
+    """(N,) labels, −1 for none."""
     variance: np.ndarray | None = None
-    """(N, M) of q(z|x_m), a mean over its dimensions."""
+    """(N, M) variance of q(z|x_m), averaged over dimensions."""
     group: np.ndarray | None = None
-    """(N,) number of a sample's group, −1 where it has none; None where the split has no groups."""
+    """(N,) group of each sample, −1 for none; None if the split has no groups."""
 
     def numbered_groups(self) -> IntArray:
-        """(N,) the group of each sample, from 0 as `mean_by_group` takes them; without one it is alone."""
-        alone = np.full(len(self.label), NO_GROUP)
-        return number_groups(alone if self.group is None else self.group)
+        """Groups (N,) as `mean_by_group` takes them, see `cmvae.clustering.number_groups`."""
+        no_groups = np.full(len(self.label), NO_GROUP)
+        return number_groups(no_groups if self.group is None else self.group)
 
-    def with_modalities(self, places: Sequence[int]) -> EncodedSplit:
-        """The samples that have at least one of some modalities, as those encode them."""
-        there = self.present[:, places].any(axis=1)
+    def with_modalities(self, indices: Sequence[int]) -> EncodedSplit:
+        """Encodings by some of the modalities, for the samples that have at least one of them."""
+        rows = self.present[:, indices].any(axis=1)
         return EncodedSplit(
-            self.log_density[there][:, places],
-            self.shared_loc[there][:, places],
-            self.present[there][:, places],
-            self.label[there],
-            None if self.variance is None else self.variance[there][:, places],
-            None if self.group is None else self.group[there],
+            self.log_density[rows][:, indices],
+            self.shared_loc[rows][:, indices],
+            self.present[rows][:, indices],
+            self.label[rows],
+            None if self.variance is None else self.variance[rows][:, indices],
+            None if self.group is None else self.group[rows],
         )
 
 
 @torch.no_grad()
 def encode_split(model: CMVAE, batches: Iterable[Mapping[str, Any]]) -> EncodedSplit:
-    """One pass of the encoders over a split.
+    """Encode a split in one pass.
 
     Args:
-        model: in evaluation mode, on its device.
-        batches: of the split, padding marked in `valid`.
+        model: a model in evaluation mode.
+        batches: batches of the split from a reader; padding is removed.
     """
     device = model.private_scale.device
     parts: dict[str, list[np.ndarray]] = {}
@@ -89,7 +89,16 @@ def encode_split(model: CMVAE, batches: Iterable[Mapping[str, Any]]) -> EncodedS
 
 
 def encode_batch(model: CMVAE, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The fields of `EncodedSplit` of a batch on the device, padding included; `group` if it has some."""
+    """Encode a batch.
+
+    Args:
+        model: a model in evaluation mode.
+        batch: a batch on the device of the model, see `cmvae.data.batch.to_device`.
+
+    Returns:
+        Fields of `EncodedSplit` by name, with one row per sample of the batch, including padding. `group` is
+        among them if the batch has groups.
+    """
     posteriors = model.encode({name: batch[name] for name in model.modality_names})
     shared_loc = stack_shared_locations(posteriors)
     _, log_density = model.cluster_prior(shared_loc)
@@ -107,7 +116,7 @@ def encode_batch(model: CMVAE, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def assign_split(model: CMVAE, split: EncodedSplit) -> np.ndarray:
-    """The cluster of every sample, (N,), among the model's active ones and by its `assign_by`."""
+    """Assign samples to the active clusters of a model, as `config.assign_by` says; (N,)."""
     if model.config.assign_by == "joint":
         return model.assign_jointly(split.shared_loc, split.present)[0]
     active = model.cluster_prior.active.cpu().numpy()
@@ -117,15 +126,15 @@ def assign_split(model: CMVAE, split: EncodedSplit) -> np.ndarray:
 def select_model_clusters(
     model: CMVAE, validation: EncodedSplit, beta: float, settings: ClustersConfig | None = None
 ) -> Selection:
-    """The entropy-based selection among all clusters of a model; leaves the model as it is.
+    """Select among all clusters of a model by penalised normalised entropy. The model is not changed.
 
     Args:
-        model: whose prior is asked.
-        validation: the encoded validation split.
+        model: model whose clusters are selected.
+        validation: encoded validation split.
         beta: β of the objective.
-        settings: which normaliser; None is the default.
+        settings: settings with the normaliser; None is the default.
     """
-    # To the selection samples and modalities are alike: what is there stands in one row.
+    # The selection treats samples and modalities alike, so the encodings that are present become its rows.
     log_density = validation.log_density[validation.present][:, None]
     return select_clusters(
         log_density,
@@ -137,35 +146,38 @@ def select_model_clusters(
 
 
 def all_log_weights(model: CMVAE) -> np.ndarray:
-    """Log π (C,) of all clusters, as if none had been dropped."""
+    """Log π (C,) over all clusters, including those that are not active."""
     return model.cluster_prior.logits.detach().log_softmax(-1).cpu().numpy()
 
 
 def find_clusters(
     model: CMVAE, train: EncodedSplit, validation: EncodedSplit, beta: float, settings: ClustersConfig
 ) -> tuple[ClusterHierarchy, ClusterRecord]:
-    """All sets of clusters of a trained model, and their number by every criterion; from encodings alone.
+    """Find the sets of clusters of a trained model and the number that each criterion selects.
 
     Args:
-        model: as trained, all its clusters active; stays as it is.
+        model: a trained model with all clusters active; it is not changed.
         train: encoded train samples.
-        validation: the encoded validation split; the entropy is computed on it, as in the paper, the other
-            criteria on both.
+        validation: encoded validation split. The entropy is computed on it, as in the paper; the other
+            criteria are computed on both.
         beta: β of the objective.
-        settings: the criterion that decides.
+        settings: settings with the criterion that decides.
+
+    Returns:
+        The sets of clusters, and how they were found.
     """
     max_clusters = model.config.num_clusters
     selection = select_model_clusters(model, validation, beta, settings)
     locations, shared_loc, present, noise = _locate(train, validation)
     merged = merge_clusters(locations, max_clusters, noise)
-    found: dict[CriterionName, Curve | None] = {
+    computed: dict[CriterionName, Curve | None] = {
         "silhouette": silhouette_curve(merged, locations),
         "stability": stability_curve(locations, max_clusters),
         "agreement": agreement_curve(merged, shared_loc, present),
     }
     curves: dict[CriterionName, CurveRecord] = {"entropy": _record_selection(selection)}
-    curves |= {name: _record_curve(curve) for name, curve in found.items() if curve is not None}
-    # With one modality there is no agreement between modalities.
+    curves |= {name: _record_curve(curve) for name, curve in computed.items() if curve is not None}
+    # Agreement is not available with one modality.
     criterion = settings.criterion if settings.criterion in curves else "stability"
     record = ClusterRecord(
         criterion=criterion,
@@ -186,18 +198,19 @@ def find_clusters(
 
 
 def _locate(*splits: EncodedSplit) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Where samples are, of those that have a modality.
+    """Locate the samples that have at least one modality.
 
     Returns:
-        Joint locations (N, D_z), locations by modality (N, M, D_z), who has which (N, M), and the variance of
-        z ~ q(z|x_m) around the joint location, a mean over modalities and dimensions.
+        Joint locations (N, D_z), locations per modality (N, M, D_z), the modalities that are present (N, M),
+        and the variance of z ~ q(z|x_m) around the joint location, averaged over samples, modalities and
+        dimensions.
     """
     shared_loc, present, variance = (
         np.concatenate([getattr(split, name) for split in splits])
         for name in ("shared_loc", "present", "variance")
     )
-    has_some = present.any(axis=1)
-    shared_loc, present, variance = shared_loc[has_some], present[has_some], variance[has_some]
+    rows = present.any(axis=1)
+    shared_loc, present, variance = shared_loc[rows], present[rows], variance[rows]
     locations = joint_location(shared_loc, present)
     scatter = np.square(shared_loc - locations[:, None]).mean(axis=2) + variance
     return locations, shared_loc, present, float(scatter[present].mean())

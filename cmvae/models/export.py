@@ -1,4 +1,4 @@
-"""Exports on disk: the weights as safetensors beside a YAML that builds the model; no pickle anywhere."""
+"""Exports: weights as safetensors, and a YAML file from which the model is built. No pickle is used."""
 
 from __future__ import annotations
 
@@ -25,49 +25,49 @@ EXPORT_CONFIG_NAME = "config.yaml"
 CLUSTERS_NAME = "clusters.safetensors"
 CLUSTER_RECORD_NAME = "clusters.json"
 
-# The key of an export's config that tells what it is the export of.
+# Keys of `config.yaml` that identify what was exported.
 _KINDS = {"model": "a CMVAE", "refiner": "a refiner"}
 
 Config = TypeVar("Config", bound=BaseModel)
 
 
 class CurveRecord(BaseModel):
-    """A criterion for every number of clusters."""
+    """Values of a criterion for every number of clusters."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_clusters: tuple[int, ...]
-    """(S,) descending."""
+    """(S,) numbers of clusters, descending."""
     values: tuple[float, ...]
-    """(S,)"""
+    """(S,) value of the criterion for each number."""
     selected: int
-    """The number that the criterion selects."""
+    """Number that the criterion selects."""
     terms: dict[str, tuple[float, ...]] = {}
-    """Summands of the values, by name, where there are some."""
+    """Terms that sum to `values`, by name; empty if there is only one."""
 
 
 class ClusterRecord(BaseModel):
-    """`clusters.json` of an export: how many clusters there are, and by which criterion."""
+    """`clusters.json` of an export: the number of clusters, and how it was selected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     criterion: CriterionName
-    """The one that decided."""
+    """Criterion that decided."""
     selected: int
-    """The number that it selected."""
+    """Number of clusters that it selected."""
     told: int | None
-    """The number that the config asked for instead; None if it asked for none."""
+    """Number of clusters that the config sets instead; None if it sets none."""
     curves: dict[CriterionName, CurveRecord]
-    """All criteria, from one pass of the encoders."""
+    """All criteria that were computed."""
 
     @property
     def num_clusters(self) -> int:
-        """Clusters of the export."""
+        """Number of clusters of the export."""
         return self.selected if self.told is None else self.told
 
 
 def load_clusters(folder: Path) -> tuple[ClusterHierarchy, ClusterRecord]:
-    """The sets of clusters in an export, and how they were found.
+    """Read the sets of clusters of an export, and how they were found.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -78,11 +78,11 @@ def load_clusters(folder: Path) -> tuple[ClusterHierarchy, ClusterRecord]:
         return hierarchy, ClusterRecord.model_validate_json(text)
     except FileNotFoundError as error:
         raise UserError(
-            f"{error.filename or folder / CLUSTERS_NAME}: missing, so this export knows no other number of "
-            "clusters than its own. Train the run again"
+            f"{error.filename or folder / CLUSTERS_NAME}: missing, so the number of clusters of this export "
+            "cannot be changed. Train the run again"
         ) from error
     except (OSError, TypeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: a damaged export: {error}. Export the run again") from error
+        raise UserError(f"{folder}: damaged export: {error}. Export the run again") from error
 
 
 def save_export(
@@ -91,13 +91,14 @@ def save_export(
     state: Mapping[str, Tensor],
     clusters: tuple[ClusterHierarchy, ClusterRecord] | None = None,
 ) -> None:
-    """Write an export, whole or not at all; an older one there is replaced.
+    """Write an export atomically. An older export in the same folder is replaced.
 
     Args:
-        folder: where to.
-        config: what builds the module, `config.yaml`.
-        state: its weights, `model.safetensors`.
-        clusters: `clusters.safetensors` and `clusters.json`, or None.
+        folder: folder of the export.
+        config: everything needed to build the module, written to `config.yaml`.
+        state: weights of the module, written to `model.safetensors`.
+        clusters: sets of clusters and how they were found, written to `clusters.safetensors` and
+            `clusters.json`; None writes neither.
     """
     with whole_folder(folder) as partial:
         save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, partial / WEIGHTS_NAME)
@@ -110,23 +111,23 @@ def save_export(
 
 
 def read_export_config(folder: Path, config_type: type[Config]) -> Config:
-    """What an export says of itself.
+    """Read `config.yaml` of an export.
 
     Raises:
-        UserError: the folder is no export, one of something else, or damaged.
+        UserError: the folder is not an export of this kind, or is damaged.
     """
     for name in (WEIGHTS_NAME, EXPORT_CONFIG_NAME):
         if not (folder / name).is_file():
             raise UserError(
-                f"{folder / name}: missing, so this is no export. A training writes RUN/export when it ends; "
-                "give that folder"
+                f"{folder / name}: missing, so {folder} is not an export. Training writes RUN/export at its "
+                "end; pass that folder"
             )
     try:
         content = yaml.safe_load((folder / EXPORT_CONFIG_NAME).read_text(encoding="utf-8"))
         _check_kind(folder, content, config_type)
         return config_type.model_validate(content)
     except (ValidationError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: a damaged export: {error}. Export the run again") from error
+        raise UserError(f"{folder}: damaged export: {error}. Export the run again") from error
 
 
 def _check_kind(folder: Path, content: object, config_type: type[BaseModel]) -> None:
@@ -134,42 +135,42 @@ def _check_kind(folder: Path, content: object, config_type: type[BaseModel]) -> 
         return
     for key, kind in _KINDS.items():
         if key in content and key not in config_type.model_fields:
-            (wanted,) = (name for own, name in _KINDS.items() if own in config_type.model_fields)
-            raise UserError(f"{folder}: the export of {kind}, where that of {wanted} is wanted")
+            (expected,) = (name for own, name in _KINDS.items() if own in config_type.model_fields)
+            raise UserError(f"{folder}: the export of {kind}. Pass the export of {expected}")
     written, known = content.get("format_version"), config_type.model_fields["format_version"].default
     if isinstance(written, int) and written != known:
         raise UserError(
-            f"{folder}: an export of format {written}, and this version reads {known}. Read it with the "
-            "version that wrote it, or train the run again"
+            f"{folder}: export format {written}, but this version reads format {known}. Use the version that "
+            "wrote it, or train the run again"
         )
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:
-    """Give a module the weights of an export.
+    """Load the weights of an export into a module.
 
     Raises:
-        UserError: they are damaged, do not fit, or are not finite.
+        UserError: the weights are damaged, do not fit the module, or are not finite.
     """
     try:
         state = load_file(folder / WEIGHTS_NAME)
         module.load_state_dict(state)
     except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{folder}: a damaged export: {error}. Export the run again") from error
+        raise UserError(f"{folder}: damaged export: {error}. Export the run again") from error
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise UserError(
-                f"{folder / WEIGHTS_NAME}: {name}: holds values that are not finite, as after a training "
-                "that diverged. Train again, for example with a lower optimizer.learning_rate"
+                f"{folder / WEIGHTS_NAME}: {name}: holds values that are not finite, so the training "
+                "diverged. Train again, for example with a lower optimizer.learning_rate"
             )
 
 
 def weights_sha256(folder: Path) -> str:
-    """What tells one export from all others.
+    """Hash of the weights of an export, which identifies it.
 
     Raises:
-        UserError: there are no weights.
+        UserError: the folder has no weights.
     """
     path = folder / WEIGHTS_NAME
     if not path.is_file():
-        raise UserError(f"{path}: missing, so {folder} is no export. Train the run to its end")
+        raise UserError(f"{path}: missing, so {folder} is not an export. Train the run to its end")
     return sha256_of(path)

@@ -1,6 +1,6 @@
-"""p(x | z, w) of one modality: how a decoder's output is compared with data, and what it means as data.
+"""Likelihoods p(x | z, w) of one modality, given the output of its decoder.
 
-A decoder gives parameters (..., B, *parameter shape), see `cmvae.modalities`; densities are fp32, in nats.
+A decoder returns parameters (..., B, *parameter_shape), see `cmvae.modalities`. Densities are fp32, in nats.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from cmvae.config import LikelihoodConfig
 from cmvae.modalities import Modality
@@ -17,24 +18,24 @@ from cmvae.models.distributions import FAMILIES
 
 
 class Likelihood(ABC):
-    """One family of likelihoods."""
+    """A family of likelihoods."""
 
     @abstractmethod
     def log_prob(self, x: Tensor, parameters: Tensor, scale: float) -> Tensor:
         """Log-density of every element of `x`.
 
         Args:
-            x: (B, ...).
-            parameters: (..., B, ...).
-            scale: of families that have one.
+            x: data, (B, *shape).
+            parameters: output of the decoder, (..., B, *parameter_shape).
+            scale: scale of the density; ignored by families without a scale.
 
         Returns:
-            With the leading axes of `parameters` and the event axes of `x`.
+            (..., B, *shape), in nats.
         """
 
     @abstractmethod
     def to_data(self, parameters: Tensor) -> Tensor:
-        """The mean of the likelihood as data; the most probable one where there is no mean."""
+        """Mean of the likelihood, or mode if values are categories: data (..., *shape)."""
 
 
 @dataclass(frozen=True)
@@ -43,37 +44,40 @@ class LocationLikelihood(Likelihood):
 
     family: str
 
+    @override
     def log_prob(self, x: Tensor, parameters: Tensor, scale: float) -> Tensor:
-        """As `Likelihood.log_prob`."""
         return FAMILIES[self.family](parameters, parameters.new_full((), scale)).log_prob(x, event_dims=0)
 
+    @override
     def to_data(self, parameters: Tensor) -> Tensor:
-        """As `Likelihood.to_data`: the location."""
         return parameters
 
 
 class BernoulliLikelihood(Likelihood):
-    """Independent yes or no; parameters are logits. Of values between 0 and 1 it is the cross-entropy."""
+    """Independent binary values; parameters are logits.
 
+    For values between 0 and 1, the log-density is the negative cross-entropy.
+    """
+
+    @override
     def log_prob(self, x: Tensor, parameters: Tensor, scale: float) -> Tensor:
-        """As `Likelihood.log_prob`."""
         return -F.binary_cross_entropy_with_logits(parameters, x.expand_as(parameters), reduction="none")
 
+    @override
     def to_data(self, parameters: Tensor) -> Tensor:
-        """As `Likelihood.to_data`: the probability."""
         return parameters.sigmoid()
 
 
 class CategoricalLikelihood(Likelihood):
-    """One of several at every position; parameters have an axis of logits more than the data."""
+    """Independent categories; the last axis of the parameters holds one logit per category."""
 
+    @override
     def log_prob(self, x: Tensor, parameters: Tensor, scale: float) -> Tensor:
-        """As `Likelihood.log_prob`."""
-        places = x.expand(parameters.shape[:-1]).unsqueeze(-1)
-        return parameters.log_softmax(-1).gather(-1, places).squeeze(-1)
+        indices = x.expand(parameters.shape[:-1]).unsqueeze(-1)
+        return parameters.log_softmax(-1).gather(-1, indices).squeeze(-1)
 
+    @override
     def to_data(self, parameters: Tensor) -> Tensor:
-        """As `Likelihood.to_data`: the most probable place."""
         return parameters.argmax(-1)
 
 
@@ -86,5 +90,5 @@ LIKELIHOODS: dict[str, Likelihood] = {
 
 
 def likelihood_of(config: LikelihoodConfig, modality: Modality) -> Likelihood:
-    """The family that a config asks for, or the default one of the modality's kind."""
+    """Likelihood family that the config sets, or the default of the modality."""
     return LIKELIHOODS[config.family or modality.likelihoods[0]]

@@ -1,6 +1,7 @@
 """Log-weights and the bounds IWAE and DReG, as pure functions of tensors.
 
-Axes: M source modalities, K samples, B samples of the batch, D dimensions. All in fp32, in nats.
+Axes: M source modalities, K samples of the latents, B samples of the batch, D dimensions. Everything is in
+fp32 and in nats. "Paper" is Palumbo et al. (ICLR 2024).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from cmvae.models.likelihoods import Likelihood
 
 @dataclass(frozen=True)
 class LogWeightTerms:
-    """The terms of lw[m, k], each (M, K, B): source modality, sample, member of the batch."""
+    """Terms of the log-weight lw[m, k], each (M, K, B)."""
 
     log_likelihood: Mapping[str, Tensor]
-    """Of each target n: log p(x_n | z, w_m if n = m else w̃_n), not yet multiplied by s_n."""
+    """log p(x_n | z, w_m if n = m else w̃_n) by target modality n, not multiplied by s_n."""
     log_prior_shared: Tensor
     """log p(z)."""
     log_prior_private: Tensor
@@ -33,27 +34,29 @@ class LogWeightTerms:
 
 
 def mixture_log_prob(components: Sequence[LocationScale], value: Tensor, present: Tensor) -> Tensor:
-    """Log (1/J) Σ_j q_j(value): the joint posterior of the modalities that are there (paper, section 3).
+    """Log-density of the joint posterior, log (1/J) Σ_j q_j(value) over the J present modalities.
+
+    Source: paper, section 3.
 
     Args:
         components: M posteriors with parameters (B, D).
         value: (..., B, D).
-        present: (M, B) bool, which of them are there; at least one for each member of the batch.
+        present: (M, B) bool, the modalities that a sample has; at least one per sample.
 
     Returns:
         (..., B)
     """
     # (M, ..., B)
     log_densities = torch.stack([component.log_prob(value) for component in components])
-    absent = ~present.view(len(components), *[1] * (log_densities.ndim - 2), -1)
-    counted = log_densities.masked_fill(absent, -torch.inf)
-    return counted.logsumexp(0) - present.sum(0).to(log_densities.dtype).log()
+    missing = ~present.view(len(components), *[1] * (log_densities.ndim - 2), -1)
+    log_densities = log_densities.masked_fill(missing, -torch.inf)
+    return log_densities.logsumexp(0) - present.sum(0).to(log_densities.dtype).log()
 
 
 def cluster_log_prob(log_weights: Tensor, log_density: Tensor) -> Tensor:
-    """Log p(z) = logsumexp_c(log π_c + log p(z|c)).
+    """Log-density of the mixture prior, log p(z) = logsumexp_c(log π_c + log p(z|c)).
 
-    With the optimal q(c|z) = p(c|z) this equals the paper's E_q(c|z)[log p(c) p(z|c) / q(c|z)].
+    It equals E_q(c|z)[log p(c) p(z|c) / q(c|z)] of the paper for the optimal q(c|z) = p(c|z).
 
     Args:
         log_weights: log π, (C,).
@@ -66,27 +69,30 @@ def cluster_log_prob(log_weights: Tensor, log_density: Tensor) -> Tensor:
 
 
 def data_log_prob(likelihood: Likelihood, scale: float, x: Tensor, parameters: Tensor) -> Tensor:
-    """Log p(x_n | z, w_n) of one modality, not multiplied by its weight s_n.
+    """Log-likelihood log p(x_n | z, w_n) of one modality, not multiplied by its weight s_n.
 
     Args:
-        likelihood: family of the density.
-        scale: of the density, where the family has one.
-        x: (B, ...).
-        parameters: what the decoder makes of z and w_n, (..., B, ...).
+        likelihood: family of the likelihood.
+        scale: scale of the likelihood, if the family has one.
+        x: x_n, (B, *shape).
+        parameters: output of the decoder for z and w_n, (..., B, *parameter_shape).
 
     Returns:
-        The leading axes of `parameters`, B included.
+        (..., B)
     """
     return sum_event_axes(likelihood.log_prob(x, parameters, scale), event_dims=x.ndim - 1)
 
 
 def log_weights(terms: LogWeightTerms, likelihood_weights: Mapping[str, float], beta: float) -> Tensor:
-    """lw[m, k] of the objective, (M, K, B).
+    """Log-weights lw[m, k] of the objective.
 
     Args:
-        terms: the summands.
-        likelihood_weights: s_n of each target modality.
-        beta: weight of the prior and posterior terms.
+        terms: terms of the log-weights.
+        likelihood_weights: weight s_n by target modality.
+        beta: weight β of the prior and posterior terms.
+
+    Returns:
+        (M, K, B)
     """
     likelihood = sum(
         likelihood_weights[name] * log_likelihood for name, log_likelihood in terms.log_likelihood.items()
@@ -101,11 +107,11 @@ def log_weights(terms: LogWeightTerms, likelihood_weights: Mapping[str, float], 
 
 
 def iwae(log_weights: Tensor, present: Tensor) -> Tensor:
-    """The looser importance-weighted bound: mean over m of log (1/K) Σ_k exp lw[m, k]; K = 1 is the ELBO.
+    """Looser importance-weighted bound: mean over m of log (1/K) Σ_k exp lw[m, k]. K = 1 gives the ELBO.
 
     Args:
         log_weights: (M, K, B).
-        present: (M, B) bool, the sources that are there; at least one for each member of the batch.
+        present: (M, B) bool, the modalities that a sample has; at least one per sample.
 
     Returns:
         (B,), to be maximised.
@@ -115,32 +121,33 @@ def iwae(log_weights: Tensor, present: Tensor) -> Tensor:
 
 
 def mean_over_sources(values: Tensor, present: Tensor) -> Tensor:
-    """The mean of `values` (M, B) over those sources that are `present` (M, B), (B,)."""
+    """Mean of `values` (M, B) over the `present` (M, B) sources: (B,)."""
     return (values * present).sum(0) / present.sum(0)
 
 
 def dreg(log_weights: Tensor, latents: Sequence[Tensor], present: Tensor) -> Tensor:
-    """The value of `iwae` with the doubly reparametrised gradient (Tucker et al., ICLR 2019).
+    """Value of `iwae` with the doubly reparametrised gradient, DReG (Tucker et al., ICLR 2019).
 
-    The caller has cut the posteriors' parameters out of every log q in `log_weights`; what is left of their
-    gradient flows through `latents`, where it is multiplied once more by the self-normalised weight.
+    The caller must detach the posteriors' parameters in every log q of `log_weights`. Their gradient then
+    flows only through `latents`, where hooks multiply it by the self-normalised weights once more.
 
-    For M = 1 the gradient agrees with IWAE's in expectation. For M > 1 it does not: the identity behind it
-    integrates by parts against the density that z was drawn from, q(z|x_m), while the denominator here holds
-    the mixture of all modalities. MMVAE and its successors use it all the same, and so does this.
+    For M = 1 the gradient equals that of IWAE in expectation. For M > 1 it does not: its derivation
+    integrates by parts against the density of z, q(z|x_m), while the denominator here is the mixture over all
+    modalities. MMVAE and its successors use it nevertheless, and so does CMVAE.
 
     Args:
-        log_weights: (M, K, B), with posterior parameters detached in its denominators.
-        latents: reparametrised samples (M, K, B, D) of the posteriors.
-        present: as of `iwae`.
+        log_weights: (M, K, B), with posterior parameters detached in the denominators.
+        latents: reparametrised samples of the posteriors, each (M, K, B, D). Gradient hooks are registered on
+            them.
+        present: (M, B) bool, see `iwae`.
 
     Returns:
-        (B,), to be maximised. Calling it installs gradient hooks on `latents`.
+        (B,), to be maximised.
     """
     normalised = log_weights.detach().softmax(1)
     for latent in latents:
         if latent.requires_grad:
             latent.register_hook(lambda gradient: gradient * normalised.unsqueeze(-1))
     surrogate = mean_over_sources((normalised * log_weights).sum(1), present)
-    # The surrogate has the right gradient but not the bound's value: swap the value in.
+    # The surrogate has the right gradient but not the value of the bound.
     return surrogate + (iwae(log_weights, present) - surrogate).detach()

@@ -1,4 +1,4 @@
-"""In which precision the networks compute on a device; densities and reductions are fp32 in any case."""
+"""Precision of the networks on a device. Densities and reductions are always fp32."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ AUTOCAST_DTYPES: dict[Precision, torch.dtype | None] = {
 
 
 def network_precision(setting: MixedPrecision, device: torch.device) -> Precision:
-    """What `train.mixed_precision` means on a device: `auto` is bf16 where that is faster, else fp32."""
+    """Resolve `train.mixed_precision` for a device: `auto` is bf16 if the device supports it, else fp32."""
     if setting != "auto":
         return setting
     return "bf16" if computes_in_bf16(device) else "fp32"
 
 
 def autocast_dtype(setting: MixedPrecision, device: torch.device) -> torch.dtype | None:
-    """As `network_precision`, for `torch.autocast`; None is fp32."""
+    """Resolve `train.mixed_precision` to a dtype for `torch.autocast`; None is fp32."""
     return AUTOCAST_DTYPES[network_precision(setting, device)]
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions for bf16; without them fp32 is up to ten times as fast."""
+    """Whether a device has instructions for bf16. Without them, fp32 is up to ten times as fast."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        # `torch.cpu.get_capabilities` is younger than the oldest torch that this package takes.
+        # `torch.cpu.get_capabilities` does not exist in the oldest supported version of torch.
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False

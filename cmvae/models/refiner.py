@@ -1,8 +1,8 @@
-"""The refiner of D-CMVAE: a diffusion of sharp images given the CMVAE's blurred reconstructions of them.
+"""Refiner of D-CMVAE: a diffusion model of images, conditioned on their blurred reconstructions by a CMVAE.
 
-Palumbo et al. (ICLR 2024), figure 1(c), read as DiffuseVAE's form 1 (Pandey et al., TMLR 2022): a U-Net sees
-the noisy image and one reconstruction, concatenated on channels. It works from any single reconstruction,
-because a cross-modal or unconditional generation has no more than one.
+Source: Palumbo et al. (ICLR 2024), figure 1(c), implemented as formulation 1 of DiffuseVAE (Pandey et al.,
+TMLR 2022): the input of a U-Net is the noisy image and one reconstruction, concatenated along channels. One
+reconstruction is enough, because a cross-modal or unconditional generation provides no more.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from cmvae.models.export import load_weights, read_export_config, save_export
 from cmvae.utils.errors import UserError
 from cmvae.utils.seeds import derive_seed
 
-# The time embedding of diffusers' U-Net has so many times the channels of its first level.
+# Dimensions of the time embedding in the U-Net of diffusers, per channel of its first level.
 _EMBEDDING_FACTOR = 4
 _SHARED = "shared"
 
 
 class RefinerExportConfig(BaseModel):
-    """`config.yaml` of a refiner's export: all that is needed to build it, and which CMVAE it belongs to."""
+    """`config.yaml` of a refiner's export: everything needed to build it, and the hash of its CMVAE."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,16 +44,16 @@ class RefinerExportConfig(BaseModel):
 
 
 class Denoiser(nn.Module):
-    """One U-Net for images of one shape, told which modality it looks at and, if wanted, z.
+    """U-Net for images of one shape, conditioned on a reconstruction, the modality and optionally z.
 
     Args:
-        config: the whole refiner's.
-        modality: the images.
-        num_modalities: how many modalities share it.
-        shared_dim: dimensions of z.
+        config: settings of the refiner.
+        modality: a modality with the shape of the images.
+        num_modalities: number of modalities that share the U-Net.
+        shared_dim: D_z.
 
     Raises:
-        UserError: the U-Net does not fit the images.
+        UserError: the U-Net does not fit the shape of the images.
     """
 
     def __init__(
@@ -75,37 +75,40 @@ class Denoiser(nn.Module):
         shared: Tensor | None,
         present: Tensor,
     ) -> Tensor:
-        """What the diffusion asks for: noise, velocity or image, (B, C, H, W).
+        """Predict noise, velocity or image, see `cmvae.models.diffusion.Diffusion.target`.
 
         Args:
             noisy: x_t, (B, C, H, W).
             timesteps: t, (B,) int64.
             reconstruction: (B, C, H, W) in [−1, 1].
-            modality: (B,) int64, below the number of modalities.
-            shared: z, (B, D_z), if it is a condition.
-            present: (B,) bool, false where there is no condition: zeros then stand in for it.
+            modality: index of the modality, (B,) int64.
+            shared: z, (B, D_z); not used unless z is a condition.
+            present: (B,) bool, False where the condition is dropped, that is, replaced by zeros.
+
+        Returns:
+            (B, C, H, W)
         """
         embedding = self.modality(modality)
         if self.latent is not None:
             embedding = embedding + self.latent(shared) * present[:, None]
         inputs = torch.cat([noisy, reconstruction * present[:, None, None, None]], dim=1)
-        # Images come channels-last, in which this network takes twice as long on a CPU.
+        # Images are channels-last, with which this network takes twice as long on a CPU.
         inputs = inputs.contiguous()
         return self.unet(inputs, timesteps, class_labels=embedding).sample
 
 
 class Refiner(nn.Module):
-    """Denoisers of all image modalities and the diffusion that they belong to.
+    """Diffusion models of all image modalities.
 
     Args:
-        config: networks, diffusion and conditions.
-        modalities: each modality that is refined, by name.
-        shared_dim: dimensions of the CMVAE's z.
+        config: settings of networks, diffusion, conditions and sampler.
+        modalities: modalities that are refined, by name.
+        shared_dim: D_z of the CMVAE.
         cmvae_sha256: hash of the weights of the CMVAE whose reconstructions are refined.
-        autocast_dtype: precision of the networks; None is fp32. The diffusion is fp32 in any case.
+        autocast_dtype: precision of the networks; None is fp32. The diffusion is always fp32.
 
     Raises:
-        UserError: modalities of different shapes cannot share a U-Net, or one does not fit its images.
+        UserError: modalities of different shapes are to share a U-Net, or a U-Net does not fit its images.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class Refiner(nn.Module):
         self.cmvae_sha256 = cmvae_sha256
         self.autocast_dtype = autocast_dtype
         self.diffusion = Diffusion(config.diffusion)
+        # Modalities by the name of their network.
         self.groups = (
             {_SHARED: tuple(modalities)} if config.sharing == "shared" else {n: (n,) for n in modalities}
         )
@@ -136,7 +140,7 @@ class Refiner(nn.Module):
 
     @property
     def modality_names(self) -> tuple[str, ...]:
-        """The modalities that are refined."""
+        """Names of the modalities that are refined."""
         return tuple(self.modalities)
 
     def predict(
@@ -149,7 +153,7 @@ class Refiner(nn.Module):
         shared: Tensor,
         present: Tensor,
     ) -> Tensor:
-        """What the network of a group says of a batch, (B, C, H, W) fp32; arguments as `Denoiser.forward`."""
+        """Predict with the network of a group, (B, C, H, W) fp32. Arguments as in `Denoiser.forward`."""
         with torch.autocast(noisy.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             output = self.denoisers[group](noisy, timesteps, reconstruction, modality, shared, present)
         return output.float()
@@ -162,20 +166,20 @@ class Refiner(nn.Module):
         *,
         seeds: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        """Sharp images from a CMVAE's reconstructions or generations.
+        """Refine reconstructions or generations of a CMVAE.
 
         Args:
-            images: by modality (B, C, H, W), what the CMVAE decoded; modalities that this refiner does not
-                know come back as they are.
-            shared: z, (B, D_z), that they were decoded from; only with `conditioning.latent`.
-            seeds: B numbers, one a sample: a picture is a function of its seed, its modality and what it is
-                refined from, whatever the batch. None draws them from torch's default stream.
+            images: decoded images (B, C, H, W) by modality. Modalities that this refiner was not trained on
+                are returned unchanged.
+            shared: z, (B, D_z), from which they were decoded; needed with `conditioning.latent`.
+            seeds: one seed per sample. A refined image depends only on its seed, its modality and its
+                conditions, not on its batch. None draws the seeds from the default generator of torch.
 
         Returns:
-            By modality (B, C, H, W) in [0, 1].
+            (B, C, H, W) in [0, 1] by modality.
 
         Raises:
-            ValueError: z is missing, or the numbers of images and seeds differ.
+            ValueError: z is missing, or there is not one seed per sample.
         """
         refined = dict(images)
         known = {name: x for name, x in images.items() if name in self.modalities}
@@ -183,11 +187,11 @@ class Refiner(nn.Module):
             return refined
         batch_size = len(next(iter(known.values())))
         if self.config.conditioning.latent and shared is None:
-            raise ValueError("this refiner is conditioned on z as well: give `shared`")
+            raise ValueError("this refiner is conditioned on z; pass `shared`")
         if seeds is None:
             seeds = torch.randint(2**62, (batch_size,)).tolist()
         if len(seeds) != batch_size:
-            raise ValueError(f"{len(seeds)} seeds for {batch_size} samples")
+            raise ValueError(f"{len(seeds)} seeds for {batch_size} samples; pass one per sample")
         for group, members in self.groups.items():
             names = [name for name in members if name in known]
             if names:
@@ -202,21 +206,21 @@ class Refiner(nn.Module):
         shared: Tensor | None,
         seeds: Sequence[int],
     ) -> dict[str, Tensor]:
-        """Images of one group in one run of the sampler, its modalities side by side in the batch."""
+        """Refine the modalities of one group together, concatenated along the batch axis."""
         sampler, names = self.config.sampler, list(conditions)
         reconstruction = torch.cat(list(conditions.values()))
         if shared is None:
             shared = reconstruction.new_zeros(len(seeds), self.shared_dim)
         shared = shared.repeat(len(names), 1)
-        place = torch.tensor([self.groups[group].index(name) for name in names], device=shared.device)
-        modality = place.repeat_interleave(len(seeds))
-        conditional = self.config.conditioning.source != "none"
+        index = torch.tensor([self.groups[group].index(name) for name in names], device=shared.device)
+        modality = index.repeat_interleave(len(seeds))
+        is_conditional = self.config.conditioning.source != "none"
 
-        def predict(noisy: Tensor, timesteps: Tensor, present: bool) -> Tensor:
-            there = torch.full_like(timesteps, present, dtype=torch.bool)
-            return self.predict(group, noisy, timesteps, reconstruction, modality, shared, there)
+        def predict(noisy: Tensor, timesteps: Tensor, with_condition: bool) -> Tensor:
+            present = torch.full_like(timesteps, with_condition, dtype=torch.bool)
+            return self.predict(group, noisy, timesteps, reconstruction, modality, shared, present)
 
-        # Known beforehand: asking the device for its time steps would make it wait at every one.
+        # Computed beforehand: reading the time steps from the device would synchronise at every step.
         first = sampler.guidance_from * self.diffusion.num_timesteps
         guided = (
             sampler.guidance != 1 and timestep >= first
@@ -224,10 +228,10 @@ class Refiner(nn.Module):
         )
 
         def predict_image(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            prediction = predict(noisy, timesteps, conditional)
+            prediction = predict(noisy, timesteps, is_conditional)
             if next(guided):
-                without = predict(noisy, timesteps, False)
-                prediction = without + sampler.guidance * (prediction - without)
+                unconditional = predict(noisy, timesteps, False)
+                prediction = unconditional + sampler.guidance * (prediction - unconditional)
             return self.diffusion.predicted_image(prediction, noisy, timesteps).clamp(-1, 1)
 
         generators = [
@@ -244,7 +248,7 @@ class Refiner(nn.Module):
         return dict(zip(names, ((samples.clamp(-1, 1) + 1) / 2).chunk(len(names)), strict=True))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write an export, `model.safetensors` and `config.yaml`, whole or not at all."""
+        """Write an export, `model.safetensors` and `config.yaml`, atomically."""
         config = RefinerExportConfig(
             refiner=self.config,
             modalities=self.modalities,
@@ -264,13 +268,14 @@ class Refiner(nn.Module):
         """Load an export that `save_pretrained` wrote, in evaluation mode.
 
         Args:
-            folder: the export.
-            device: where to.
+            folder: folder of the export.
+            device: device of the refiner.
             autocast_dtype: precision of the networks; None is fp32.
-            sampler: how to refine, instead of what the export's own config says.
+            sampler: settings of the sampler; None is those of the export.
 
         Raises:
-            UserError: the folder is no refiner's export, is damaged, or its weights are not finite.
+            UserError: the folder is not the export of a refiner or is damaged, or the weights are not finite
+                or do not fit the config.
         """
         folder = Path(folder)
         export = read_export_config(folder, RefinerExportConfig)
@@ -281,25 +286,25 @@ class Refiner(nn.Module):
 
 
 def to_signed(images: Tensor) -> Tensor:
-    """Images of [0, 1] in [−1, 1], where the diffusion works; what a decoder puts outside is clipped."""
+    """Convert images from [0, 1] to [−1, 1], the range of the diffusion, and clip values outside."""
     return images.clamp(0, 1) * 2 - 1
 
 
 def _build_unet(config: UNetConfig, channels: int, size: Sequence[int]) -> nn.Module:
-    """The U-Net of diffusers for the noisy image and its condition on channels."""
+    """U-Net of diffusers whose input is the noisy image and its condition, concatenated along channels."""
     levels = len(config.multipliers)
     halvings = levels - 1
     if any(side % 2**halvings for side in size):
         most = min((side & -side).bit_length() for side in size)
         raise UserError(
-            f"refiner.network.multipliers: {levels} levels halve an image {halvings} times, which "
-            f"{size[0]}×{size[1]} does not allow; give at most {most}"
+            f"refiner.network.multipliers: {levels} levels halve an image {halvings} times, but the sides of "
+            f"{size[0]}×{size[1]} are not divisible by {2**halvings}. Set at most {most} multipliers"
         )
     heights = [size[0] // 2**level for level in range(levels)]
     unknown = set(config.attention_sizes) - set(heights)
     if unknown:
         raise UserError(
-            f"refiner.network.attention_sizes: {sorted(unknown)[0]} is the height of no level; they are "
+            f"refiner.network.attention_sizes: no level has height {sorted(unknown)[0]}. The heights are "
             f"{', '.join(map(str, heights))}"
         )
     attends = [height in config.attention_sizes for height in heights]
@@ -314,7 +319,7 @@ def _build_unet(config: UNetConfig, channels: int, size: Sequence[int]) -> nn.Mo
         up_block_types=tuple("AttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attends)),
         dropout=config.dropout,
         norm_num_groups=math.gcd(32, config.channels),
-        # What `Denoiser` embeds is added to the embedding of the time step as it is.
+        # The embedding of `Denoiser` is added to that of the time step unchanged.
         class_embed_type="identity",
     )
     return cast(nn.Module, unet)
@@ -325,7 +330,7 @@ def _check_shapes(groups: Mapping[str, Sequence[str]], modalities: Mapping[str, 
         different = [name for name in names if modalities[name].shape != modalities[names[0]].shape]
         if different:
             raise UserError(
-                f"refiner.sharing: one network for all modalities takes images of one shape, but {names[0]} "
-                f"is {modalities[names[0]].shape} and {different[0]} is {modalities[different[0]].shape}. "
-                "Set per_modality"
+                f"refiner.sharing: a shared network needs images of one shape, but {names[0]} has shape "
+                f"{modalities[names[0]].shape} and {different[0]} has {modalities[different[0]].shape}. Set "
+                "refiner.sharing to per_modality"
             )

@@ -271,7 +271,7 @@ class CMVAETask(Task):
         """Log p(x_n | z, w_n) of one target from every source, (M, K, B), decoded in one call.
 
         Of cross sources that were drawn from all, each counts for as many more; where nothing was decoded
-        stands zero. Sums over the sources keep their expectation.
+        it is zero. Sums over the sources keep their expectation.
         """
         name, num_modalities = self.model.modality_names[target], len(private)
         cross = [(target + shift) % num_modalities for shift in noise.cross_shifts]
@@ -389,7 +389,7 @@ class CMVAETask(Task):
         Args:
             folder: where to.
             state: the whole state of this task, gathered if it was spread over ranks.
-            batches: reads the first so many samples of a split, or all of it.
+            batches: reads the first N samples of a split, or with None all of it.
         """
         model = CMVAE(self.model.config, self.model.modalities)
         model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})

@@ -1,4 +1,4 @@
-"""A config to start from, for data that nobody has tuned one for: it trains as it is."""
+"""A config for data without a tuned one; it trains as it is."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from cmvae.modalities import Modality
 from cmvae.models.networks import network_family
 from cmvae.utils.errors import UserError
 
-# What a good decoder wins over a constant one, in nats an element, about: pixels at Laplace's scale of 0.75,
-# standardised numbers at the Normal's (at most 1 / (2 · 0.75²)), words, yes or no.
+# Approximate gain of a good decoder over a constant one, in nats per element: pixels with a Laplace scale of
+# 0.75, standardised numbers with a Normal scale of 0.75 (at most 1 / (2 · 0.75²)), words, binary values.
 _NATS_PER_ELEMENT = {"image": 0.27, "vector": 0.9, "text": 3.0, "binary": 0.5}
 _TARGET_NATS = 200.0
-"""What every modality is to be worth: that of an image of 3×16×16 with weight 1, as in configs/digits.yaml.
-The published CUBICC settings do likewise: 32 / (3·64·64) for the image, 5 for the caption."""
+"""Target for every modality: an image of 3×16×16 with weight 1, as in configs/digits.yaml. The published
+CUBICC settings balance modalities, too: 32 / (3·64·64) for the image, 5 for the caption."""
 _MAX_WEIGHT = 50.0
-"""More would have a few numbers learned by heart."""
+"""A larger weight overfits modalities of few numbers."""
 _CLUSTERS = 20
-"""To start from. The number of labels is not asked: it would tell what the model is to find."""
+"""Clusters at the start. The number of labels is not used: the model is to find it."""
 _BATCH_SIZE = 64
 _EPOCHS, _MAX_EPOCHS, _MIN_STEPS = 100, 150, 2000
-"""Few samples are seen more often, but not so often that they are learned by heart."""
+"""Small data sets are seen more often, up to a number of epochs that does not overfit."""
 _MAX_STEPS = 20_000
 _ALIGNED_BATCH_SIZE = 128
-"""The contrast tells samples of a batch apart: more of them tell more."""
+"""The alignment term contrasts the samples of a batch: more samples give a better estimate."""
 _ALIGNED_MAX_STEPS = 2000
 _ALIGNMENT = {"weight": 500.0, "pretrain": 0.5}
 _NETWORKS = {"image": "strided", "text": "bag_of_words"}
 _WIDTHS = {"image": 64, "text": 16}
 _WIDTH = 64
-"""Of what is neither: hidden units."""
+"""Hidden units for the other kinds."""
 _LARGE_IMAGE = 48
-"""Pixels a side from which a photograph shows the same thing when it is mirrored or cropped."""
+"""Images of at least this height and width are taken for photographs, which may be mirrored and cropped."""
 
 
 def write_starter_config(index: ShardIndex, shards: Path) -> str:
-    """YAML of an experiment on packed data, with a word on what to change first.
+    """YAML of an experiment on packed data, with comments on what to change first.
 
     Args:
         index: what was packed.
         shards: where it lies, as the command line says it.
     """
-    # Of a run and its folder: a data set may be called anything.
+    # The name of a run and its folder; a data set may have any name.
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", index.name).strip("_.-") or "experiment"
     num_train = index.splits["train"].num_samples
     aligns = needs_alignment(index)
@@ -52,32 +52,32 @@ def write_starter_config(index: ShardIndex, shards: Path) -> str:
     epoch = num_train / batch_size
     steps = max(_EPOCHS * epoch, min(_MIN_STEPS, _MAX_EPOCHS * epoch))
     steps = min(math.ceil(steps / 100) * 100, _ALIGNED_MAX_STEPS if aligns else _MAX_STEPS)
-    # Decoding a picture from every other modality takes most of the time; numbers cost next to nothing.
+    # Decoding an image from every other modality takes most of the time; numbers take almost none.
     cross_sources = "1" if aligns and len(index.modalities) > 2 else "all"
     alignment = _describe_alignment(index) if aligns else ""
-    # Convolutions gain from bf16; small layers do not, and numbers would only lose digits.
+    # Convolutions gain from bf16; small layers do not, and numbers lose precision.
     has_images = any(modality.kind == "image" for modality in index.modalities.values())
     precision = "auto" if has_images else "fp32"
     modalities = "\n".join(_describe(key, modality) for key, modality in index.modalities.items())
     return f"""\
-# {name}: a start for data that nobody has tuned yet, written by cmvae pack.
-# If you know how many clusters there are, set clusters.num_clusters, or ask for them afterwards:
-# cmvae cluster … --num-clusters K. If one modality is generated badly, make its likelihood.weight larger.
-# Trust no single run: add seed=1 name=… to the command. cmvae/config.py explains every key.
+# {name}: a config to start from, written by cmvae pack.
+# If you know the number of clusters, set clusters.num_clusters, or use cmvae cluster … --num-clusters K after
+# the training. If one modality is generated badly, increase its likelihood.weight. Compare several seeds:
+# seed=1 name=…. cmvae/config.py explains every key.
 name: {name}
 seed: 0
 
 data:
   shards: {_quote(shards)}
-  num_workers: 0            # reader processes; 1 or more where decoding large images holds training up
+  num_workers: 0            # reader processes; use 1 or more if decoding large images is the bottleneck
 
 model:
   family: normal
   shared_dim: 32
   private_dim: 16
-  num_clusters: {_CLUSTERS}          # more than you expect; those that are not needed are merged
+  num_clusters: {_CLUSTERS}          # more than you expect; superfluous ones are merged
   assign_by: joint
-  cluster_mean_range: 0.1   # near each other at first, so that all of them take part
+  cluster_mean_range: 0.1   # close together at the start, so that all are used
   modalities:
 {modalities}
 
@@ -88,7 +88,7 @@ objective:
   cross_sources: {cross_sources}
 {alignment}
 clusters:
-  criterion: stability      # the largest number that halves of the data agree about
+  criterion: stability      # the largest number on which halves of the data agree
   num_clusters: null        # or a number that you know
 
 optimizer:
@@ -109,7 +109,7 @@ evaluation:
 
 
 def needs_alignment(index: ShardIndex) -> bool:
-    """Whether z would be learned slowly from the bound alone: where photographs or sentences are paired.
+    """Whether the bound alone would learn z slowly: where images or sentences are paired.
 
     Numbers are learned quickly without a contrast. Views of the same numbers share more than the class, and a
     contrast would tell them apart sample by sample: on six views of UCI's digits it lowers the accuracy from
@@ -120,7 +120,7 @@ def needs_alignment(index: ShardIndex) -> bool:
 
 
 def _describe_alignment(index: ShardIndex) -> str:
-    """The contrast's part of `objective`, with a line break."""
+    """The alignment section of `objective`, with a final line break."""
     photographs = [
         name
         for name, modality in index.modalities.items()
@@ -128,7 +128,7 @@ def _describe_alignment(index: ShardIndex) -> str:
     ]
     augment = ", ".join(f"{name}: [flip, crop]" for name in photographs)
     return f"""\
-  alignment:                # what modalities share, learned first, without decoders
+  alignment:                # learns first, without decoders, what modalities share
     weight: {_ALIGNMENT["weight"]:g}
     pretrain: {_ALIGNMENT["pretrain"]:g}          # share of the steps
     augment: {{{augment}}}
@@ -136,7 +136,7 @@ def _describe_alignment(index: ShardIndex) -> str:
 
 
 def likelihood_weight(modality: Modality) -> float:
-    """s_n by which a modality is worth as many nats as any other, so that none drowns the rest."""
+    """s_n with which every modality contributes about the same number of nats."""
     if modality.kind == "categorical":
         nats = math.log(modality.num_categories)
     else:
@@ -156,7 +156,7 @@ def _describe(name: str, modality: Modality) -> str:
 
 
 def _network(modality: Modality) -> str | None:
-    """The family that learns fastest on a processor, where the modality fits it; None is that of its kind."""
+    """The family that learns fastest on a CPU, if it fits the modality; None is the default of the kind."""
     name = _NETWORKS.get(modality.kind)
     if name is None:
         return None
@@ -168,5 +168,5 @@ def _network(modality: Modality) -> str | None:
 
 
 def _quote(path: Path) -> str:
-    """A path as YAML, whatever is in it."""
+    """A path as a YAML string."""
     return "'" + str(path).replace("'", "''") + "'"

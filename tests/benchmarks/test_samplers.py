@@ -116,7 +116,7 @@ def test_the_protocol_counts_what_is_measured(run):
 
 @pytest.mark.parametrize(
     ("num_samples", "settings", "expected"),
-    [(20, {}, "split test: 20 samples cannot give"), (None, {"num_generated": 8}, "num_generated.*: 8 sam")],
+    [(20, {}, "split test: 20 samples are too few"), (None, {"num_generated": 8}, "num_generated.*: 8 sam")],
 )
 def test_too_few_samples_for_a_distance_are_refused(run, num_samples, settings, expected):
     config, index = run

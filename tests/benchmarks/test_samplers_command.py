@@ -89,8 +89,8 @@ def test_a_table_and_figures_below_the_run(call, folder):
     ]
     assert cells["real train images"][3:5] == ["–", "–"]
     for name in FILES[:2]:
-        with Image.open(samplers / name) as picture:
-            assert min(picture.size) > 200
+        with Image.open(samplers / name) as image:
+            assert min(image.size) > 200
 
 
 def test_an_interrupted_run_has_shown_what_it_measured_and_leaves_no_half_folder(call, folder, monkeypatch):

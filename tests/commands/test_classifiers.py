@@ -36,7 +36,7 @@ def test_training_prints_and_saves_what_each_classifier_is_worth(trained, digits
         assert entry.width == entry.epochs == 2
         assert f"{entry.accuracy:.1%}" in rows[name]
         assert "below 80%: evaluation will refuse it" in rows[name]
-    with pytest.raises(UserError, match="reads only"):
+    with pytest.raises(UserError, match="has an accuracy of"):
         load_classifiers(folder / "digits", index, ["m0"], torch.device("cpu"))
 
 

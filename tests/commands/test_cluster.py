@@ -143,7 +143,7 @@ def test_a_refiner_has_no_clusters_of_its_own(make_refiner_run, digits_shards, t
     run, out = make_refiner_run()[0], tmp_path / "a.csv"
     done = run_without_torch("cluster", run, digits_shards, "--out", out, folder=tmp_path)
     assert done.returncode == 2
-    assert f"error: {run}: the run of a refiner, where that of a CMVAE is wanted" in done.stderr
+    assert f"error: {run}: the run of a refiner. Give the run of a CMVAE" in done.stderr
     assert "Traceback" not in done.stderr
     assert not out.exists()
 

@@ -217,7 +217,7 @@ def test_a_refiner_without_its_cmvae_is_explained(make_refiner_run, make_run, ca
     model.save_pretrained(cmvae / "export")
     code, _, err = call("generate", run, "--num", 2)
     assert code == 2
-    assert "refines the CMVAE with the weights" in err
+    assert "trained with the CMVAE whose weights" in err
     assert not (run / "generated").exists()
     cmvae.rename(tmp_path / "elsewhere")
     code, _, err = call("generate", run, "--num", 2)

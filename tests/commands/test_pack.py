@@ -96,3 +96,11 @@ def test_a_table_becomes_shards_a_config_and_a_sheet_of_every_kind(tmp_path):
     colours = {colour: count for count, colour in sheet.getcolors(maxcolors=1 << 20) or []}
     assert colours[(0xDE, 0xE2, 0xE6)] > 3000
     assert (0x22, 0x33, 0x3B) in colours
+
+
+@pytest.mark.parametrize("name", ["label", "Two-Words"])
+def test_a_name_that_no_modality_may_have_is_refused_before_anything_is_read(tmp_path, name):
+    done = run_cmvae("pack", "table", "none.csv", "--vector", f"{name}=a", "--out", "o", folder=tmp_path)
+    assert done.returncode == 2
+    assert f"modality name '{name}' must be lower-case letters" in done.stderr
+    assert "Traceback" not in done.stderr

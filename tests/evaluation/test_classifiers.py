@@ -62,7 +62,7 @@ def test_trained_classifiers_read_the_test_split_as_the_index_says(quadrants_sha
     assert min(entry.accuracy for entry in index.classifiers.values()) > 0.95
 
 
-def test_reading_does_not_depend_on_the_batch_and_clips_as_a_picture_does(quadrants_shards):
+def test_classifying_does_not_depend_on_the_batch_and_clips_as_an_image_file_does(quadrants_shards):
     classifier = load_all(quadrants_shards)["m0"]
     images = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 3 - 1
     predicted, features = classifier.classify(images)
@@ -128,9 +128,9 @@ def test_a_bad_classifier_is_refused_and_a_mediocre_one_warned_about(shards, cap
     assert not caplog.records
     change_index(shards, accuracy=0.9)
     load_all(shards)
-    assert "m1.safetensors: reads 90.0 %" in caplog.text
+    assert "m1.safetensors: has an accuracy of 90.0 %" in caplog.text
     change_index(shards, accuracy=0.799)
-    with pytest.raises(UserError, match=r"m1\.safetensors: reads only 79\.9%.*--epochs 24 --width 8"):
+    with pytest.raises(UserError, match=r"m1\.safetensors: has an accuracy of 79\.9%.*--epochs 24 --width 8"):
         load_all(shards)
 
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from scipy.linalg import sqrtm
 
-from cmvae.evaluation import image_folder as picture_folder
+from cmvae.evaluation import image_folder
 from cmvae.evaluation.frechet import FrechetDistance, load_inception, refusal, to_bytes, warn_if_few
-from cmvae.evaluation.image_folder import folder_distance, read_pictures
+from cmvae.evaluation.image_folder import folder_distance, read_images
 from cmvae.utils.errors import UserError
 
 
@@ -73,7 +73,7 @@ def test_inception_weights_that_run_code_are_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     (tmp_path / "weights.pth").write_bytes(pickle.dumps(Harmful(), protocol=2))
-    with pytest.raises(UserError, match=r"weights\.pth: is no readable file of weights"):
+    with pytest.raises(UserError, match=r"weights\.pth: is not a readable weights file"):
         load_inception(tmp_path / "weights.pth", torch.device("cpu"))
     assert not (tmp_path / "harm.txt").exists()
 
@@ -84,23 +84,23 @@ def test_without_torch_fidelity_the_reason_says_how_to_get_it(monkeypatch):
         load_inception(None, torch.device("cpu"))
 
 
-def write_pictures(folder, images):
+def write_images(folder, images):
     folder.mkdir()
     for number, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{number:03d}.png")
 
 
 def corner_means(images):
-    """Features that numpy can have as well: the mean of each half of each picture."""
+    """Features that numpy can have as well: the mean of each half of each image."""
     return torch.stack([images[..., :2].mean((1, 2, 3)), images[..., 2:].mean((1, 2, 3))], dim=1)
 
 
-def test_folders_of_pictures_are_compared(tmp_path):
+def test_folders_of_images_are_compared(tmp_path):
     rng = np.random.default_rng(0)
     images = rng.integers(256, size=(2, 150, 4, 4, 3), dtype=np.uint8)
     images[1] //= 2
-    write_pictures(tmp_path / "a", images[0])
-    write_pictures(tmp_path / "b", images[1])
+    write_images(tmp_path / "a", images[0])
+    write_images(tmp_path / "b", images[1])
     halves = [np.stack([s[:, :, :2].mean((1, 2, 3)), s[:, :, 2:].mean((1, 2, 3))], 1) / 255 for s in images]
     expected = FrechetDistance(halves[0]).to(halves[1])
     distance = folder_distance(tmp_path / "a", tmp_path / "b", None, corner_means)
@@ -116,31 +116,31 @@ def test_a_shard_folder_stands_for_its_test_images(quadrants_shards, tmp_path):
         folder_distance(quadrants_shards, quadrants_shards, None, corner_means)
 
 
-def test_grey_pictures_and_jpeg_are_read_as_colour(tmp_path):
-    (tmp_path / "note.txt").write_text("no picture")
+def test_grey_images_and_jpeg_are_read_as_colour(tmp_path):
+    (tmp_path / "note.txt").write_text("no image")
     Image.new("L", (6, 5), 200).save(tmp_path / "a.png")
     Image.new("RGB", (6, 5), (200, 200, 200)).save(tmp_path / "b.JPG", format="JPEG")
-    pictures = list(read_pictures(tmp_path))
-    assert [picture.shape for picture in pictures] == [(5, 6, 3)] * 2
-    assert all(abs(int(picture.mean()) - 200) <= 1 for picture in pictures)
+    images = list(read_images(tmp_path))
+    assert [image.shape for image in images] == [(5, 6, 3)] * 2
+    assert all(abs(int(image.mean()) - 200) <= 1 for image in images)
 
 
-def test_bad_pictures_are_named(tmp_path, monkeypatch):
-    folder = tmp_path / "pictures"
+def test_bad_images_are_named(tmp_path, monkeypatch):
+    folder = tmp_path / "images"
     with pytest.raises(UserError, match="no such folder"):
-        list(read_pictures(folder))
+        list(read_images(folder))
     folder.mkdir()
     with pytest.raises(UserError, match="holds no"):
-        list(read_pictures(folder))
+        list(read_images(folder))
     Image.new("RGB", (8, 8)).save(folder / "a.png")
-    with pytest.raises(UserError, match="1 samples cannot give"):
+    with pytest.raises(UserError, match="1 samples are too few"):
         folder_distance(folder, folder, None, corner_means)
     Image.new("RGB", (8, 4)).save(folder / "b.png")
     with pytest.raises(UserError, match=r"b\.png: is 4×8, but the first"):
-        list(read_pictures(folder))
+        list(read_images(folder))
     (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:40])
     with pytest.raises(UserError, match=r"b\.png: cannot be decoded"):
-        list(read_pictures(folder))
-    monkeypatch.setattr(picture_folder, "_MAX_PIXELS", 63)
-    with pytest.raises(UserError, match=r"a\.png: 8×8 are more than 63 pixels"):
-        list(read_pictures(folder))
+        list(read_images(folder))
+    monkeypatch.setattr(image_folder, "MAX_PIXELS", 63)
+    with pytest.raises(UserError, match=r"a\.png: has more than 63 pixels \(8×8\)"):
+        list(read_images(folder))

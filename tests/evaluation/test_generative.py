@@ -122,8 +122,8 @@ def test_a_model_that_is_always_right_is_fully_coherent(oracle, evaluation_conte
         *(f"coherence/matrix/{source}/{target}" for source in NAMES for target in NAMES),
     }
     assert set(result.metrics.values()) == {1.0}
-    (picture,) = result.figures["coherence_matrix"].axes[0].images
-    assert np.asarray(picture.get_array()).tolist() == np.ones((3, 3)).tolist()
+    (image,) = result.figures["coherence_matrix"].axes[0].images
+    assert np.asarray(image.get_array()).tolist() == np.ones((3, 3)).tolist()
     assert result.protocol["generative.num_samples"] == 90
     assert result.protocol["classifier.accuracy.m1"] > 0.95
     json.dumps(result.protocol)
@@ -234,8 +234,8 @@ def test_only_what_is_wanted_is_computed(oracle, evaluation_context):
 
 def test_too_few_samples_leave_a_distance_out_with_the_reason(oracle, evaluation_context):
     result = evaluate_generative(evaluation_context(oracle, num_generated=32), {"frechet"})
-    assert "32 samples cannot give" in result.left_out["frechet/classifier/unconditional"]
-    assert "90 samples cannot give the covariance of 2,048" in result.left_out["fid"]
+    assert "32 samples are too few" in result.left_out["frechet/classifier/unconditional"]
+    assert "90 samples are too few for the covariance of 2,048" in result.left_out["fid"]
     assert set(result.metrics) == {"frechet/classifier/conditional", "frechet/classifier/conditional_cross"}
     result = evaluate_generative(evaluation_context(oracle, num_generated=5), {"fidelity"})
     assert "5 samples" in result.left_out["fidelity/classifier/unconditional"]
@@ -348,8 +348,8 @@ def test_a_refiner_that_draws_another_class_ruins_coherence_between_images_and_l
     assert result.metrics["refined/coherence/unconditional"] == 1
     shown = {}
     for version in ("", "refined_"):
-        (picture,) = result.figures[f"{version}coherence_matrix"].axes[0].images
-        shown[version] = np.asarray(picture.get_array()).tolist()
+        (image,) = result.figures[f"{version}coherence_matrix"].axes[0].images
+        shown[version] = np.asarray(image.get_array()).tolist()
     assert shown == {"": np.ones((3, 3)).tolist(), "refined_": np.zeros((3, 3)).tolist()}
 
 
@@ -377,7 +377,7 @@ def test_what_is_read_is_each_sample_refined_alone(untrained, evaluation_context
     metrics = evaluate_generative(context, {"coherence"}).metrics
     for name in NAMES:
         read = readings[f"refined/class/{name}"]
-        # A picture between two classes may fall to either side by rounding.
+        # An image between two classes may fall to either side by rounding.
         assert np.sum(read[shown] != classes[name]) <= 1
         assert metrics[f"refined/coherence/matrix/m1/{name}"] == np.mean(read == split["label"])
     assert sum(len(set(values)) > 1 for values in classes.values()) >= 2
@@ -447,8 +447,8 @@ def test_images_and_text_are_read_from_every_kind_of_source(mixed_shards):
         count = sum(name in sample.values for sample in samples)
         assert result.protocol[f"generative.num_samples.{name}"] == count < 60
     assert result.protocol["classifier.accuracy.caption"] == 1
-    (picture,) = result.figures["coherence_matrix"].axes[0].images
-    assert np.asarray(picture.get_array()).shape == (5, 2)
+    (image,) = result.figures["coherence_matrix"].axes[0].images
+    assert np.asarray(image.get_array()).shape == (5, 2)
     json.dumps(result.protocol)
 
 

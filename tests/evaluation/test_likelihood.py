@@ -20,7 +20,7 @@ def draw_data(names, num_samples, seed=1):
 
 @pytest.mark.parametrize(("names", "num_clusters"), [(("a",), 1), (("a", "b"), 1), (("a", "b", "c"), 3)])
 def test_estimates_reach_the_exact_log_likelihood(names, num_clusters, monkeypatch):
-    monkeypatch.setattr(likelihood, "_DECODED_TOGETHER", 10_000)  # these decoders take next to no memory
+    monkeypatch.setattr(likelihood, "DECODED_TOGETHER", 10_000)  # these decoders take next to no memory
     model = linear_model(names, num_clusters)
     data = draw_data(names, 12)
     exact = exact_log_likelihood(model, data)
@@ -32,7 +32,7 @@ def test_estimates_reach_the_exact_log_likelihood(names, num_clusters, monkeypat
 
 
 def test_of_incomplete_samples_it_is_the_likelihood_of_what_is_there(monkeypatch):
-    monkeypatch.setattr(likelihood, "_DECODED_TOGETHER", 10_000)
+    monkeypatch.setattr(likelihood, "DECODED_TOGETHER", 10_000)
     names = ("a", "b", "c")
     model = linear_model(names, 2)
     data = draw_data(names, 7)

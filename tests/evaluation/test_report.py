@@ -15,7 +15,7 @@ from cmvae.utils.errors import UserError
 METRICS = {"clustering/num_clusters": 11.0, "clustering/acc": np.float32(0.5), "clustering/ari": 1.0}
 
 
-def picture(width: float) -> Figure:
+def draw(width: float) -> Figure:
     return Figure(figsize=(width, 1), dpi=50)
 
 
@@ -26,7 +26,7 @@ def read(folder: Path, name: str) -> dict:
 def test_a_report_can_be_read_back(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "evaluation"
     left_out = {"fid": "no weights"}
-    write_report(folder, GroupResult(METRICS, {"selection": picture(2)}, {"seed": 3}, left_out))
+    write_report(folder, GroupResult(METRICS, {"selection": draw(2)}, {"seed": 3}, left_out))
     metrics = read(folder, "metrics.json")
     assert metrics == {"clustering/acc": 0.5, "clustering/ari": 1.0, "clustering/num_clusters": 11.0}
     assert list(metrics) == sorted(metrics)
@@ -43,8 +43,8 @@ def test_texts_are_files_of_their_own(tmp_path: Path) -> None:
 
 def test_a_second_evaluation_takes_the_place_of_the_first(tmp_path: Path) -> None:
     folder = tmp_path / "evaluation"
-    write_report(folder, GroupResult(METRICS, {"map": picture(2), "old": picture(2)}))
-    write_report(folder, GroupResult({"clustering/acc": 0.75}, {"map": picture(1)}))
+    write_report(folder, GroupResult(METRICS, {"map": draw(2), "old": draw(2)}))
+    write_report(folder, GroupResult({"clustering/acc": 0.75}, {"map": draw(1)}))
     assert read(folder, "metrics.json") == {"clustering/acc": 0.75}
     assert [path.name for path in (folder / "figures").iterdir()] == ["map.png"]
     assert Image.open(folder / "figures" / "map.png").size == (50, 50)
@@ -65,7 +65,7 @@ def test_a_disk_that_fills_up_while_drawing_leaves_what_was_there(tmp_path: Path
             raise OSError(errno.ENOSPC, "No space left on device")
 
     folder = tmp_path / "evaluation"
-    write_report(folder, GroupResult(METRICS, {"map": picture(2)}))
+    write_report(folder, GroupResult(METRICS, {"map": draw(2)}))
     with pytest.raises(UserError, match=r"evaluation: cannot be written \(No space left on device\)"):
         write_report(folder, GroupResult({"clustering/acc": 0.1}, {"map": NoRoom()}))
     assert read(folder, "metrics.json")["clustering/acc"] == 0.5

@@ -206,7 +206,7 @@ def test_a_refiner_of_another_cmvae_is_not_evaluated(refiner_run, run):
     torch.manual_seed(1)
     CMVAE(cmvae.model, index.modalities).save_pretrained(cmvae.run_dir / "export")
     with pytest.raises(
-        UserError, match=r"refiner/export: refines the CMVAE with the weights .*, but .*run/export"
+        UserError, match=r"refiner/export: trained with the CMVAE whose weights .*, but .*run/export"
     ):
         evaluate_run(config, index, config.run_dir)
     assert not (config.run_dir / "evaluation").exists()

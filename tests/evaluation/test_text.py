@@ -122,7 +122,7 @@ def test_texts_that_do_not_tell_their_class_are_no_measure(data):
     for values in data.values():
         values["label"] = values["label"][torch.randperm(len(values["label"]))]
     context = make_context(MixedOracle(), data, tuple(COLOURS))
-    with pytest.raises(UserError, match=r"of the real texts, below 80%"):
+    with pytest.raises(UserError, match=r"on real texts, below 80%"):
         train_text_classifier(context, "caption")
     with pytest.raises(UserError, match="no labels"):
         train_text_classifier(make_context(MixedOracle(), data), "caption")

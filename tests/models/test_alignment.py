@@ -1,4 +1,4 @@
-"""The contrast between modalities, against brute force, cross-entropy and a known mutual information."""
+"""Contrastive loss, compared with brute force, cross-entropy and a known mutual information."""
 
 import math
 
@@ -10,8 +10,8 @@ from cmvae.models.alignment import augment, contrast
 from cmvae.utils.seeds import sample_generators
 
 
-def brute_force(anchors, present, candidates, candidate_present, places, variance):
-    """One logit at a time."""
+def brute_force(anchors, present, candidates, candidate_present, positions, variance):
+    """Compute one logit at a time."""
     num_modalities, batch_size, _ = anchors.shape
     losses = []
     for i in range(batch_size):
@@ -26,26 +26,26 @@ def brute_force(anchors, present, candidates, candidate_present, places, varianc
                     if candidate_present[n, j]
                 }
                 total = math.log(sum(math.exp(value) for value in logits.values()))
-                terms.append(total - logits[int(places[i])])
+                terms.append(total - logits[int(positions[i])])
         losses.append(sum(terms) / len(terms) if terms else 0.0)
     return torch.tensor(losses)
 
 
 @pytest.mark.parametrize("max_logits", [2**24, 40, 1])
-def test_the_contrast_equals_brute_force(max_logits):
+def test_contrast_equals_brute_force(max_logits):
     torch.manual_seed(0)
     candidates = torch.randn(3, 11, 4)
     candidate_present = torch.rand(3, 11) < 0.7
     candidate_present[:, 2:4] = torch.tensor([[True, False], [False, False], [True, False]])
-    places = torch.arange(2, 9)
-    anchors, present = candidates[:, places], candidate_present[:, places]
-    found = contrast(anchors, present, candidates, candidate_present, places, 0.7, max_logits)
-    expected = brute_force(anchors, present, candidates, candidate_present, places, 0.7)
+    positions = torch.arange(2, 9)
+    anchors, present = candidates[:, positions], candidate_present[:, positions]
+    found = contrast(anchors, present, candidates, candidate_present, positions, 0.7, max_logits)
+    expected = brute_force(anchors, present, candidates, candidate_present, positions, 0.7)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert found[1] == 0  # a sample that lacks all
+    assert found[1] == 0  # This sample has no modality.
 
 
-def test_parts_have_the_same_gradient_as_the_whole():
+def test_gradient_does_not_depend_on_the_parts():
     torch.manual_seed(0)
     z = torch.randn(3, 16, 4, dtype=torch.float64)
     present = torch.rand(3, 16) < 0.8
@@ -58,7 +58,7 @@ def test_parts_have_the_same_gradient_as_the_whole():
     assert gradients[0].isfinite().all()
 
 
-def test_two_complete_modalities_are_a_cross_entropy_in_both_directions():
+def test_contrast_of_two_modalities_is_a_symmetric_cross_entropy():
     torch.manual_seed(0)
     z = torch.randn(2, 9, 3)
     logits = -torch.cdist(z[0], z[1]).square() / (2 * 1.3)
@@ -69,7 +69,7 @@ def test_two_complete_modalities_are_a_cross_entropy_in_both_directions():
     torch.testing.assert_close(found, expected)
 
 
-def test_nobody_has_a_modality():
+def test_contrast_is_zero_if_a_modality_is_missing_everywhere():
     z = torch.randn(2, 4, 3, requires_grad=True)
     present = torch.tensor([[True] * 4, [False] * 4])
     loss = contrast(z, present, z, present, torch.arange(4), 1.0).sum()
@@ -79,8 +79,8 @@ def test_nobody_has_a_modality():
     assert z.grad.isfinite().all()
 
 
-def test_the_optimum_is_the_information_that_modalities_share():
-    """Ten equally likely classes, told apart perfectly: the loss is the log of the own class's members."""
+def test_minimum_is_the_mutual_information():
+    """Ten equally likely, perfectly separated classes: the loss is the log of the class size."""
     means = 50 * torch.eye(10)
     labels = torch.arange(200) % 10
     z = means[labels].expand(3, -1, -1)
@@ -89,7 +89,7 @@ def test_the_optimum_is_the_information_that_modalities_share():
     assert math.log(200) - loss.item() == pytest.approx(math.log(10), abs=1e-4)
 
 
-def test_augmented_images_are_mirrored_or_parts():
+def test_augmented_images_are_mirrored_or_cropped():
     torch.manual_seed(0)
     ramp = torch.linspace(0, 1, 16)
     images = ramp.expand(64, 1, 16, 16)
@@ -101,12 +101,12 @@ def test_augmented_images_are_mirrored_or_parts():
     span = cropped[..., -1] - cropped[..., 0]
     assert span.min() > 0.5
     assert span.max() < 1
-    assert span.flatten(1).std(1).max() < 1e-4  # the same part everywhere in an image
-    assert len(span[:, 0, 0].unique()) > 32  # another one in each
+    assert span.flatten(1).std(1).max() < 1e-4  # All rows of an image have the same crop.
+    assert len(span[:, 0, 0].unique()) > 32  # Crops differ between images.
     torch.testing.assert_close(augment(images, ()), images, atol=1e-5, rtol=0)
 
 
-def test_an_image_is_augmented_by_its_own_stream_whatever_the_batch():
+def test_augmentation_does_not_depend_on_the_batch():
     torch.manual_seed(0)
     images, names = torch.rand(6, 3, 8, 8), ("flip", "crop")
 

@@ -1,4 +1,4 @@
-"""The model: shapes, one call a decoder, precision, generation, exports."""
+"""CMVAE: shapes, calls of decoders, precision, generation and exports."""
 
 import math
 
@@ -38,7 +38,7 @@ def test_shapes_of_posteriors_and_decoded_images(inputs):
     assert {name: image.shape for name, image in decoded.items()} == {"a": (2, 4, 7, 3, 8, 12)}
 
 
-def test_decoding_keeps_rows_apart_and_in_order():
+def test_rows_are_decoded_independently():
     model = make_model()
     z, w = torch.randn(2, 3, 6), torch.randn(2, 3, 3)
     together = model.decode(z, {"b": w})["b"]
@@ -48,7 +48,7 @@ def test_decoding_keeps_rows_apart_and_in_order():
             torch.testing.assert_close(together[i, j], alone)
 
 
-def test_on_a_cpu_a_decoder_takes_so_many_that_its_maps_stay_small(monkeypatch):
+def test_decoders_are_called_in_parts_on_a_cpu(monkeypatch):
     model, sizes = make_model(width=4), []
     for name in ("a", "b"):
         model.decoders[name].register_forward_hook(
@@ -58,17 +58,17 @@ def test_on_a_cpu_a_decoder_takes_so_many_that_its_maps_stay_small(monkeypatch):
     whole = model.decode_parameters(*latents)
     assert sizes == [("a", 14), ("b", 14)]
     sizes.clear()
-    # An image of a has 288 values, one of b 256; both have four filters.
-    monkeypatch.setattr("cmvae.models.cmvae._DECODED_AT_A_TIME", 5 * 256 * 4)
+    # An image of a has 288 values, an image of b 256; both networks have four filters.
+    monkeypatch.setattr("cmvae.models.cmvae._MAX_DECODED_SIZE", 5 * 256 * 4)
     in_parts = model.decode_parameters(*latents)
     assert sizes == [("a", 4), ("a", 4), ("a", 4), ("a", 2), ("b", 5), ("b", 5), ("b", 4)]
     for name in ("a", "b"):
         torch.testing.assert_close(in_parts[name], whole[name])
 
 
-def test_in_training_a_decoder_with_batch_norm_takes_all_at_once(monkeypatch):
+def test_a_decoder_with_batch_norm_is_called_once_in_training(monkeypatch):
     model, sizes = mixed_model(), []
-    monkeypatch.setattr("cmvae.models.cmvae._DECODED_AT_A_TIME", 1)
+    monkeypatch.setattr("cmvae.models.cmvae._MAX_DECODED_SIZE", 1)
     model.decoders["caption"].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     for training, expected in ((True, [3]), (False, [1, 1, 1])):
         sizes.clear()
@@ -89,18 +89,20 @@ def test_images_must_halve_twice():
         make_model(modalities={"a": ImageModality(shape=(3, 8, 10))})
 
 
-def test_an_unknown_network_is_named():
+def test_unknown_network_is_rejected():
     config = ModelConfig(modalities={"a": ModalityConfig(network="transformer")})
-    with pytest.raises(UserError, match=r"model\.modalities\.a\.network: no network 'transformer'.*resnet"):
+    with pytest.raises(
+        UserError, match=r"model\.modalities\.a\.network: unknown network 'transformer'.*resnet"
+    ):
         CMVAE(config, {"a": IMAGE})
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
-def test_outputs_are_fp32_and_networks_run_in_the_precision_asked_for(inputs, precision):
+def test_networks_run_in_the_set_precision_and_outputs_are_fp32(inputs, precision):
     model = make_model(autocast_dtype=precision)
     seen = []
     model.encoders["a"].shared_heads.register_forward_hook(lambda _, __, output: seen.append(output[0].dtype))
-    # A launcher's autocast around the call must not decide over the networks.
+    # An autocast that a launcher enabled around the call must have no effect.
     with torch.autocast("cpu", dtype=torch.float16):
         posterior = model.encode(inputs)["a"]
     assert seen == [precision or torch.float32]
@@ -133,11 +135,11 @@ def test_dropped_clusters_leave_the_prior():
     assert set((z.mean(1) / 1000).round().tolist()) == {0.0, 2.0}
 
 
-def test_assignment_follows_the_nearest_active_cluster(inputs):
+def test_samples_are_assigned_to_the_nearest_active_cluster(inputs):
     model = make_model()
     shared = model.encode(inputs)
     with torch.no_grad():
-        # A cluster at the two encodings' middle for every sample, far from all others but the first two.
+        # For each of the first five samples, a cluster midway between its two encodings.
         for c in range(5):
             model.cluster_prior.means[c] = (shared["a"].shared.loc[c] + shared["b"].shared.loc[c]) / 2
     before = model.assign(inputs)
@@ -162,7 +164,7 @@ def test_assignment_follows_the_nearest_active_cluster(inputs):
     assert (after.responsibilities[..., before.cluster[0]] == 0).all()
 
 
-def test_generation_is_seeded_and_given_modalities_matter(inputs):
+def test_generation_is_seeded_and_depends_on_given_modalities(inputs):
     model = make_model()
 
     def generate(**arguments):
@@ -176,7 +178,7 @@ def test_generation_is_seeded_and_given_modalities_matter(inputs):
     assert not torch.equal(from_a["b"], generate(given={"b": inputs["b"]})["b"])
 
 
-def test_given_modalities_take_turns_as_source(inputs):
+def test_z_is_sampled_from_the_mixture_over_given_modalities(inputs):
     model = make_model()
     posteriors = model.encode(inputs)
     many = {name: images[:1].expand(400, -1, -1, -1) for name, images in inputs.items()}
@@ -189,7 +191,7 @@ def test_given_modalities_take_turns_as_source(inputs):
     from_a = (z.mean(1) > 0).float().mean().item()
     assert from_a == pytest.approx(0.5, abs=0.1)
     assert posteriors.keys() == {"a", "b"}
-    # Of what a sample lacks nothing comes.
+    # Missing modalities are never the source.
     mask = torch.tensor([[True, False], [False, True], [True, True], [True, True]]).repeat(100, 1)
     z = model._sample_posterior(many, mask, torch.Generator().manual_seed(0))
     from_a = z[:, 0] > 0
@@ -198,14 +200,14 @@ def test_given_modalities_take_turns_as_source(inputs):
     assert 70 < from_a[2::4].sum() + from_a[3::4].sum() < 130
 
 
-def test_generation_refuses_contradictions(inputs):
+def test_contradictory_arguments_are_rejected(inputs):
     model = make_model()
     for arguments in ({}, {"num_samples": 2, "given": inputs}, {"given": inputs, "cluster": 1}):
         with pytest.raises(ValueError, match="num_samples"):
             model.generate(**arguments)
 
 
-def test_an_export_gives_the_same_model(tmp_path, inputs):
+def test_export_restores_the_model(tmp_path, inputs):
     model = make_model()
     model.cluster_prior.active[3] = False
     model.save_pretrained(tmp_path / "export")
@@ -220,11 +222,11 @@ def test_an_export_gives_the_same_model(tmp_path, inputs):
         again.reconstruct(inputs)["a"], model.reconstruct(inputs)["a"], rtol=1e-5, atol=1e-6
     )
     model.save_pretrained(tmp_path / "export")
-    assert [path.name for path in tmp_path.iterdir()] == ["export"], "no leftovers beside a replaced export"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"], "no leftovers after replacing an export"
 
 
-def test_damaged_exports_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere.*missing.*no export"):
+def test_damaged_exports_are_reported(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere.*missing.*not an export"):
         CMVAE.from_pretrained(tmp_path / "nowhere")
     folder = tmp_path / "export"
     make_model().save_pretrained(folder)
@@ -238,14 +240,14 @@ def test_damaged_exports_are_named(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         CMVAE.from_pretrained(folder)
     (folder / "config.yaml").write_text(text.replace("format_version: 3", "format_version: 2"))
-    with pytest.raises(UserError, match=r"export of format 2, .* reads 3\. Read it with the"):
+    with pytest.raises(UserError, match=r"export format 2, .* reads format 3\. Use the"):
         CMVAE.from_pretrained(folder)
     (folder / "config.yaml").write_text("!!python/object/apply:os.system ['true']")
     with pytest.raises(UserError, match="damaged"):
         CMVAE.from_pretrained(folder)
 
 
-def test_cluster_density_is_the_closed_form():
+def test_cluster_density_equals_the_closed_form():
     model = make_model()
     z = torch.randn(4, 6)
     _, log_density = model.cluster_prior(z)
@@ -254,7 +256,7 @@ def test_cluster_density_is_the_closed_form():
         torch.testing.assert_close(log_density[:, c], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_weights_of_a_diverged_training_are_named(tmp_path):
+def test_non_finite_weights_are_reported(tmp_path):
     model = make_model()
     with torch.no_grad():
         model.cluster_prior.means[1, 0] = float("nan")

@@ -1,4 +1,4 @@
-"""The forward process against closed forms, and the samplers on Gaussian data, where everything is known."""
+"""Forward process, compared with closed forms, and samplers on Gaussian data, whose solution is known."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ MEAN = np.array([0.3, -0.2, 0.1, -0.4])
 
 
 def closed_betas(schedule, num_timesteps):
-    """The β of Ho et al. (2020) or of Nichol & Dhariwal (2021), one by one in double precision."""
+    """β of Ho et al. (2020) or Nichol & Dhariwal (2021), computed one by one in fp64."""
     if schedule == "linear":
         step = (0.02 - 1e-4) / (num_timesteps - 1)
         return np.array([1e-4 + step * t for t in range(num_timesteps)])
@@ -45,7 +45,7 @@ def closed_signal_power(schedule, num_timesteps=1000):
 
 
 def optimal_denoiser(schedule):
-    """E[x_0 | x_t] = MEAN + G (x_t − √ᾱ MEAN), for images (B, 1, 4, N) of N independent draws each."""
+    """E[x_0 | x_t] = MEAN + G (x_t − √ᾱ MEAN), for images (B, 1, 4, N) of N independent samples each."""
     signal_power = closed_signal_power(schedule)
 
     def predict_image(noisy, timesteps):
@@ -73,7 +73,7 @@ def draw_data(num, seed=0):
 
 
 def assert_moments(samples, mean, covariance, bias=0.0):
-    """The moments of (1, 1, 4, N) samples lie within five standard errors and `bias` of those given."""
+    """Check that moments of samples (1, 1, 4, N) are within five standard errors plus `bias`."""
     samples = samples[0, 0].double().numpy()
     num = samples.shape[1]
     variances = np.diag(covariance)
@@ -84,14 +84,14 @@ def assert_moments(samples, mean, covariance, bias=0.0):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("num_timesteps", [1000, 40])
-def test_the_schedule_is_the_published_one(schedule, num_timesteps):
+def test_schedule_equals_the_published_one(schedule, num_timesteps):
     diffusion = Diffusion(DiffusionConfig(schedule=schedule, num_timesteps=num_timesteps))
     power = closed_signal_power(schedule, num_timesteps)
     timesteps = torch.arange(num_timesteps)
     one, zero = torch.ones(num_timesteps, 1, 1, 1), torch.zeros(num_timesteps, 1, 1, 1)
     signal = diffusion.add_noise(one, zero, timesteps).flatten()
     spread = diffusion.add_noise(zero, one, timesteps).flatten()
-    # An fp32 number is off by up to 6e-8; ᾱ in fp32 would put √(1 − ᾱ) off by 3e-4 at t = 0.
+    # The relative rounding error of fp32 is 6e-8; with ᾱ in fp32, that of √(1 − ᾱ) at t = 0 would be 3e-4.
     np.testing.assert_allclose(signal.numpy(), np.sqrt(power), rtol=2e-7)
     np.testing.assert_allclose(spread.numpy(), np.sqrt(1 - power), rtol=2e-7)
 
@@ -120,7 +120,7 @@ def test_noised_images_have_the_moments_of_the_process(schedule):
         assert abs(noisy[row].var() - variance) < 5 * variance * math.sqrt(2 / num)
 
 
-def test_one_noising_is_many_small_ones():
+def test_add_noise_is_the_marginal_of_the_markov_chain():
     """q(x_t | x_0) is the marginal of the Markov chain x_t = √(1 − β_t) x_{t−1} + √β_t ε."""
     num_timesteps, num = 12, 100_000
     diffusion = Diffusion(DiffusionConfig(schedule="cosine", num_timesteps=num_timesteps))
@@ -153,7 +153,7 @@ def test_targets_are_noise_velocity_and_image():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_the_image_comes_back_from_its_target_at_every_time_step(schedule, prediction):
+def test_predicted_image_inverts_target_at_every_time_step(schedule, prediction):
     diffusion = Diffusion(DiffusionConfig(schedule=schedule, prediction=prediction))
     generator = torch.Generator().manual_seed(0)
     images = 2 * torch.rand(1000, 3, 4, 4, generator=generator) - 1
@@ -162,7 +162,7 @@ def test_the_image_comes_back_from_its_target_at_every_time_step(schedule, predi
     noisy = diffusion.add_noise(images, noise, timesteps)
     target = diffusion.target(images, noise, timesteps)
     error = (diffusion.predicted_image(target, noisy, timesteps) - images).abs().flatten(1).amax(1)
-    # x_t is below 6 and rounded to 6e-8 of that a few times; only ε divides what comes of it by √ᾱ.
+    # x_t is below 6 and rounded with a relative error of 6e-8 a few times. Only ε then divides by √ᾱ.
     rounding = 3 * 6 * 2**-24
     bound = np.full(1000, rounding)
     if prediction == "epsilon":
@@ -170,7 +170,7 @@ def test_the_image_comes_back_from_its_target_at_every_time_step(schedule, predi
     assert np.all(error.numpy() < bound)
 
 
-def test_half_precision_gets_fp32_back_and_noise_at_the_first_time_step():
+def test_half_precision_inputs_give_fp32_and_noise_at_the_first_time_step():
     image = torch.full((1, 1, 1, 1), 0.5, dtype=torch.bfloat16)
     noise, timesteps = torch.ones_like(image), torch.zeros(1, dtype=torch.int64)
     for prediction in PREDICTIONS:
@@ -181,18 +181,18 @@ def test_half_precision_gets_fp32_back_and_noise_at_the_first_time_step():
         target = diffusion.target(image, noise, timesteps).bfloat16()
         recovered = diffusion.predicted_image(target, noisy, timesteps)
         assert recovered.dtype == torch.float32
-        # v = 0.99495 is rounded to 8 bits, and multiplied by 0.01.
+        # v = 0.99495 is rounded to 8 bits and multiplied by 0.01.
         assert recovered.item() == pytest.approx(0.5, abs=1e-4)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("gamma", [5.0, 1.0])
-def test_min_snr_weighs_the_error_of_the_image_alike_whatever_is_predicted(schedule, gamma):
+def test_min_snr_weights_the_image_error_equally_for_every_prediction(schedule, gamma):
     timesteps = torch.arange(1000)
     power = closed_signal_power(schedule)
-    ratio = power / (1 - power)
-    assert ratio.min() < gamma < ratio.max()
-    mistake = torch.ones(1000, 1, 1, 1)
+    snr = power / (1 - power)
+    assert snr.min() < gamma < snr.max()
+    error = torch.ones(1000, 1, 1, 1)
     for prediction in PREDICTIONS:
         diffusion = Diffusion(
             DiffusionConfig(
@@ -202,13 +202,13 @@ def test_min_snr_weighs_the_error_of_the_image_alike_whatever_is_predicted(sched
         weights = diffusion.loss_weights(timesteps)
         assert weights.shape == (1000,)
         assert weights.dtype == torch.float32
-        # x_0 is an affine function of the prediction: without x_t, the mistake of the image is left.
-        of_image = diffusion.predicted_image(mistake, torch.zeros_like(mistake), timesteps).flatten()
-        expected = np.minimum(ratio, gamma) * of_image.double().numpy() ** 2
+        # x_0 is an affine function of the prediction, so x_t = 0 gives the error of the image.
+        image_error = diffusion.predicted_image(error, torch.zeros_like(error), timesteps).flatten()
+        expected = np.minimum(snr, gamma) * image_error.double().numpy() ** 2
         np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-6)
 
 
-def test_uniform_weights_are_one_in_the_order_of_the_batch():
+def test_loss_weights_follow_the_order_of_the_batch():
     assert torch.equal(Diffusion(DiffusionConfig()).loss_weights(torch.tensor([999, 0, 7])), torch.ones(3))
     diffusion = Diffusion(DiffusionConfig(prediction="sample", loss_weighting="min_snr"))
     backwards = diffusion.loss_weights(torch.arange(999, -1, -1))
@@ -224,25 +224,25 @@ class AffineMap(NamedTuple):
 
     @property
     def covariance_error(self):
-        """Of what it makes of standard noise, relative, in the Frobenius norm."""
+        """Relative error of the covariance of mapped standard noise, in the Frobenius norm."""
         return np.linalg.norm(self.matrix @ self.matrix.T - COVARIANCE) / np.linalg.norm(COVARIANCE)
 
 
 def solved_map(schedule, name, num_steps):
-    """What a deterministic sampler with the optimal denoiser does, found from 64 pieces of noise."""
+    """Map of a deterministic sampler with the optimal denoiser, fitted to 64 noise vectors."""
     denoiser, calls = optimal_denoiser(schedule), []
 
     def predict_image(noisy, timesteps):
         calls.append(noisy)
         return denoiser(noisy, timesteps)
 
-    made = Diffusion(DiffusionConfig(schedule=schedule)).sample(
+    sampled = Diffusion(DiffusionConfig(schedule=schedule)).sample(
         predict_image, (1, 1, 4, 64), SamplerConfig(name=name, num_steps=num_steps), streams(0), device=CPU
     )
     inputs = np.vstack([calls[0][0, 0].double().numpy(), np.ones(64)])
-    outputs = made[0, 0].double().numpy()
+    outputs = sampled[0, 0].double().numpy()
     solution = np.linalg.lstsq(inputs.T, outputs.T, rcond=None)[0].T
-    # It is affine in the noise, up to the rounding of every step.
+    # The map is affine in the noise, up to rounding errors.
     assert np.abs(solution @ inputs - outputs).max() < 1e-5
     return AffineMap(solution[:, :4], solution[:, 4])
 
@@ -250,7 +250,7 @@ def solved_map(schedule, name, num_steps):
 def reference_map(schedule, order, timesteps):
     """DDIM (Song et al., 2021, eq. 12) or DPM-Solver++(2M) (Lu et al., 2022, algorithm 2), in fp64."""
     power = np.append(closed_signal_power(schedule)[timesteps], 1.0)
-    # Columns: the linear part and the constant one.
+    # Columns: linear part and offset.
     state = np.hstack([np.eye(4), np.zeros((4, 1))])
     mean = np.hstack([np.zeros((4, 4)), MEAN[:, None]])
     before = None
@@ -269,31 +269,32 @@ def reference_map(schedule, order, timesteps):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-# diffusers' own time steps are one too many for 61, and its DDIM goes astray with 600.
+# The default time steps of diffusers are one too many for 61, and its DDIM is wrong for 600.
 @pytest.mark.parametrize("num_steps", [1, 2, 20, 61, 600])
 @pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpm_solver", 2)])
-def test_deterministic_samplers_are_those_of_their_papers(schedule, num_steps, name, order):
+def test_deterministic_samplers_equal_those_of_their_papers(schedule, num_steps, name, order):
     timesteps = [round(1000 * (1 - i / num_steps)) - 1 for i in range(num_steps)]
-    made, expected = solved_map(schedule, name, num_steps), reference_map(schedule, order, timesteps)
-    # The scheduler's tables and steps are fp32; they were off by less than 1e-6.
-    np.testing.assert_allclose(made.matrix, expected.matrix, atol=5e-6)
-    np.testing.assert_allclose(made.offset, expected.offset, atol=5e-6)
+    solution, expected = solved_map(schedule, name, num_steps), reference_map(schedule, order, timesteps)
+    # Tables and steps of the scheduler are fp32; their error was below 1e-6.
+    np.testing.assert_allclose(solution.matrix, expected.matrix, atol=5e-6)
+    np.testing.assert_allclose(solution.offset, expected.offset, atol=5e-6)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_deterministic_samplers_approach_the_data_at_the_rate_of_their_order(schedule):
+def test_deterministic_samplers_converge_at_the_rate_of_their_order(schedule):
     errors = {
         name: {num_steps: solved_map(schedule, name, num_steps) for num_steps in (20, 50, 100, 200)}
         for name in ("ddim", "dpm_solver")
     }
     bias = np.sqrt(closed_signal_power(schedule)[-1])
     for name, maps in errors.items():
-        for made in maps.values():
-            # x_T has √ᾱ of the mean, pure noise has none; a map that shrinks cannot lose more of it.
-            assert np.abs(made.offset - MEAN).max() < bias * np.abs(MEAN).sum() + 1e-5, name
-    ddim = {num_steps: made.covariance_error for num_steps, made in errors["ddim"].items()}
-    solver = {num_steps: made.covariance_error for num_steps, made in errors["dpm_solver"].items()}
-    # Half the error for twice the steps, or less than a third of it, a quarter in the limit.
+        for solution in maps.values():
+            # Sampling starts with mean 0, but x_T has mean √ᾱ · MEAN. The map contracts this difference.
+            assert np.abs(solution.offset - MEAN).max() < bias * np.abs(MEAN).sum() + 1e-5, name
+    ddim = {num_steps: solution.covariance_error for num_steps, solution in errors["ddim"].items()}
+    solver = {num_steps: solution.covariance_error for num_steps, solution in errors["dpm_solver"].items()}
+    # Twice the steps halve the error of first order and reduce that of second order to less than a third
+    # (a quarter in the limit).
     assert ddim[50] < 0.12
     assert 0.45 < ddim[100] / ddim[50] < 0.55
     assert 0.45 < ddim[200] / ddim[100] < 0.55
@@ -306,35 +307,35 @@ def test_deterministic_samplers_approach_the_data_at_the_rate_of_their_order(sch
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("num_steps", "distance"), [(20, 0.4), (1000, 0.02)])
-def test_ddpm_draws_from_the_chain_of_its_paper(schedule, num_steps, distance):
+def test_ddpm_samples_from_the_chain_of_its_paper(schedule, num_steps, distance):
     timesteps = [round(1000 * (1 - i / num_steps)) - 1 for i in range(num_steps)]
     power = np.append(closed_signal_power(schedule)[timesteps], 1.0)
-    # Ho et al. (2020), eq. 7, with the variance of the posterior, from each time step to the next one taken.
+    # Ho et al. (2020), eq. 7, with the posterior variance, from each time step to the next one that is used.
     mean, covariance = np.zeros(4), np.eye(4)
     for now, after in itertools.pairwise(power):
         beta = 1 - now / after
-        of_image = math.sqrt(after) * beta / (1 - now)
-        of_noisy = math.sqrt(1 - beta) * (1 - after) / (1 - now)
-        step = of_image * _gain(now) + of_noisy * np.eye(4)
-        mean = of_image * (MEAN - math.sqrt(now) * _gain(now) @ MEAN) + step @ mean
+        image_weight = math.sqrt(after) * beta / (1 - now)
+        noisy_weight = math.sqrt(1 - beta) * (1 - after) / (1 - now)
+        step = image_weight * _gain(now) + noisy_weight * np.eye(4)
+        mean = image_weight * (MEAN - math.sqrt(now) * _gain(now) @ MEAN) + step @ mean
         covariance = step @ covariance @ step.T + beta * (1 - after) / (1 - now) * np.eye(4)
     assert np.linalg.norm(covariance - COVARIANCE) < distance * np.linalg.norm(COVARIANCE)
     assert np.abs(mean - MEAN).max() < 0.01
 
-    made = Diffusion(DiffusionConfig(schedule=schedule)).sample(
+    sampled = Diffusion(DiffusionConfig(schedule=schedule)).sample(
         optimal_denoiser(schedule),
         (1, 1, 4, 20_000),
         SamplerConfig(name="ddpm", num_steps=num_steps),
         streams(0),
         device=CPU,
     )
-    assert_moments(made, mean, covariance)
+    assert_moments(sampled, mean, covariance)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_noised_data_come_back_as_data(schedule, name):
-    made = Diffusion(DiffusionConfig(schedule=schedule)).sample(
+def test_samplers_recover_the_distribution_of_noised_data(schedule, name):
+    sampled = Diffusion(DiffusionConfig(schedule=schedule)).sample(
         optimal_denoiser(schedule),
         (1, 1, 4, 20_000),
         SamplerConfig(name=name, num_steps=400, start=0.4),
@@ -342,8 +343,8 @@ def test_noised_data_come_back_as_data(schedule, name):
         device=CPU,
         start_from=draw_data(20_000),
     )
-    # With so many steps the samplers themselves are off by less than 0.005.
-    assert_moments(made, MEAN, COVARIANCE, bias=0.005)
+    # With 400 steps, the discretisation error of the samplers is below 0.005.
+    assert_moments(sampled, MEAN, COVARIANCE, bias=0.005)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -351,52 +352,52 @@ def test_noised_data_come_back_as_data(schedule, name):
     ("num_steps", "start"),
     [(1, 1.0), (7, 1.0), (61, 1.0), (999, 1.0), (1000, 1.0), (20, 0.5), (13, 0.37), (300, 0.3), (1, 0.001)],
 )
-def test_the_network_is_asked_just_so_often(name, num_steps, start):
+def test_the_network_is_called_once_per_step(name, num_steps, start):
     sampler = SamplerConfig(name=name, num_steps=num_steps, start=start)
     diffusion = Diffusion(DiffusionConfig())
-    asked = []
+    called_at = []
 
     def predict_image(noisy, timesteps):
         assert timesteps.dtype == torch.int64
         assert timesteps.shape == (2,)
-        asked.append(timesteps.unique().item())
+        called_at.append(timesteps.unique().item())
         return torch.full_like(noisy, 3.0)
 
-    made = diffusion.sample(
+    sampled = diffusion.sample(
         predict_image, (2, 1, 1, 1), sampler, streams(0, 1), device=CPU, start_from=torch.zeros(2, 1, 1, 1)
     )
-    assert len(asked) == num_steps
-    assert asked == diffusion.sampling_timesteps(sampler)
-    assert asked[0] == round(1000 * start) - 1
-    strides = [before - after for before, after in itertools.pairwise([*asked, -1])]
+    assert len(called_at) == num_steps
+    assert called_at == diffusion.sampling_timesteps(sampler)
+    assert called_at[0] == round(1000 * start) - 1
+    strides = [before - after for before, after in itertools.pairwise([*called_at, -1])]
     assert min(strides) >= 1
     assert max(strides) - min(strides) <= 1
-    # The last prediction is the result: nothing clips it, no noise is left in it.
-    assert torch.equal(made, torch.full_like(made, 3.0))
+    # The result is the last prediction, not clipped and without noise.
+    assert torch.equal(sampled, torch.full_like(sampled, 3.0))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_it_starts_from_noise_or_from_the_noised_image(schedule):
+def test_sampling_starts_from_noise_or_from_the_noised_image(schedule):
     diffusion = Diffusion(DiffusionConfig(schedule=schedule))
     image = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(5)) * 2 - 1
     noise = torch.cat([torch.randn(1, 3, 4, 4, generator=generator) for generator in streams(7, 8)])
     power = closed_signal_power(schedule)[599]
     expected = {1.0: noise, 0.6: math.sqrt(power) * image + math.sqrt(1 - power) * noise}
     for start, first in expected.items():
-        asked = []
+        inputs = []
 
-        def predict_image(noisy, timesteps, asked=asked):
-            asked.append(noisy)
+        def predict_image(noisy, timesteps, inputs=inputs):
+            inputs.append(noisy)
             return noisy
 
         sampler = SamplerConfig(num_steps=3, start=start)
         diffusion.sample(predict_image, (2, 3, 4, 4), sampler, streams(7, 8), device=CPU, start_from=image)
-        torch.testing.assert_close(asked[0], first, atol=1e-6, rtol=0)
+        torch.testing.assert_close(inputs[0], first, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("start", [1.0, 0.5])
-def test_a_sample_is_the_same_in_any_batch(name, start):
+def test_samples_do_not_depend_on_the_batch(name, start):
     diffusion = Diffusion(DiffusionConfig(schedule="cosine"))
     sampler = SamplerConfig(name=name, num_steps=9, start=start)
     images = torch.rand(6, 3, 5, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -420,7 +421,7 @@ def test_a_sample_is_the_same_in_any_batch(name, start):
     assert not torch.equal(together[0], together[1])
 
 
-def test_ancestral_noise_is_drawn_anew_at_every_step():
+def test_ancestral_sampling_draws_new_noise_at_every_step():
     def draw(name):
         noisy_images = []
 
@@ -432,17 +433,17 @@ def test_ancestral_noise_is_drawn_anew_at_every_step():
         Diffusion(DiffusionConfig()).sample(predict_image, (1, 1, 50, 50), sampler, streams(0), device=CPU)
         return torch.corrcoef(torch.stack(noisy_images).flatten(1))
 
-    # With nothing but zero to predict, a deterministic sampler only rescales its noise.
+    # If every prediction is zero, a deterministic sampler only rescales its noise.
     torch.testing.assert_close(draw("ddim"), torch.ones(4, 4))
     assert draw("ddpm")[0, 1] < 0.9
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("start", [1.0, 0.5])
-def test_nothing_waits_for_the_device(name, start):
-    """Tensors without values cannot be read, so that whoever wants to raises."""
+def test_sampling_does_not_synchronise_with_the_device(name, start):
+    """Meta tensors have no values, so reading one, which would synchronise on a GPU, raises an error."""
     meta = torch.device("meta")
-    made = Diffusion(DiffusionConfig()).sample(
+    sampled = Diffusion(DiffusionConfig()).sample(
         lambda noisy, timesteps: noisy * timesteps[:, None, None, None],
         (2, 3, 4, 4),
         SamplerConfig(name=name, num_steps=5, start=start),
@@ -450,26 +451,26 @@ def test_nothing_waits_for_the_device(name, start):
         device=meta,
         start_from=torch.empty(2, 3, 4, 4, device=meta),
     )
-    assert made.device == meta
-    assert made.shape == (2, 3, 4, 4)
+    assert sampled.device == meta
+    assert sampled.shape == (2, 3, 4, 4)
 
 
 def test_sampling_builds_no_graph():
     weight = torch.ones((), requires_grad=True)
-    made = Diffusion(DiffusionConfig()).sample(
+    sampled = Diffusion(DiffusionConfig()).sample(
         lambda noisy, timesteps: weight * noisy,
         (1, 1, 2, 2),
         SamplerConfig(num_steps=2),
         streams(0),
         device=CPU,
     )
-    assert not made.requires_grad
+    assert not sampled.requires_grad
 
 
 @pytest.mark.parametrize(
     ("num_steps", "start", "reach"), [(1001, 1.0, 1000), (301, 0.3, 300), (1, 0.0004, 0)]
 )
-def test_more_steps_than_time_steps_are_refused(num_steps, start, reach):
+def test_more_steps_than_time_steps_are_rejected(num_steps, start, reach):
     sampler = SamplerConfig(num_steps=num_steps, start=start)
     with pytest.raises(ValueError, match=rf"num_steps = {num_steps} .*only {reach} of 1000"):
         Diffusion(DiffusionConfig()).sample(
@@ -482,7 +483,7 @@ def test_more_steps_than_time_steps_are_refused(num_steps, start, reach):
         )
 
 
-def test_generators_and_images_to_start_from_have_to_fit():
+def test_wrong_numbers_of_generators_or_images_are_rejected():
     diffusion = Diffusion(DiffusionConfig())
 
     def draw(shape, start, start_from=None):
@@ -497,7 +498,7 @@ def test_generators_and_images_to_start_from_have_to_fit():
 
     with pytest.raises(ValueError, match="2 generators for 3 samples"):
         draw((3, 1, 2, 2), 1.0)
-    with pytest.raises(ValueError, match=r"start = 0\.5 .* there are none"):
+    with pytest.raises(ValueError, match=r"start = 0\.5 needs images of shape \(2, 1, 2, 2\) .*, not None"):
         draw((2, 1, 2, 2), 0.5)
-    with pytest.raises(ValueError, match=r"\(2, 1, 2, 2\), and there are images of \(1, 1, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 2, 2\) to start from, not \(1, 1, 2, 2\)"):
         draw((2, 1, 2, 2), 0.5, torch.zeros(1, 1, 2, 2))

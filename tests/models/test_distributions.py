@@ -1,4 +1,4 @@
-"""Densities, samples and scales against torch.distributions and closed forms."""
+"""Densities, samples and scales, compared with torch.distributions and closed forms."""
 
 import math
 
@@ -12,7 +12,7 @@ REFERENCE = {"normal": torch.distributions.Normal, "laplace": torch.distribution
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("event_dims", [1, 3])
-def test_log_prob_equals_torch(name, event_dims):
+def test_log_prob_matches_torch(name, event_dims):
     generator = torch.Generator().manual_seed(0)
     loc, value = torch.randn(2, 4, 3, 2, 5, generator=generator, dtype=torch.float64)
     scale = torch.rand(4, 3, 2, 5, generator=generator, dtype=torch.float64) + 0.1
@@ -20,7 +20,7 @@ def test_log_prob_equals_torch(name, event_dims):
     torch.testing.assert_close(FAMILIES[name](loc, scale).log_prob(value, event_dims), expected)
 
 
-def test_one_scale_for_a_whole_image_counts_every_pixel():
+def test_a_scalar_scale_applies_to_every_pixel():
     value = torch.zeros(2, 3, 4, 4)
     log_prob = Laplace(torch.zeros(5, 2, 3, 4, 4), torch.tensor(0.75)).log_prob(value, event_dims=3)
     torch.testing.assert_close(log_prob, torch.full((5, 2), -48 * math.log(1.5)))
@@ -57,7 +57,7 @@ def test_samples_are_reparametrised(name):
     torch.testing.assert_close(scale.grad, noise)
 
 
-def test_detached_parameters_take_no_gradient():
+def test_detached_parameters_get_no_gradient():
     loc = torch.zeros(2, requires_grad=True)
     value = torch.ones(2, requires_grad=True)
     Normal(loc, torch.ones(2)).detach().log_prob(value).backward()
@@ -70,7 +70,7 @@ def test_raw_zero_is_neutral():
     torch.testing.assert_close(Laplace.scale_from_raw(torch.zeros(3)), torch.ones(3))
 
 
-def test_laplace_scales_average_one_and_all_are_bounded_from_below():
+def test_laplace_scales_average_one_and_scales_have_a_lower_bound():
     raw = torch.tensor([[4.0, -200.0, 1.0, 0.0]])
     assert Laplace.scale_from_raw(raw).mean().item() == pytest.approx(1.0, abs=1e-5)
     for family in FAMILIES.values():

@@ -1,4 +1,4 @@
-"""Likelihoods against torch.distributions: values and gradients, over axes (M, K, B) before the event."""
+"""Values and gradients of likelihoods with leading axes (M, K, B), compared with torch.distributions."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ CASES = [(kind, family) for kind, modality in MODALITIES.items() for family in m
 
 
 def reference(family, parameters):
-    """The density of one element of the data, built by torch."""
+    """Density of one element of the data as a distribution of torch."""
     if family == "normal":
         return torch.distributions.Normal(parameters, SCALE)
     if family == "laplace":
@@ -47,26 +47,26 @@ def made_up(kind, family):
 
 
 @pytest.mark.parametrize(("kind", "family"), CASES)
-def test_values_and_gradients_equal_those_of_torch(kind, family):
+def test_values_and_gradients_match_torch(kind, family):
     data, parameters = made_up(kind, family)
     density = LIKELIHOODS[family].log_prob(data, parameters, SCALE)
     assert density.shape == (M, K, *data.shape)
     expected = torch.empty_like(density)
-    # One row of the leading axes after the other: what broadcasts wrongly shows.
+    # Computed row by row, to detect wrong broadcasting.
     for m in range(M):
         for k in range(K):
             for b in range(B):
                 expected[m, k, b] = reference(family, parameters[m, k, b]).log_prob(data[b])
     torch.testing.assert_close(density, expected)
-    seeds = torch.randn_like(density)
-    (gradient,) = torch.autograd.grad((density * seeds).sum(), parameters)
-    (expected_gradient,) = torch.autograd.grad((expected * seeds).sum(), parameters)
+    factors = torch.randn_like(density)
+    (gradient,) = torch.autograd.grad((density * factors).sum(), parameters)
+    (expected_gradient,) = torch.autograd.grad((expected * factors).sum(), parameters)
     torch.testing.assert_close(gradient, expected_gradient)
     assert gradient.abs().max() > 0
 
 
 @pytest.mark.parametrize(("kind", "family"), CASES)
-def test_a_sample_has_the_sum_over_its_elements(kind, family):
+def test_log_likelihood_sums_over_elements(kind, family):
     data, parameters = made_up(kind, family)
     log_prob = data_log_prob(LIKELIHOODS[family], SCALE, data, parameters)
     event = len(MODALITIES[kind].shape)
@@ -75,7 +75,7 @@ def test_a_sample_has_the_sum_over_its_elements(kind, family):
     torch.testing.assert_close(log_prob, expected)
 
 
-def test_bernoulli_of_shades_of_grey_is_the_cross_entropy():
+def test_bernoulli_of_fractions_is_the_cross_entropy():
     shade = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
     logits = torch.tensor([[-1.0, 0.5, 3.0], [2.0, -40.0, 40.0]], dtype=torch.float64)
     bright = 1 / (1 + (-logits).exp())
@@ -84,32 +84,33 @@ def test_bernoulli_of_shades_of_grey_is_the_cross_entropy():
     torch.testing.assert_close(LIKELIHOODS["bernoulli"].log_prob(shade, logits, 1.0), expected)
 
 
-def test_logits_far_out_stay_finite_in_single_precision():
-    far = torch.tensor([[1e4, -1e4]])
-    assert LIKELIHOODS["categorical"].log_prob(torch.tensor([1]), far, 1.0).item() == -2e4
-    assert LIKELIHOODS["bernoulli"].log_prob(torch.tensor([0.0, 1.0]), far, 1.0).tolist() == [[-1e4, -1e4]]
+def test_extreme_logits_give_finite_densities():
+    logits = torch.tensor([[1e4, -1e4]])
+    x = torch.tensor([0.0, 1.0])
+    assert LIKELIHOODS["categorical"].log_prob(torch.tensor([1]), logits, 1.0).item() == -2e4
+    assert LIKELIHOODS["bernoulli"].log_prob(x, logits, 1.0).tolist() == [[-1e4, -1e4]]
 
 
 @pytest.mark.parametrize(("kind", "family"), CASES)
-def test_what_a_decoder_gives_becomes_data_of_the_kind(kind, family):
+def test_to_data_returns_the_mean_or_mode(kind, family):
     modality = MODALITIES[kind]
     _, parameters = made_up(kind, family)
     data = LIKELIHOODS[family].to_data(parameters)
     assert data.shape == (M, K, B, *modality.shape)
     density = reference(family, parameters)
-    # `mean` of a categorical is not a number that means something; its mode is.
+    # Categories have no mean.
     torch.testing.assert_close(data, density.mode if family == "categorical" else density.mean)
 
 
-def test_a_family_is_chosen_by_the_kind_unless_the_config_says_one():
-    chosen = {kind: likelihood_of(LikelihoodConfig(), modality) for kind, modality in MODALITIES.items()}
+def test_the_config_overrides_the_default_family():
+    defaults = {kind: likelihood_of(LikelihoodConfig(), modality) for kind, modality in MODALITIES.items()}
     names = {likelihood: name for name, likelihood in LIKELIHOODS.items()}
-    assert {kind: names[likelihood] for kind, likelihood in chosen.items()} == {
+    assert {kind: names[likelihood] for kind, likelihood in defaults.items()} == {
         "image": "laplace",
         "text": "categorical",
         "vector": "normal",
         "binary": "bernoulli",
         "categorical": "categorical",
     }
-    asked_for = likelihood_of(LikelihoodConfig(family="bernoulli"), MODALITIES["image"])
-    assert asked_for is LIKELIHOODS["bernoulli"]
+    likelihood = likelihood_of(LikelihoodConfig(family="bernoulli"), MODALITIES["image"])
+    assert likelihood is LIKELIHOODS["bernoulli"]

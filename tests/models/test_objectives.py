@@ -1,6 +1,6 @@
-"""The objective against a slow re-computation that shares no code with it but the networks.
+"""The objective, compared with a slow implementation that shares only the networks with it.
 
-The re-computation loops over sources, samples and clusters, in float64, with torch.distributions.
+The slow implementation loops over sources, samples and clusters in float64 and uses torch.distributions.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ BETA, FLOOR, B, C = 2.5, 1e-6, 2, 4
 
 
 def make_task(num_modalities, family, objective, num_samples):
-    """A tiny task in float64, all parameters away from their neutral start."""
+    """A small task in float64, with all parameters perturbed from their neutral values."""
     torch.manual_seed(3)
     modalities = {
         f"m{m}": ModalityConfig(
@@ -34,7 +34,7 @@ def make_task(num_modalities, family, objective, num_samples):
     config = ModelConfig(family=family, shared_dim=3, private_dim=2, num_clusters=C, modalities=modalities)
     modality = ImageModality(shape=(1, 4, 4))
     model = CMVAE(config, dict.fromkeys(modalities, modality)).double()
-    # The fixed scales were computed in fp32, whose rounding would be all that the comparison sees.
+    # The fixed scales were computed in fp32, whose rounding error would dominate the comparison.
     model.cluster_prior.scale = model.family.scale_from_raw(torch.zeros(3, dtype=torch.float64))
     model.private_scale = model.family.scale_from_raw(torch.zeros(2, dtype=torch.float64))
     with torch.no_grad():
@@ -57,7 +57,7 @@ def positive(family, raw):
 
 
 class SlowObjective:
-    """lw[m][k][b] as Python scalars-in-tensors; `cut` detaches posterior parameters inside log q."""
+    """Computes one log-weight lw[m][k][b] at a time; `cut` detaches posterior parameters in log q."""
 
     def __init__(self, task, batch, noise, cut):
         self.model, self.batch, self.noise, self.cut = task.model, batch, noise, cut
@@ -77,7 +77,7 @@ class SlowObjective:
                 self.q_w[name, b] = (w_loc, positive(self.family, w_raw))
 
     def latents(self, m, k, b):
-        """Reparametrised z and w_m."""
+        """Reparametrised samples of z and w_m."""
         name = self.names[m]
         z = self.q_z[name, b][0] + self.q_z[name, b][1] * self.noise.shared[m, k, b]
         w = self.q_w[name, b][0] + self.q_w[name, b][1] * self.noise.private[m, m, k, b]
@@ -93,8 +93,8 @@ class SlowObjective:
         neutral_w = positive(self.family, torch.zeros(2, dtype=torch.float64))
         weights = prior.logits.exp() / prior.logits.exp().sum()
         p_z = sum(weights[c] * self.dist(prior.means[c], neutral_z).log_prob(z).sum().exp() for c in range(C))
-        there = [self.names[j] for j in self.present[b]]
-        q_z = sum(self.log_q(self.q_z[j, b], z).exp() for j in there) / len(there)
+        present = [self.names[j] for j in self.present[b]]
+        q_z = sum(self.log_q(self.q_z[j, b], z).exp() for j in present) / len(present)
         zero = torch.zeros(2, dtype=torch.float64)
         lw = BETA * (
             p_z.log()
@@ -208,19 +208,19 @@ def check_dreg(task, batch, noise):
 @pytest.mark.parametrize("family", ["normal", "laplace"])
 @pytest.mark.parametrize("check", [check_iwae, check_dreg])
 @pytest.mark.parametrize("num_samples", [1, 3])
-def test_what_a_sample_lacks_is_neither_source_nor_target(family, check, num_samples):
-    """Every sample lacks something else, one has a single modality left; values and gradients."""
+def test_missing_modalities_are_neither_sources_nor_targets(family, check, num_samples):
+    """Samples lack different modalities, and one sample has a single modality."""
     objective = check.__name__.removeprefix("check_")
     task, batch, noise = make_task(3, family, objective, num_samples)
     batch["mask"] = torch.tensor([[True, False, True], [False, True, False]])
-    # The reader puts zeros there; were they looked at, this would show.
+    # The reader fills in zeros; any use of this value changes the result.
     for m, name in enumerate(task.modality_names):
         batch[name][~batch["mask"][:, m]] = 77.0
     check(task, batch, noise)
 
 
 @pytest.mark.parametrize("objective", ["iwae", "dreg"])
-def test_a_missing_value_changes_nothing(objective):
+def test_values_of_missing_modalities_have_no_effect(objective):
     task, batch, _ = make_task(3, "laplace", objective, 2)
     batch["mask"] = torch.tensor([[True, False, True], [True, True, False]])
     results = []
@@ -236,7 +236,7 @@ def test_a_missing_value_changes_nothing(objective):
         torch.testing.assert_close(other_report[name], report[name], rtol=1e-12, atol=0)
 
 
-def test_a_sample_without_any_modality_counts_for_nothing():
+def test_samples_without_any_modality_do_not_count():
     task, batch, _ = make_task(2, "laplace", "iwae", 1)
     batch["mask"][1] = False
     loss, report = task(batch)
@@ -244,8 +244,8 @@ def test_a_sample_without_any_modality_counts_for_nothing():
     assert all(grad.isfinite().all() for grad in gradients(loss, task).values())
 
 
-def test_every_parameter_has_a_gradient_though_a_modality_is_missing_everywhere():
-    """Data parallelism waits for each of them, and ZeRO-3 for each module."""
+def test_every_parameter_has_a_gradient_if_a_modality_is_missing_everywhere():
+    """Data parallelism waits for the gradient of every parameter, and ZeRO-3 for every module."""
     task, batch, _ = make_task(3, "laplace", "iwae", 1)
     batch["mask"][:, 1] = False
     loss, _ = task(batch)
@@ -253,7 +253,7 @@ def test_every_parameter_has_a_gradient_though_a_modality_is_missing_everywhere(
     assert [name for name, parameter in task.named_parameters() if parameter.grad is None] == []
 
 
-def test_log_prior_equals_the_paper_with_the_optimal_assignment():
+def test_log_prior_equals_that_of_the_paper_for_the_optimal_assignment():
     generator = torch.Generator().manual_seed(0)
     log_weights = torch.randn(C, generator=generator, dtype=torch.float64).log_softmax(-1)
     log_density = 5 * torch.randn(7, C, generator=generator, dtype=torch.float64)
@@ -265,7 +265,7 @@ def test_log_prior_equals_the_paper_with_the_optimal_assignment():
 
 
 def one_modality_gradient(bound, seed, num_copies=4000, num_samples=3):
-    """Monte Carlo gradient of a one-dimensional model's q(z) = N(loc, exp(raw)²), and its standard error."""
+    """Monte Carlo gradient for q(z) = N(loc, exp(raw)²) of a one-dimensional model; its standard error."""
     loc = torch.full((num_copies,), 0.7, dtype=torch.float64, requires_grad=True)
     raw = torch.full((num_copies,), -0.4, dtype=torch.float64, requires_grad=True)
     noise = torch.randn(
@@ -283,25 +283,23 @@ def one_modality_gradient(bound, seed, num_copies=4000, num_samples=3):
     return grads.mean(1), grads.std(1) / math.sqrt(num_copies)
 
 
-def test_dreg_agrees_with_iwae_in_expectation_for_one_modality():
+def test_dreg_gradient_equals_iwae_in_expectation_for_one_modality():
     iwae_mean, iwae_error = one_modality_gradient("iwae", seed=0, num_copies=400_000)
     dreg_mean, dreg_error = one_modality_gradient("dreg", seed=1, num_copies=400_000)
     error = (iwae_error**2 + dreg_error**2).sqrt()
-    assert (iwae_mean.abs() > 20 * error).all(), (
-        "the gradients must differ from zero for this to say anything"
-    )
+    assert (iwae_mean.abs() > 20 * error).all(), "the gradients must differ from zero"
     assert ((iwae_mean - dreg_mean).abs() < 4 * error).all()
-    assert (dreg_error < iwae_error).all(), "less variance is what DReG is for"
+    assert (dreg_error < iwae_error).all(), "DReG must reduce the variance"
 
 
-def test_iwae_of_one_sample_is_the_elbo_and_grows_with_samples():
+def test_iwae_is_at_least_the_elbo_and_equal_for_one_sample():
     lw = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(0))
     present = torch.ones(3, 5, dtype=torch.bool)
     torch.testing.assert_close(iwae(lw[:, :1], present), lw[:, 0].mean(0))
     assert (iwae(lw, present) >= lw.mean((0, 1))).all()
 
 
-def test_padding_changes_neither_loss_nor_gradient():
+def test_padding_does_not_change_the_loss():
     task, batch, _ = make_task(2, "laplace", "iwae", 1)
     batch["valid"] = torch.tensor([True, False])
     loss, report = task(batch)
@@ -310,7 +308,7 @@ def test_padding_changes_neither_loss_nor_gradient():
 
 
 @pytest.mark.parametrize("family", ["normal", "laplace"])
-def test_the_likelihood_of_data_sums_its_pixels(family):
+def test_log_likelihood_sums_over_pixels(family):
     x, location = torch.rand(4, 3, 2, 5), torch.rand(6, 4, 3, 2, 5)
     distribution = {"normal": torch.distributions.Normal, "laplace": torch.distributions.Laplace}[family]
     expected = distribution(location, 0.2).log_prob(x).sum((-3, -2, -1))
@@ -318,8 +316,8 @@ def test_the_likelihood_of_data_sums_its_pixels(family):
 
 
 @pytest.mark.parametrize(("num_modalities", "cross_sources"), [(2, 1), (3, 1), (5, 1), (5, 3)])
-def test_drawn_cross_sources_keep_bound_and_gradient_in_expectation(num_modalities, cross_sources):
-    """Over all draws that there are, the mean of the subsampled loss is the loss with every source."""
+def test_sampled_cross_sources_are_unbiased(num_modalities, cross_sources):
+    """The mean of the loss over all draws of cross sources is the loss with all sources."""
     task, batch, noise = make_task(num_modalities, "laplace", "iwae", 1)
     expected = task(batch)[0]
     draws = list(itertools.combinations(range(1, num_modalities), cross_sources))
@@ -328,7 +326,7 @@ def test_drawn_cross_sources_keep_bound_and_gradient_in_expectation(num_modaliti
         task.draw_noise = lambda *_, shifts=shifts: dataclasses.replace(noise, cross_shifts=shifts)
         losses.append(task(batch)[0])
     if len(draws) > 1:
-        assert max(losses) - min(losses) > 1e-3 * expected.abs(), "the draws do differ"
+        assert max(losses) - min(losses) > 1e-3 * expected.abs(), "losses must differ between draws"
     mean = sum(losses) / len(losses)
     torch.testing.assert_close(mean, expected, rtol=1e-10, atol=0)
     assert_equal_gradients(gradients(mean, task), gradients(expected, task))

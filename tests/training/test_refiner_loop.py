@@ -205,7 +205,7 @@ def test_a_missing_or_damaged_cmvae_is_named(refiner_experiment):
     config = refiner_experiment()
     weights = config.cmvae / "export" / WEIGHTS_NAME
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(UserError, match="cmvae/export: a damaged export"):
+    with pytest.raises(UserError, match="cmvae/export: damaged export"):
         train(config)
     shutil.rmtree(config.cmvae / "export")
     with pytest.raises(UserError, match=r"cmvae/export/model\.safetensors: missing"):

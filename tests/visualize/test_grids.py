@@ -13,7 +13,7 @@ from cmvae.modalities.text import SPECIAL_TOKENS
 from cmvae.visualize.grids import cross_modal_grid, sample_rows
 
 
-def pictures(figure: Figure) -> list[np.ndarray]:
+def drawn_images(figure: Figure) -> list[np.ndarray]:
     figure.canvas.draw()
     return [np.asarray(ax.images[0].get_array()) for ax in figure.axes]
 
@@ -33,15 +33,15 @@ def test_cross_modal_grid_puts_each_pair_in_its_place(num_modalities: int, chann
         for j, target in enumerate(names)
     }
     figure = cross_modal_grid(inputs, generated, modalities=image_modalities(names, shape[1:]))
-    rows = iter(pictures(figure))
+    rows = iter(drawn_images(figure))
     # Axes run row by row: first the inputs, then one row a source.
     for name in names:
         assert next(rows)[1, 1, 0] == inputs[name].flat[0]
     for source in names:
         for target in names:
-            picture = next(rows)
-            assert picture.shape == (size + 2, 4 * (size + 1) + 1, 3)
-            assert picture[size, size, 0] == generated[source, target].flat[0]
+            drawn = next(rows)
+            assert drawn.shape == (size + 2, 4 * (size + 1) + 1, 3)
+            assert drawn[size, size, 0] == generated[source, target].flat[0]
 
 
 def test_images_keep_their_orientation_and_lie_a_white_pixel_apart() -> None:
@@ -51,13 +51,13 @@ def test_images_keep_their_orientation_and_lie_a_white_pixel_apart() -> None:
     figure = cross_modal_grid(
         {"m0": image}, {("m0", "m0"): image}, modalities=image_modalities(["m0"], (3, 4, 6))
     )
-    picture, _ = pictures(figure)
-    assert picture[1, 1:7, 0].tolist() == [250] * 6
-    assert picture[4, 3].tolist() == [0, 60, 0]
+    drawn, _ = drawn_images(figure)
+    assert drawn[1, 1:7, 0].tolist() == [250] * 6
+    assert drawn[4, 3].tolist() == [0, 60, 0]
     for line in (0, 5):
-        assert (picture[line] == 255).all()
+        assert (drawn[line] == 255).all()
     for line in (0, 7, 14):
-        assert (picture[:, line] == 255).all()
+        assert (drawn[:, line] == 255).all()
 
 
 def test_what_a_sample_lacks_and_what_would_come_from_it_stays_white() -> None:
@@ -70,8 +70,8 @@ def test_what_a_sample_lacks_and_what_would_come_from_it_stays_white() -> None:
         present={"m0": np.array([True, False]), "m1": np.array([True, True])},
     )
     shown = [
-        [bool((picture[1:9, 1 + 9 * n : 9 + 9 * n] == 0).all()) for n in range(2)]
-        for picture in pictures(figure)
+        [bool((drawn[1:9, 1 + 9 * n : 9 + 9 * n] == 0).all()) for n in range(2)]
+        for drawn in drawn_images(figure)
     ]
     first, both = [True, False], [True, True]
     # Inputs; from m0; from m1, which can make the missing m0.
@@ -127,7 +127,7 @@ def test_drawn_text_stays_in_its_cell() -> None:
             assert drawn.width <= 1.15 * box.width
 
 
-def test_rows_of_pictures_and_text_are_level() -> None:
+def test_rows_of_images_and_text_are_level() -> None:
     source = Mixed()
     samples = [source.sample("test", index).values for index in range(8)]
     values = {
@@ -151,7 +151,7 @@ def test_sample_rows_keep_samples_and_titles_in_their_rows() -> None:
         modalities=image_modalities(["m0", "m1"], (3, 8, 8)),
         present={"m0": present, "m1": np.ones_like(present)},
     )
-    first, second = pictures(figure)
+    first, second = drawn_images(figure)
     assert first[1::9, 1::9, 0][:3, :2].tolist() == [[0, 10], [20, 30], [40, 255]]
     assert second[1::9, 1::9, 0][:3, :2].tolist() == [[200, 190], [180, 170], [160, 150]]
     labels = figure.axes[0].get_yticklabels()

@@ -61,7 +61,7 @@ def test_all_that_is_read_in_words_stands_below_each_other():
     ]
 
 
-def test_pictures_alone_are_not_written_down():
+def test_images_alone_are_not_written_down():
     modalities, present = {"photo": MODALITIES["photo"]}, {"photo": np.array([True, True])}
     generated = {("photo", "photo"): PHOTOS}
     assert CrossModal({"photo": PHOTOS}, generated, present, modalities).write() is None

@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
-from matplotlib.transforms import Bbox
 
 from cmvae.visualize.style import ACCENT, DPI, INK, lighten
 
@@ -19,6 +18,13 @@ from cmvae.visualize.style import ACCENT, DPI, INK, lighten
 DISTANCE_SHARE, COHERENCE_LOSS = 0.5, 0.03
 # Distances that differ by more than this factor are drawn on a logarithmic axis.
 _LARGE_FACTOR = 20
+_LEGEND: Mapping[str, Any] = {
+    "loc": "outside lower center",
+    "ncols": 2,
+    "fontsize": 8,
+    "labelcolor": INK,
+    "frameon": False,
+}
 
 
 def curve_comparison(
@@ -84,7 +90,7 @@ def distance_by_steps(
         lighten(ax)
         _scale_distances(ax, [*references[kind].values(), *(y for line in lines.values() for _, y in line)])
     axes[0].set_ylabel("Fréchet distance, classifier features", fontsize=9, color=INK)
-    _put_legend_below(figure, axes[0])
+    figure.legend(*axes[0].get_legend_handles_labels(), **_LEGEND)
     return figure
 
 
@@ -106,12 +112,12 @@ def distance_by_coherence(
     """
     figure = Figure(figsize=(0.6 + 4.6 * len(points), 4.6), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, len(points), squeeze=False)[0]
-    labels = []
     for ax, (kind, lines) in zip(axes, points.items(), strict=True):
         for (name, line), style in zip(lines.items(), _line_styles(), strict=False):
             texts, *values = zip(*line, strict=True)
             ax.plot(*values, label=name, linewidth=0.8, markersize=6, **style)
-            labels += [(ax, text, (x, y), style["color"]) for text, x, y in zip(texts, *values, strict=True)]
+            for text, *point in zip(texts, *values, strict=True):
+                ax.annotate(text, point, (5, 3), textcoords="offset points", fontsize=7, color=style["color"])
         coherence, distance = unrefined[kind]
         ax.plot(coherence, distance, "*", color=ACCENT, markersize=15, label=names[0])
         ax.axhline(floors[kind], color=INK, linestyle=":", linewidth=1.3, label=names[1], zorder=1)
@@ -121,8 +127,7 @@ def distance_by_coherence(
         ax.set_xlabel("coherence", fontsize=9, color=INK)
         ax.set_title(kind, fontsize=10, color=INK, loc="left")
     axes[0].set_ylabel("Fréchet distance, classifier features", fontsize=9, color=INK)
-    _put_legend_below(figure, axes[0])
-    _place_labels(figure, labels)
+    figure.legend(*axes[0].get_legend_handles_labels(), **_LEGEND)
     return figure
 
 
@@ -165,66 +170,6 @@ def _shade_goal(ax: Axes, coherence: float, distance: float) -> None:
         zorder=0,
         label=f"at most {DISTANCE_SHARE:.0%} of the distance, {100 * COHERENCE_LOSS:g} points less coherence",
     )
-
-
-def _put_legend_below(figure: Figure, ax: Axes) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    # Width in inches: line and gaps, and the letters of the label.
-    column = 0.7 + 0.06 * max(map(len, labels))
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=max(1, int(figure.get_figwidth() / column)),
-        fontsize=8,
-        labelcolor=INK,
-        frameon=False,
-    )
-
-
-def _place_labels(
-    figure: Figure, labels: Sequence[tuple[Axes, str, tuple[float, float], tuple[float, ...]]]
-) -> None:
-    """Write labels beside their points, without covering points or each other if there is room.
-
-    Args:
-        figure: the figure without the labels.
-        labels: axes, text, point in data coordinates, colour.
-    """
-    figure.draw_without_rendering()
-    points = [ax.transData.transform(point) for ax, _, point, _ in labels]
-    pixels = figure.dpi / 72
-    taken = [Bbox.from_extents(*(point - 4 * pixels), *(point + 4 * pixels)) for point in points]
-    for ax, text, point, colour in labels:
-        best, least = None, float("inf")
-        for across, up in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):
-            label = ax.annotate(
-                text,
-                point,
-                (7 * across, 7 * up),
-                textcoords="offset points",
-                ha=("right", "center", "left")[across + 1],
-                va=("top", "center", "bottom")[up + 1],
-                fontsize=7,
-                color=colour,
-            )
-            label.set_in_layout(False)
-            box = label.get_window_extent()
-            inside = Bbox.intersection(box, ax.bbox)
-            overlaps = [Bbox.intersection(box, other) for other in taken]
-            cost = _area(box) - _area(inside) + sum(map(_area, overlaps))
-            if cost < least:
-                if best is not None:
-                    best[0].remove()
-                best, least = (label, box), cost
-            else:
-                label.remove()
-        if best is not None:
-            taken.append(best[1])
-
-
-def _area(box: Bbox | None) -> float:
-    return 0.0 if box is None else float(box.width * box.height)
 
 
 def metric_panels(

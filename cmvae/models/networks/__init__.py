@@ -1,4 +1,4 @@
-"""Encoder and decoder pairs, one file a family, found by name."""
+"""Families of encoders and decoders, one file per family, by name."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from cmvae.utils.errors import UserError
 
 @dataclass(frozen=True)
 class NetworkFamily:
-    """An encoder, a decoder and the check of what they can be used for.
+    """An encoder, a decoder and a check of the modality that they are used for.
 
-    `encoder` and `decoder` are built from (modality, width, shared_dim, private_dim). The encoder takes data
-    (B, *shape), see `cmvae.modalities`, and returns loc and raw scale of q(z|x), then of q(w|x); the decoder
-    takes (B, D_z + D_w) and returns the likelihood's parameters, (B, *parameter shape).
+    `encoder` and `decoder` take (modality, width, shared_dim, private_dim).
     """
 
     encoder: Callable[[Modality, int, int, int], TwoTrunkEncoder]
+    """Maps data (B, *shape), see `cmvae.modalities`, to loc and raw scale of q(z|x) and of q(w|x)."""
     decoder: Callable[[Modality, int, int, int], nn.Module]
+    """Maps (z, w), (B, D_z + D_w), to parameters of the likelihood, (B, *parameter_shape)."""
     check: Callable[[Modality, str], None]
+    """Takes a modality and its name; raises a UserError if the networks do not fit it."""
 
 
 NETWORKS: dict[str, NetworkFamily] = {
@@ -39,20 +40,24 @@ NETWORKS: dict[str, NetworkFamily] = {
     "mlp": NetworkFamily(VectorEncoder, VectorDecoder, check_vector),
 }
 
-
 IMAGE_NETWORKS = ("resnet", "strided")
-"""Those that take images and nothing else."""
+"""Families that take only images."""
 
 
 def network_family(network: str, modality: Modality, name: str) -> NetworkFamily:
-    """The family called `network`, checked against the modality that it is for.
+    """Look up a family and check that it fits a modality.
+
+    Args:
+        network: name of the family.
+        modality: modality that it is used for.
+        name: name of the modality, for error messages.
 
     Raises:
-        UserError: there is no such family, or it does not fit the modality.
+        UserError: the family does not exist or does not fit the modality.
     """
     if network not in NETWORKS:
         raise UserError(
-            f"model.modalities.{name}.network: no network {network!r}; known are {', '.join(NETWORKS)}"
+            f"model.modalities.{name}.network: unknown network {network!r}. Set one of {', '.join(NETWORKS)}"
         )
     family = NETWORKS[network]
     family.check(modality, name)

@@ -1,8 +1,8 @@
-"""A caption network whose encoder of z reads words without their order, for texts that are few.
+"""Caption network for small data sets: its encoder of z ignores the order of words.
 
-Convolutions over embedded words (`caption.py`) learn from tens of thousands of sentences; with a few hundred
-they learn them by heart. What modalities share is mostly which words are there, so that the encoder of z
-takes a bag of words through two hidden layers. The encoder of w and the decoder are those of `caption.py`.
+Convolutions over embedded words (`caption.py`) learn from tens of thousands of sentences, but memorise a few
+hundred. What modalities share is mostly which words occur, so the encoder of z is a bag of words with two
+hidden layers. The encoder of w and the decoder are those of `caption.py`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ from cmvae.modalities.text import SPECIAL_TOKENS
 from cmvae.models.networks.caption import TokenEmbedding, embedding_dim, num_private_features, private_trunk
 from cmvae.models.networks.encoder import TwoTrunkEncoder
 
-# Hidden units of both layers, in multiples of the width.
+# Hidden units of both layers, as a multiple of the width.
 _HIDDEN = 8
 
 
 class BagOfWords(nn.Module):
-    """Tokens (B, L) int64 to (B, H): which words a text has, through a linear map."""
+    """Linear map of a bag of words.
+
+    Args:
+        num_tokens: size of the vocabulary.
+        hidden: H.
+    """
 
     def __init__(self, num_tokens: int, hidden: int) -> None:
         super().__init__()
@@ -29,14 +34,15 @@ class BagOfWords(nn.Module):
         self.layer = nn.Linear(num_tokens, hidden)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Scaled to unit length, so that long texts and short ones weigh the same."""
+        """Map tokens (B, L) int64 to (B, H)."""
         bag = torch.zeros(len(tokens), self.num_tokens, device=tokens.device).scatter_(1, tokens, 1.0)
         bag[:, : len(SPECIAL_TOKENS)] = 0
+        # Normalised, so that long and short texts have equal weight.
         return self.layer(F.normalize(bag))
 
 
 class BagOfWordsEncoder(TwoTrunkEncoder):
-    """Tokens (B, L) int64: z is read from a bag of words, w from the embedded text."""
+    """Encoder of tokens (B, L) int64: z from a bag of words, w from the embedded text."""
 
     def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
         num_tokens, hidden = modality.num_categories, _HIDDEN * width

@@ -1,16 +1,18 @@
-"""The caption networks of the CUBICC experiment, at any width, vocabulary and length that halves three times.
+"""Caption networks of the CUBICC experiment, for any width and vocabulary, and any length divisible by 8.
 
-An embedded text is a one-channel picture, length by embedding, that 2-D convolutions read and write. Source
-of kernels, strides, padding, biases and order of layers: the networks released with MMVAE+ and CMVAE, as kept
-in github.com/srl-ethz/mmvaeplus, src/models/encoder_decoder_blocks/cnn_cub_text.py; published are width 32,
-length 32 and a vocabulary of 1,590. Here the embedding is looked up instead of multiplied with one-hot
-vectors, which is the same function, and the decoder gives logits where the released one gives probabilities.
+2-D convolutions treat an embedded text as an image with one channel, of size length × embedding. Source of
+kernels, strides, padding, biases and order of layers: the networks released with MMVAE+ and CMVAE, as kept in
+github.com/srl-ethz/mmvaeplus, src/models/encoder_decoder_blocks/cnn_cub_text.py. The published settings are
+width 32, length 32 and a vocabulary of 1,590. There are two differences: the embedding is a lookup instead of
+a product with one-hot vectors, which is the same function, and the decoder returns logits instead of
+probabilities.
 
-Batch norm: in training, statistics are those of one call on one rank, so a rank's batch should not be tiny.
-A decoder is called once a step for all sources and samples, M · K · B rows, and normalises over all of them;
-the released code decodes one source at a time. With several ranks each keeps running statistics of its own
-part of the data, and those of rank 0 go into the export. Samples without a text are encoded with that of
-others in their batch, see `cmvae.training.cmvae_task.fill_missing`, so that statistics are of real texts.
+Batch norm: in training, statistics are those of one call on one rank, so the batch size per rank should not
+be tiny. A decoder is called once per step for all sources and samples, M · K · B rows, and normalises over
+all of them; the released code decodes one source at a time. With several ranks, each rank keeps the running
+statistics of its own part of the data, and the export has those of rank 0. For samples without a text, the
+text of another sample of the batch is encoded, see `cmvae.training.cmvae_task.fill_missing`, so that
+statistics are computed from real texts only.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from cmvae.modalities import Modality
 from cmvae.models.networks.encoder import TwoTrunkEncoder
@@ -27,18 +30,23 @@ from cmvae.models.networks.one_pixel import Conv2d, ConvTranspose2d
 from cmvae.utils.errors import UserError
 
 _HALVINGS = 3
-# The trunk of z halves the embedding alone twice more.
+# The trunk of z halves only the embedding twice more.
 _EMBEDDING_HALVINGS = _HALVINGS + 2
 
 
 def embedding_dim(width: int) -> int:
-    """Four times the width, as published, rounded up so that it halves five times."""
+    """Embedding dimension E: four times the width, as published, rounded up to a multiple of 32."""
     step = 2**_EMBEDDING_HALVINGS
     return step * math.ceil(4 * width / step)
 
 
 class TokenEmbedding(nn.Module):
-    """Tokens (B, L) int64 to (B, L, E): a linear map of their one-hot vectors, and initialised as one."""
+    """Embedding that equals `nn.Linear` on one-hot vectors, including its initialisation.
+
+    Args:
+        num_tokens: size of the vocabulary.
+        dim: E.
+    """
 
     def __init__(self, num_tokens: int, dim: int) -> None:
         super().__init__()
@@ -47,7 +55,7 @@ class TokenEmbedding(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim).uniform_(-bound, bound))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Look the tokens up."""
+        """Map tokens (B, L) int64 to (B, L, E)."""
         return F.embedding(tokens, self.weight) + self.bias
 
 
@@ -76,7 +84,7 @@ def _same(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def private_trunk(width: int) -> nn.Sequential:
-    """Embedded texts (B, 1, L, E) to features of w, (B, F)."""
+    """Trunk of w, from embedded texts (B, 1, L, E) to features (B, F)."""
     return nn.Sequential(
         _halve(1, width),
         _halve(width, 2 * width),
@@ -86,12 +94,12 @@ def private_trunk(width: int) -> nn.Sequential:
 
 
 def num_private_features(length: int, width: int) -> int:
-    """F of `private_trunk`, for texts of `length` tokens."""
+    """Number of features F of `private_trunk` for texts of `length` tokens."""
     return 4 * width * (length // 2**_HALVINGS) * (embedding_dim(width) // 2**_HALVINGS)
 
 
 class CaptionEncoder(TwoTrunkEncoder):
-    """Tokens (B, L) int64; both trunks read one embedding, that of z goes deeper."""
+    """Encoder of tokens (B, L) int64. Both trunks share one embedding; the trunk of z has more layers."""
 
     def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
         (length,), dim = modality.shape, embedding_dim(width)
@@ -116,13 +124,17 @@ class CaptionEncoder(TwoTrunkEncoder):
         )
         self.embedding = TokenEmbedding(modality.num_categories, dim)
 
+    @override
     def prepare(self, x: Tensor) -> Tensor:
-        """As `TwoTrunkEncoder.prepare`: (B, 1, L, E)."""
+        """Embed the tokens: (B, 1, L, E)."""
         return self.embedding(x).unsqueeze(1)
 
 
 class CaptionDecoder(nn.Module):
-    """Separate stems for z and w, joined at (L/8, E/8), then up to a vector a position and logits of it."""
+    """Decoder with separate stems for z and w, whose outputs are concatenated at size (L/8, E/8).
+
+    Further layers upsample them to one embedding per position, from which logits are computed.
+    """
 
     def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
         super().__init__()
@@ -141,7 +153,7 @@ class CaptionDecoder(nn.Module):
             _double_embedding(16 * width, 8 * width),
             _double_embedding(8 * width, 4 * width),
         )
-        # (8·width, L/8, E/8) → (1, L, E); the last stage is not normalised.
+        # (8·width, L/8, E/8) → (1, L, E), with no normalisation in the last stage.
         self.layers = nn.Sequential(
             _same(8 * width, 4 * width),
             _double(4 * width, 2 * width),
@@ -152,28 +164,28 @@ class CaptionDecoder(nn.Module):
         self.logits = nn.Linear(dim, modality.num_categories)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Concatenated (z, w), (B, D_z + D_w), to logits (B, L, vocabulary)."""
+        """Map concatenated (z, w), (B, D_z + D_w), to logits (B, L, vocabulary)."""
         shared, private = latents[..., None, None].split(self.latent_dims, dim=1)
         joined = torch.cat([self.private_stem(private), self.shared_stem(shared)], dim=1)
         return self.logits(self.layers(joined).squeeze(1))
 
 
 def check_caption(modality: Modality, name: str) -> None:
-    """Refuse what is not text, or of a length that does not halve three times.
+    """Check that a modality is text of a length that can be halved three times.
 
     Raises:
-        UserError: it does not fit.
+        UserError: the modality does not fit.
     """
     if modality.kind != "text":
         raise UserError(
-            f"model.modalities.{name}.network: 'caption' takes text, not a modality of kind "
-            f"{modality.kind}; leave network out for what fits it"
+            f"model.modalities.{name}.network: caption networks take text, not a modality of kind "
+            f"{modality.kind}. Remove the key to use the default network of this kind"
         )
     step = 2**_HALVINGS
     (length,) = modality.shape
     if length % step:
         raise UserError(
-            f"modality {name!r}: network 'caption' halves a text three times, so its length must be a "
+            f"modality {name!r}: caption networks halve a text {_HALVINGS} times, so its length must be a "
             f"multiple of {step}, not {length}. Pack the data with {step * math.ceil(length / step)} tokens "
-            f"a text, or set model.modalities.{name}.network to mlp"
+            f"per text, or set model.modalities.{name}.network to mlp"
         )

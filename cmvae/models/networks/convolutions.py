@@ -1,4 +1,4 @@
-"""Convolutions and activations that give the same numbers as torch's own, with less time or memory."""
+"""Convolutions and activations with the same values as those of torch, in less time or memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from cmvae.models.networks import one_pixel
 
-# With fewer filters a CPU is faster if it convolves before it pools.
-_FEWEST_FILTERS = 24
+# With fewer filters, convolving before pooling is faster on a CPU.
+_MIN_FILTERS = 24
 
 
 class _LeakyReLU(torch.autograd.Function):
@@ -31,13 +31,14 @@ class _LeakyReLU(torch.autograd.Function):
 
 
 class LeakyReLU(nn.Module):
-    """As torch's, which keeps its input for the gradient; this one its output, as the next layer does.
+    """`torch.nn.LeakyReLU` that saves its output for the gradient, not its input.
 
-    The sign of either tells the slope. Torch does so in place only, and what DeepSpeed's
-    ZeRO-3 has wrapped may not be changed in place.
+    The next layer saves the same tensor, so less memory is used. Input and output have the same sign, which
+    determines the gradient. Torch does this only in place, which is not allowed for tensors that DeepSpeed
+    ZeRO-3 has wrapped.
 
     Args:
-        slope: of negative values, positive itself.
+        slope: slope for negative values; must be positive.
     """
 
     def __init__(self, slope: float) -> None:
@@ -45,7 +46,7 @@ class LeakyReLU(nn.Module):
         self.slope = slope
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply it, any shape."""
+        """Apply the activation to a tensor of any shape."""
         return cast(Tensor, _LeakyReLU.apply(x, self.slope))
 
 
@@ -61,16 +62,19 @@ class _BiasGradient(torch.autograd.Function):
 
 
 def conv_transpose2d(x: Tensor, kernel: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
-    """As `torch.nn.functional.conv_transpose2d`, but the bias' gradient is a plain sum.
+    """`torch.nn.functional.conv_transpose2d` whose bias gradient is computed as a plain sum.
 
-    On a CPU oneDNN's own takes as long as half of the other gradients.
+    On a CPU, the bias gradient of oneDNN takes half as long as the other gradients.
 
     Args:
         x: (B, C_in, H, W).
         kernel: (C_in, C_out, k, k).
         bias: (C_out,).
-        stride: of the output.
-        padding: cut off the output at each side.
+        stride: stride of the output.
+        padding: number of pixels to remove from each side of the output.
+
+    Returns:
+        (B, C_out, H', W')
     """
     biased = one_pixel.conv_transpose2d(x, kernel, bias.detach(), stride=stride, padding=padding)
     return cast(Tensor, _BiasGradient.apply(biased, bias))
@@ -84,23 +88,23 @@ class _BoxMean(torch.autograd.Function):
         return F.avg_pool2d(x, 3, stride=1, padding=1), rows[:, 0].clone(), rows[:, :, 0].clone()
 
     @staticmethod
-    def backward(ctx: Any, of_means: Tensor, of_top: Tensor, of_left: Tensor) -> Tensor:
+    def backward(ctx: Any, grad_means: Tensor, grad_top: Tensor, grad_left: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         sizes = [3, 3], [1, 1], [1, 1]
-        of_x = torch.ops.aten.avg_pool2d_backward(of_means, x, *sizes, False, True, None)
-        return _add_to_borders(of_x, of_top, of_left)
+        grad_x = torch.ops.aten.avg_pool2d_backward(grad_means, x, *sizes, False, True, None)
+        return _add_to_borders(grad_x, grad_top, grad_left)
 
 
 def box_mean(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means of 3×3 pixels, zeros beyond the border counted; and the first row and the first column of `x`.
+    """Compute means over 3×3 pixels with zero padding, and extract the first row and first column of `x`.
 
-    The gradients of row and column are added where they belong, without a map of zeros for each.
+    The gradients of row and column are added in place, not as maps that are zero elsewhere.
 
     Args:
         x: (B, C, H, W).
 
     Returns:
-        (B, C, H, W), (B, W, C) and (B, H, C).
+        Means (B, C, H, W), first row (B, W, C) and first column (B, H, C).
     """
     return cast("tuple[Tensor, Tensor, Tensor]", _BoxMean.apply(x))
 
@@ -118,10 +122,10 @@ class _AddToBorders(torch.autograd.Function):
 
 
 def add_to_borders(x: Tensor, top: Tensor, left: Tensor) -> Tensor:
-    """Add to the first row and the first column of `x`, in place; their gradients are parts of its own.
+    """Add to the first row and the first column of `x` in place.
 
     Args:
-        x: (B, C, H, W), which nothing keeps for its gradient.
+        x: (B, C, H, W), not saved for the gradient by another operation.
         top: (B, W, C).
         left: (B, H, C).
     """
@@ -136,18 +140,18 @@ def _add_to_borders(x: Tensor, top: Tensor, left: Tensor) -> Tensor:
 
 
 class Conv3x3(one_pixel.Conv2d):
-    """A 3×3 convolution, (B, C_in, H, W) to (B, C_out, H, W)."""
+    """3×3 convolution, (B, C_in, H, W) to (B, C_out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
 
 
 class UpsampledConv(Conv3x3):
-    """Nearest ×2, then a 3×3 convolution: (B, C_in, H, W) to (B, C_out, 2H, 2W), with 4/9 of the operations.
+    """Nearest-neighbour upsampling by 2, then a 3×3 convolution: (B, C_in, H, W) to (B, C_out, 2H, 2W).
 
-    The four pixels of an upsampled one are equal, so that the weights that meet it can be summed beforehand:
-    the same numbers come from one transposed convolution of stride 2, whose 4×4 kernel is the flipped 3×3
-    one summed over its four shifts. The 3×3 kernel stays the parameter.
+    It takes 4/9 of the operations. The four pixels that come from one pixel are equal, so the weights that
+    they are multiplied with can be summed beforehand. This gives a transposed convolution of stride 2, whose
+    4×4 kernel is the sum of the flipped 3×3 kernel over its four shifts. The parameter is the 3×3 kernel.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,60 +163,60 @@ class UpsampledConv(Conv3x3):
 
 
 class PooledConv(Conv3x3):
-    """A 3×3 convolution, then means of 3×3 pixels at every other: (B, C_in, H, W) to (B, C_out, H/2, W/2).
+    """3×3 convolution, then 3×3 mean pooling with stride 2: (B, C_in, H, W) to (B, C_out, H/2, W/2).
 
-    On a CPU with a quarter of the operations, and the same numbers: a mean and a convolution may change
-    places, and of a convolution behind the mean only every other pixel is wanted. At the border they differ:
-    the mean that comes last counts no pixels above the image, where a convolution of means would find some.
-    So for the first row of the result the image's first row is taken from the lower weights and given to the
-    upper ones, and for the first column likewise. H and W must be even, or the last ones would want it, too.
+    On a CPU it takes a quarter of the operations: means and convolutions commute, and a convolution after the
+    mean is only needed at every other pixel. At the border the two orders differ, because each ignores the
+    intermediate values outside the image. In the first row of the result, the first row of the image is
+    therefore removed from the lower weights and added to the upper weights; likewise for the first column.
+    H and W must be even; otherwise the last row and column would need a correction, too.
 
-    With few filters the dozen small operations at the border take longer than what they save; on a GPU, where
-    each of them is a launch, the plain order is taken, too.
+    With few filters, the dozen small operations at the border take longer than they save. On a GPU, each of
+    them is a kernel launch. In these cases the convolution comes first.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and pool."""
-        if x.device.type != "cpu" or self.in_channels < _FEWEST_FILTERS:
+        if x.device.type != "cpu" or self.in_channels < _MIN_FILTERS:
             return F.avg_pool2d(super().forward(x), 3, stride=2, padding=1)
         means, top, left = box_mean(x)
         weight, bias = self.weight / 9, cast(Tensor, self.bias) / 9
         to_top = rearrange(weight[:, :, 0] - weight[:, :, 2], "o i k -> (k i) o")
         to_left = rearrange(weight[..., 0] - weight[..., 2], "o i k -> (k i) o")
-        # Of nine pixels a mean counts six at an edge, but four in the corner, which is of both edges.
+        # A window has six of nine pixels in the image at an edge, and four in the corner of both edges.
         missing = torch.full((top.shape[1] // 2, 1), 3.0, dtype=bias.dtype)
         missing[0] = 2
         return add_to_borders(
             one_pixel.conv2d(means, self.weight, self.bias, stride=2, padding=1),
-            _meet_weights(top, mean_last=True) @ to_top - missing * bias,
-            _meet_weights(left, mean_last=False) @ to_left - 3 * bias,
+            _sums_per_weight(top, mean_last=True) @ to_top - missing * bias,
+            _sums_per_weight(left, mean_last=False) @ to_left - 3 * bias,
         )
 
 
-def _meet_weights(line: Tensor, mean_last: bool) -> Tensor:
-    """Sums of the pixels that each of three weights meets for every other place of a line.
+def _sums_per_weight(line: Tensor, mean_last: bool) -> Tensor:
+    """Sum the pixels that each of three weights is multiplied with, at every other position of a line.
 
     Args:
         line: (B, L, C).
-        mean_last: a convolution, then sums of three; else sums of three, then a convolution.
+        mean_last: convolve, then sum three neighbours; else sum, then convolve.
 
     Returns:
         (B, L/2, 3 C)
     """
-    met = _met_by_weights(line.shape[1], mean_last).to(line.dtype)
-    return rearrange(met @ line, "b (l k) c -> b l (k c)", k=3)
+    matrix = _sum_matrix(line.shape[1], mean_last).to(line.dtype)
+    return rearrange(matrix @ line, "b (l k) c -> b l (k c)", k=3)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _met_by_weights(length: int, mean_last: bool) -> Tensor:
-    """`_meet_weights` as a matrix of zeros and ones, (L/2 · 3, L)."""
+def _sum_matrix(length: int, mean_last: bool) -> Tensor:
+    """Matrix of zeros and ones, (L/2 · 3, L), with which `_sums_per_weight` multiplies a line."""
 
     def windows(lines: Tensor, stride: int) -> Tensor:
-        """Three neighbours along the first axis, zeros beyond its ends, as a last axis."""
-        beyond = [0, 0] * (lines.ndim - 1) + [1, 1]
-        return F.pad(lines, beyond).unfold(0, 3, stride)
+        """Three neighbours along the first axis, zero-padded, as a new last axis."""
+        padding = [0, 0] * (lines.ndim - 1) + [1, 1]
+        return F.pad(lines, padding).unfold(0, 3, stride)
 
     neighbours = windows(torch.eye(length), 1)
-    met = windows(neighbours, 2).sum(-1) if mean_last else windows(neighbours.sum(-1), 2)
-    return rearrange(met, "l x k -> (l k) x")
+    sums = windows(neighbours, 2).sum(-1) if mean_last else windows(neighbours.sum(-1), 2)
+    return rearrange(sums, "l x k -> (l k) x")

@@ -1,4 +1,4 @@
-"""What all encoders have in common: two separate trunks, and linear heads on each."""
+"""Base class of encoders: two separate trunks, each with linear heads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from torch import Tensor, nn
 
 
 class PosteriorHeads(nn.Module):
-    """Location and raw scale of one posterior, each by its own linear map of the features."""
+    """Linear heads for the location and the raw scale of one posterior.
+
+    Args:
+        in_features: F.
+        latent_dim: D.
+    """
 
     def __init__(self, in_features: int, latent_dim: int) -> None:
         super().__init__()
@@ -14,16 +19,16 @@ class PosteriorHeads(nn.Module):
         self.raw_scale = nn.Linear(in_features, latent_dim)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, F) to two (B, D)."""
+        """Map features (B, F) to loc (B, D) and raw scale (B, D)."""
         return self.loc(features), self.raw_scale(features)
 
 
 class TwoTrunkEncoder(nn.Module):
-    """Two separate trunks, one for q(z|x) and one for q(w|x).
+    """Encoder with two separate trunks, one for q(z|x) and one for q(w|x).
 
     Args:
-        shared_trunk: what `prepare` gives to features (B, F).
-        private_trunk: the same for w.
+        shared_trunk: maps the output of `prepare` to features (B, F) for z.
+        private_trunk: maps the output of `prepare` to features (B, F) for w.
         num_features: F of the shared and of the private trunk.
         shared_dim: D_z.
         private_dim: D_w.
@@ -44,7 +49,14 @@ class TwoTrunkEncoder(nn.Module):
         self.private_heads = PosteriorHeads(num_features[1], private_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Data (B, *shape), see `cmvae.modalities`, to loc and raw scale of q(z|x), then of q(w|x)."""
+        """Map data to the parameters of the posteriors.
+
+        Args:
+            x: (B, *shape), see `cmvae.modalities`.
+
+        Returns:
+            loc and raw scale of q(z|x), (B, D_z), then of q(w|x), (B, D_w).
+        """
         x = self.prepare(x)
         return (
             *self.shared_heads(self.shared_trunk(x)),
@@ -52,9 +64,9 @@ class TwoTrunkEncoder(nn.Module):
         )
 
     def encode_shared(self, x: Tensor) -> Tensor:
-        """The location of q(z|x) alone, (B, D_z), without the trunk of w."""
+        """Map data (B, *shape) to the location of q(z|x), (B, D_z), without the trunk of w."""
         return self.shared_heads(self.shared_trunk(self.prepare(x)))[0]
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Data as both trunks take it."""
+        """Convert data (B, *shape) to the input of both trunks; by default unchanged."""
         return x

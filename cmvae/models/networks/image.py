@@ -1,8 +1,8 @@
-"""Residual image networks of the PolyMNIST and CUBICC experiments, at any width and of many sizes.
+"""Residual image networks of the PolyMNIST and CUBICC experiments, for any width and many image sizes.
 
-Source: the networks released with MMVAE+ and CMVAE. At width 64 on five modalities of 28×28, with 40 clusters
-and 32 + 32 latent dimensions, a CMVAE made of them has 22.16 M parameters (22.17 M are published). Those for
-CUBICC, from 64×64 down to 2×2, are kept in github.com/srl-ethz/mmvaeplus,
+Source: the networks released with MMVAE+ and CMVAE. With width 64, five modalities of 28×28, 40 clusters and
+32 + 32 latent dimensions, a CMVAE of these networks has 22.16 M parameters (published: 22.17 M). The networks
+for CUBICC, from 64×64 to 2×2, are in github.com/srl-ethz/mmvaeplus,
 src/models/encoder_decoder_blocks/resnet_cub_image.py.
 """
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from typing_extensions import override
 
 from cmvae.modalities import Modality
 from cmvae.models.networks.convolutions import Conv3x3, LeakyReLU, PooledConv, UpsampledConv
@@ -22,36 +23,40 @@ from cmvae.models.networks.one_pixel import Conv2d
 from cmvae.utils.errors import UserError
 
 LEAKY_SLOPE = 0.2
-# A residual branch starts small, so that a block is near the identity at initialisation.
 RESIDUAL_SCALE = 0.1
+"""Factor of a residual branch, so that a block is close to the identity at initialisation."""
 
 _MIN_HALVINGS = 2
-# Images of up to so many pixels a side halve twice, as those of PolyMNIST.
-_SMALL = 32
-# Larger ones halve down to this, as those of CUBICC, or as far as both sides are even.
-_LOWEST = 2
-# What is left after that must not be larger: linear maps go from and to all of it.
-_MAX_LOWEST = 16
+# Images with sides of up to this many pixels are halved twice, like those of PolyMNIST.
+_MAX_SMALL_SIDE = 32
+# Larger images are halved to this size, like those of CUBICC, or until a side is odd.
+_MIN_MAP_SIDE = 2
+# Maximum side of the smallest map, which is flattened for linear layers.
+_MAX_MAP_SIDE = 16
 
 
 def num_halvings(height: int, width_px: int) -> int:
-    """How often an image is halved: PolyMNIST's 28×28 twice, to 7×7; CUBICC's 64×64 five times, to 2×2."""
+    """Number of times an image is halved.
+
+    PolyMNIST's 28×28 is halved twice, to 7×7; CUBICC's 64×64 five times, to 2×2.
+    """
     halvings = _MIN_HALVINGS
-    if max(height, width_px) > _SMALL:
+    if max(height, width_px) > _MAX_SMALL_SIDE:
         while all(
-            side % 2 ** (halvings + 1) == 0 and side >> halvings > _LOWEST for side in (height, width_px)
+            side % 2 ** (halvings + 1) == 0 and side >> halvings > _MIN_MAP_SIDE
+            for side in (height, width_px)
         ):
             halvings += 1
     return halvings
 
 
 def _filters(width: int, halvings: int) -> list[int]:
-    """Filters after each halving, none included: doubled twice, then constant."""
+    """Number of filters before and after each halving: doubled twice, then constant."""
     return [width * min(2**stage, 4) for stage in range(halvings + 1)]
 
 
 class ResidualBlock(nn.Module):
-    """(B, C_in, H, W) to (B, C_out, H, W): shortcut + 0.1 · (lrelu, conv, lrelu, conv)."""
+    """Residual block, (B, C_in, H, W) to (B, C_out, H, W): shortcut + 0.1 · (lrelu, conv, lrelu, conv)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -64,7 +69,10 @@ class ResidualBlock(nn.Module):
 
 
 class PooledResidualBlock(nn.Module):
-    """A `ResidualBlock`, then means of 3×3 pixels at every other; what commutes with them comes after."""
+    """`ResidualBlock`, then 3×3 mean pooling with stride 2: (B, C_in, H, W) to (B, C_out, H/2, W/2).
+
+    Operations that commute with the pooling are done after it.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -74,12 +82,15 @@ class PooledResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block and pool."""
         shortcut = self.shortcut(F.avg_pool2d(x, 3, stride=2, padding=1))
-        # In place, as nobody keeps what was pooled.
+        # In place: no operation needs the shortcut for its gradient.
         return shortcut.add_(self.branch(x), alpha=RESIDUAL_SCALE)
 
 
 class UpsampledResidualBlock(nn.Module):
-    """Nearest ×2, then a `ResidualBlock`; what commutes with the upsampling is done before it."""
+    """Nearest-neighbour upsampling by 2, then a `ResidualBlock`: (B, C_in, H, W) to (B, C_out, 2H, 2W).
+
+    Operations that commute with the upsampling are done before it.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -89,7 +100,7 @@ class UpsampledResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Upsample and apply the block."""
         shortcut = F.interpolate(self.shortcut(x), scale_factor=2.0, mode="nearest")
-        # In place, as nobody keeps what was upsampled.
+        # In place: no operation needs the shortcut for its gradient.
         return shortcut.add_(self.branch(x), alpha=RESIDUAL_SCALE)
 
 
@@ -112,22 +123,28 @@ def _shortcut(in_channels: int, out_channels: int) -> nn.Module:
 
 
 class ImageTrunk(nn.Module):
-    """An image (B, C, H, W) to features (B, F) of a map that is halved `len(filters) − 1` times."""
+    """Trunk from images to the features of a map that is halved `len(filters) − 1` times.
+
+    Args:
+        channels: C.
+        filters: number of filters before and after each halving.
+    """
 
     def __init__(self, channels: int, filters: list[int]) -> None:
         super().__init__()
         *pooled, last = itertools.pairwise([filters[0], *filters])
         layers: list[nn.Module] = [Conv3x3(channels, filters[0])]
-        layers += [*(PooledResidualBlock(*way) for way in pooled), ResidualBlock(*last)]
+        layers += [*(PooledResidualBlock(*in_out) for in_out in pooled), ResidualBlock(*last)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features in the order (h, w, c): with channels-last maps that is no copy."""
+        """Map images (B, C, H, W) to features (B, F)."""
+        # Flattened in the order (h, w, c), which does not copy channels-last maps.
         return rearrange(self.layers(x), "b c h w -> b (h w c)")
 
 
 class ImageEncoder(TwoTrunkEncoder):
-    """Images (B, C, H, W) in [0, 1]."""
+    """Encoder of images (B, C, H, W) in [0, 1]."""
 
     def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
         channels, height, width_px = modality.shape
@@ -142,13 +159,13 @@ class ImageEncoder(TwoTrunkEncoder):
             private_dim,
         )
 
+    @override
     def prepare(self, x: Tensor) -> Tensor:
-        """As `TwoTrunkEncoder.prepare`."""
         return x.contiguous(memory_format=torch.channels_last)
 
 
 class ImageDecoder(nn.Module):
-    """Latents (B, D_z + D_w) to the likelihood's parameters for an image (B, C, H, W)."""
+    """Decoder of images: from latents to the parameters of the likelihood."""
 
     def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
         super().__init__()
@@ -160,40 +177,41 @@ class ImageDecoder(nn.Module):
         lowest, *higher = itertools.pairwise([*reversed(filters), width])
         self.layers = nn.Sequential(
             ResidualBlock(*lowest),
-            *(UpsampledResidualBlock(before, after) for before, after in higher),
+            *(UpsampledResidualBlock(*in_out) for in_out in higher),
             LeakyReLU(LEAKY_SLOPE),
             Conv3x3(width, channels),
         )
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Decode a batch of concatenated (z, w)."""
+        """Map concatenated (z, w), (B, D_z + D_w), to (B, C, H, W)."""
         maps = rearrange(self.stem(latents), "b (h w c) -> b c h w", h=self.height, w=self.width_px)
         return self.layers(maps)
 
 
 def check_image_size(modality: Modality, name: str) -> None:
-    """Refuse images that these networks cannot halve often enough.
+    """Check that a modality is an image that can be halved often enough.
 
     Raises:
-        UserError: the modality is no image, its height or width is not divisible by 4, or what is left where
-            a side is odd is too large.
+        UserError: the modality is not an image, height or width is not divisible by 4, or the smallest map is
+            too large because a side becomes odd.
     """
     if len(modality.shape) != 3 or modality.num_categories:
         raise UserError(
-            f"model.modalities.{name}.network: 'resnet' takes maps of (channels, height, width), not a "
-            f"modality of kind {modality.kind}; leave network out for what fits it"
+            f"model.modalities.{name}.network: resnet takes arrays of (channels, height, width), not a "
+            f"modality of kind {modality.kind}. Remove the key to use the default network of this kind"
         )
     _, height, width_px = modality.shape
     if height % 4 or width_px % 4:
         raise UserError(
-            f"modality {name!r}: network 'resnet' halves an image twice or more, so height and width "
-            f"must be divisible by 4, not {height}×{width_px}. Resize the images when packing"
+            f"modality {name!r}: network resnet halves an image at least twice, so height and width must be "
+            f"divisible by 4, not {height}×{width_px}. Resize the images when packing"
         )
     halvings = num_halvings(height, width_px)
     rows, columns = height >> halvings, width_px >> halvings
-    if max(rows, columns) > _MAX_LOWEST:
+    if max(rows, columns) > _MAX_MAP_SIDE:
         raise UserError(
-            f"modality {name!r}: network 'resnet' halves an image while both sides are even and above "
-            f"{_LOWEST}, which leaves {rows}×{columns} of {height}×{width_px}; more than {_MAX_LOWEST} a "
-            "side are too many. Resize the images when packing, for example to 64×64 or 128×128"
+            f"modality {name!r}: network resnet halves an image until a side is odd or at most "
+            f"{_MIN_MAP_SIDE}. It reduces {height}×{width_px} to {rows}×{columns}, but at most "
+            f"{_MAX_MAP_SIDE}×{_MAX_MAP_SIDE} is supported. Resize the images when packing, for example to "
+            "64×64 or 128×128"
         )

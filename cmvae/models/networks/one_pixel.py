@@ -1,8 +1,7 @@
-"""Convolutions to or from a map of one pixel, computed as the linear maps that they are.
+"""Convolutions that compute maps to or from a single pixel as matrix products.
 
-The same parameters and the same numbers as torch's own layers. On processors with AMX oneDNN's bf16 code for
-such maps was seen to give NaN gradients now and then, where there are few channels; matrix products do not
-take that code.
+Parameters and values are those of torch's layers. On processors with AMX, the bf16 kernels of oneDNN for such
+maps occasionally returned NaN gradients if there were few channels. Matrix products do not use them.
 """
 
 from __future__ import annotations
@@ -23,44 +22,50 @@ def _pair(size: _Size) -> tuple[int, int]:
 def conv2d(
     x: Tensor, kernel: Tensor, bias: Tensor | None = None, stride: _Size = 1, padding: _Size = 0
 ) -> Tensor:
-    """As `torch.nn.functional.conv2d`; if the result has one pixel, by a matrix product.
+    """`torch.nn.functional.conv2d`, computed as a matrix product if the result has one pixel.
 
     Args:
         x: (B, C_in, H, W).
         kernel: (C_out, C_in, k_h, k_w).
         bias: (C_out,).
-        stride: of both axes, or of each.
-        padding: zeros at each side of both axes, or of each.
+        stride: stride of both axes, or of each.
+        padding: zero padding on both sides of both axes, or of each.
+
+    Returns:
+        (B, C_out, H', W')
     """
-    lines = tuple(zip(x.shape[2:], kernel.shape[2:], _pair(stride), _pair(padding), strict=True))
-    if any((size + 2 * pad - k) // step for size, k, step, pad in lines):
+    axes = tuple(zip(x.shape[2:], kernel.shape[2:], _pair(stride), _pair(padding), strict=True))
+    if any((size + 2 * pad - k) // step for size, k, step, pad in axes):
         return F.conv2d(x, kernel, bias, stride, padding)
-    # Only these weights meet pixels of the map; the others meet zeros beyond its border.
-    rows, columns = (min(size, k - pad) for size, k, _, pad in lines)
+    # Only these weights are multiplied with pixels of the map, the others with padding.
+    rows, columns = (min(size, k - pad) for size, k, _, pad in axes)
     top, left = _pair(padding)
-    met = kernel[:, :, top : top + rows, left : left + columns]
+    used = kernel[:, :, top : top + rows, left : left + columns]
     pixels = rearrange(x[:, :, :rows, :columns], "b i h w -> b (h w i)")
-    return F.linear(pixels, rearrange(met, "o i h w -> o (h w i)"), bias)[..., None, None]
+    return F.linear(pixels, rearrange(used, "o i h w -> o (h w i)"), bias)[..., None, None]
 
 
 def conv_transpose2d(
     x: Tensor, kernel: Tensor, bias: Tensor | None = None, stride: _Size = 1, padding: _Size = 0
 ) -> Tensor:
-    """As `torch.nn.functional.conv_transpose2d`; if `x` has one pixel, by a matrix product.
+    """`torch.nn.functional.conv_transpose2d`, computed as a matrix product if `x` has one pixel.
 
     Args:
         x: (B, C_in, H, W).
         kernel: (C_in, C_out, k_h, k_w).
         bias: (C_out,).
-        stride: of both axes of the result, or of each.
-        padding: cut off each side of both axes of the result, or of each.
+        stride: stride of both axes of the result, or of each.
+        padding: number of pixels to remove from both sides of both axes of the result, or of each.
+
+    Returns:
+        (B, C_out, H', W')
     """
     if x.shape[2:] != (1, 1):
         return F.conv_transpose2d(x, kernel, bias, stride, padding)
     (top, left), (height, width) = _pair(padding), kernel.shape[2:]
     kept = kernel[:, :, top : height - top, left : width - left]
     rows, columns = kept.shape[2:]
-    # In the order (h, w, o) the result is a channels-last map, as the kernel is where speed matters.
+    # In the order (h, w, o), the result is a channels-last map, which matches channels-last kernels.
     values = F.linear(
         x.flatten(1),
         rearrange(kept, "i o h w -> (h w o) i"),
@@ -70,7 +75,7 @@ def conv_transpose2d(
 
 
 class Conv2d(nn.Conv2d):
-    """A `torch.nn.Conv2d` that computes as `conv2d`."""
+    """`torch.nn.Conv2d` that uses `conv2d` of this module."""
 
     def __init__(
         self,
@@ -84,12 +89,12 @@ class Conv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) to (B, C_out, H', W')."""
+        """Map (B, C_in, H, W) to (B, C_out, H', W')."""
         return conv2d(x, self.weight, self.bias, cast(_Size, self.stride), cast(_Size, self.padding))
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
-    """A `torch.nn.ConvTranspose2d` that computes as `conv_transpose2d`."""
+    """`torch.nn.ConvTranspose2d` that uses `conv_transpose2d` of this module."""
 
     def __init__(
         self,
@@ -103,7 +108,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """(B, C_in, H, W) to (B, C_out, H', W')."""
+        """Map (B, C_in, H, W) to (B, C_out, H', W')."""
         return conv_transpose2d(
             x, self.weight, self.bias, cast(_Size, self.stride), cast(_Size, self.padding)
         )

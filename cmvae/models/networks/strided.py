@@ -1,9 +1,9 @@
-"""Image networks of few, large convolutions, for CPUs and small GPUs.
+"""Image networks of a few large convolutions, for CPUs and small GPUs.
 
-A strided convolution takes an image to a quarter of its height and width, and further ones halve it while it
-is larger than 8 pixels a side: PolyMNIST's 28×28 becomes 7×7, 64×64 becomes 8×8. A residual block works
-there, and the decoder comes back by pixel shuffle (Shi et al., CVPR 2016). Nearly all operations are then
-in convolutions of many channels on small maps, which a processor computes near its peak.
+A strided convolution reduces height and width to a quarter, and further ones halve them while a side is
+longer than 8 pixels: PolyMNIST's 28×28 becomes 7×7, 64×64 becomes 8×8. A residual block follows at that size.
+The decoder upsamples by pixel shuffle (Shi et al., CVPR 2016). Nearly all operations are then convolutions of
+many channels on small maps, which processors compute close to their peak performance.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 
 from einops import rearrange
 from torch import Tensor, nn
+from typing_extensions import override
 
 from cmvae.modalities import Modality
 from cmvae.models.networks.convolutions import Conv3x3, LeakyReLU
@@ -21,35 +22,35 @@ from cmvae.utils.errors import UserError
 
 _STEM_STRIDE = 4
 # Maps are halved while a side is longer than this.
-_LOWEST = 8
-# Filters double with every halving after the stem, up to so many times the width.
+_MAX_MAP_SIDE = 8
+# The number of filters doubles with each halving after the stem, up to this multiple of the width.
 _MAX_MULTIPLE = 4
 
 
 def _filters(height: int, width_px: int, width: int) -> list[int]:
-    """Filters of the stem and after each halving that follows it."""
+    """Number of filters of the stem and after each halving."""
     filters, side = [width], max(height, width_px) // _STEM_STRIDE
-    while side > _LOWEST:
+    while side > _MAX_MAP_SIDE:
         filters.append(min(2 * filters[-1], _MAX_MULTIPLE * width))
         side //= 2
     return filters
 
 
 def _stride(filters: list[int]) -> int:
-    """Pixels of the image that a pixel of the smallest map stands for, along one side."""
+    """Ratio of the side of an image to that of the smallest map."""
     return _STEM_STRIDE * 2 ** (len(filters) - 1)
 
 
 def _trunk(channels: int, filters: list[int]) -> nn.Sequential:
-    """An image (B, C, H, W) to the smallest map (B, F, h, w)."""
-    halving = [
+    """Trunk from images (B, C, H, W) to the flattened smallest map (B, h·w·F)."""
+    halvings = [
         layer
         for before, after in itertools.pairwise(filters)
         for layer in (LeakyReLU(LEAKY_SLOPE), nn.Conv2d(before, after, 4, stride=2, padding=1))
     ]
     return nn.Sequential(
         nn.Conv2d(channels, filters[0], 6, stride=_STEM_STRIDE, padding=1),
-        *halving,
+        *halvings,
         ResidualBlock(filters[-1], filters[-1]),
         LeakyReLU(LEAKY_SLOPE),
         _FlattenMap(),
@@ -57,14 +58,14 @@ def _trunk(channels: int, filters: list[int]) -> nn.Sequential:
 
 
 class _FlattenMap(nn.Module):
-    """(B, F, h, w) to (B, h·w·F): with channels-last maps that is no copy."""
+    """(B, F, h, w) to (B, h·w·F). Channels-last maps are not copied."""
 
     def forward(self, maps: Tensor) -> Tensor:
         return rearrange(maps, "b c h w -> b (h w c)")
 
 
 class StridedImageEncoder(TwoTrunkEncoder):
-    """Images (B, C, H, W) in [0, 1]."""
+    """Encoder of images (B, C, H, W) in [0, 1]."""
 
     def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
         channels, height, width_px = modality.shape
@@ -79,13 +80,14 @@ class StridedImageEncoder(TwoTrunkEncoder):
             private_dim,
         )
 
+    @override
     def prepare(self, x: Tensor) -> Tensor:
-        """As `TwoTrunkEncoder.prepare`: centred, so that the first layer sees both signs."""
+        """Scale images to [−1, 1], so that the input of the first layer is centred."""
         return 2 * x - 1
 
 
 class StridedImageDecoder(nn.Module):
-    """Latents (B, D_z + D_w) to the likelihood's parameters for an image (B, C, H, W)."""
+    """Decoder of images: from latents to the parameters of the likelihood."""
 
     def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
         super().__init__()
@@ -93,7 +95,7 @@ class StridedImageDecoder(nn.Module):
         filters = _filters(height, width_px, width)
         self.height, self.width_px = (side // _stride(filters) for side in (height, width_px))
         self.stem = nn.Linear(shared_dim + private_dim, filters[-1] * self.height * self.width_px)
-        doubling = [
+        doublings = [
             layer
             for before, after in itertools.pairwise(reversed(filters))
             for layer in (Conv3x3(before, 4 * after), nn.PixelShuffle(2), LeakyReLU(LEAKY_SLOPE))
@@ -101,33 +103,33 @@ class StridedImageDecoder(nn.Module):
         self.layers = nn.Sequential(
             ResidualBlock(filters[-1], filters[-1]),
             LeakyReLU(LEAKY_SLOPE),
-            *doubling,
+            *doublings,
             Conv3x3(width, channels * _STEM_STRIDE**2),
             nn.PixelShuffle(_STEM_STRIDE),
         )
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Decode a batch of concatenated (z, w)."""
+        """Map concatenated (z, w), (B, D_z + D_w), to (B, C, H, W)."""
         maps = rearrange(self.stem(latents), "b (h w c) -> b c h w", h=self.height, w=self.width_px)
         return self.layers(maps)
 
 
 def check_strided_size(modality: Modality, name: str) -> None:
-    """Refuse what is no image, or one whose sides these networks cannot divide.
+    """Check that a modality is an image whose sides are divisible by the total stride.
 
     Raises:
-        UserError: it does not fit.
+        UserError: the modality does not fit.
     """
     if len(modality.shape) != 3 or modality.num_categories:
         raise UserError(
-            f"model.modalities.{name}.network: 'strided' takes images, not a modality of kind "
-            f"{modality.kind}; leave network out for what fits it"
+            f"model.modalities.{name}.network: strided takes images, not a modality of kind "
+            f"{modality.kind}. Remove the key to use the default network of this kind"
         )
     _, height, width_px = modality.shape
     stride = _stride(_filters(height, width_px, 1))
     if height % stride or width_px % stride:
         raise UserError(
-            f"modality {name!r}: network 'strided' divides the sides of such an image by {stride}, so "
-            f"height and width must be multiples of {stride}, not {height}×{width_px}. Resize the images "
-            "when packing"
+            f"modality {name!r}: network strided divides the sides of such an image by {stride}, so height "
+            f"and width must be multiples of {stride}, not {height}×{width_px}. Resize the images when "
+            "packing"
         )

@@ -1,6 +1,6 @@
 """Fully connected networks with two hidden layers, for data of any kind and shape.
 
-Numbers are taken as they are; what is a place among `categories` becomes one-hot.
+Categories are converted to one-hot vectors.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ import math
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from cmvae.modalities import Modality
 from cmvae.models.networks.encoder import TwoTrunkEncoder
 
 
 def _hidden_layers(in_features: int, width: int) -> nn.Sequential:
-    """(B, in_features) to (B, width)."""
+    """Two hidden layers, (B, in_features) to (B, width)."""
     return nn.Sequential(
         nn.Linear(in_features, width),
         nn.ReLU(),
@@ -25,7 +26,7 @@ def _hidden_layers(in_features: int, width: int) -> nn.Sequential:
 
 
 class VectorEncoder(TwoTrunkEncoder):
-    """Data (B, *shape), flattened, through two hidden layers of `width` units a trunk."""
+    """Encoder of data (B, *shape), flattened, with two hidden layers of `width` units per trunk."""
 
     def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
         num_categories = modality.num_categories
@@ -39,15 +40,16 @@ class VectorEncoder(TwoTrunkEncoder):
         )
         self.num_categories = num_categories
 
+    @override
     def prepare(self, x: Tensor) -> Tensor:
-        """As `TwoTrunkEncoder.prepare`: (B, F) fp32."""
+        """Flatten the data, with categories as one-hot vectors: (B, F) fp32."""
         if self.num_categories:
             x = F.one_hot(x, self.num_categories).float()
         return x.flatten(1)
 
 
 class VectorDecoder(nn.Module):
-    """Latents (B, D_z + D_w) through two hidden layers to the likelihood's parameters."""
+    """Decoder with two hidden layers, from latents to the parameters of the likelihood."""
 
     def __init__(self, modality: Modality, width: int, shared_dim: int, private_dim: int) -> None:
         super().__init__()
@@ -56,9 +58,9 @@ class VectorDecoder(nn.Module):
         self.out = nn.Linear(width, math.prod(self.parameter_shape))
 
     def forward(self, latents: Tensor) -> Tensor:
-        """(B, D_z + D_w) to (B, *parameter shape), see `cmvae.modalities`."""
+        """Map concatenated (z, w), (B, D_z + D_w), to (B, *parameter_shape), see `cmvae.modalities`."""
         return self.out(self.layers(latents)).unflatten(1, self.parameter_shape)
 
 
 def check_vector(modality: Modality, name: str) -> None:
-    """Nothing to refuse: anything can be flattened."""
+    """Accept every modality: data of any shape can be flattened."""

@@ -1,4 +1,4 @@
-"""Operations with gradients of their own against torch's."""
+"""Operations with custom gradients, compared with those of torch."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from cmvae.models.networks.convolutions import LeakyReLU, add_to_borders, box_me
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_leaky_relu_has_torchs_numbers_and_gradient(dtype):
+def test_leaky_relu_matches_torch(dtype):
     torch.manual_seed(0)
     x = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0, 1e-40, -1e-40])]).to(dtype).requires_grad_()
     towards = torch.randn(1004).to(dtype)
@@ -19,11 +19,11 @@ def test_a_leaky_relu_has_torchs_numbers_and_gradient(dtype):
     assert torch.equal(found_gradient, expected_gradient)
 
 
-def test_a_leaky_relu_keeps_only_what_the_next_layer_keeps_too():
+def test_leaky_relu_saves_no_tensor_of_its_own():
     torch.manual_seed(0)
     weight = torch.randn(5, 7, requires_grad=True)
 
-    def kept(activation):
+    def saved(activation):
         storages = set()
 
         def pack(tensor):
@@ -35,12 +35,13 @@ def test_a_leaky_relu_keeps_only_what_the_next_layer_keeps_too():
             activation(hidden) @ weight
         return storages - {weight.data_ptr()}
 
-    assert len(kept(LeakyReLU(0.2))) == 1
-    assert len(kept(torch.nn.LeakyReLU(0.2))) == 2
+    # The input of the next layer, and with torch's activation its own input, too.
+    assert len(saved(LeakyReLU(0.2))) == 1
+    assert len(saved(torch.nn.LeakyReLU(0.2))) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_transposed_convolution_has_torchs_numbers_and_gradients(dtype):
+def test_conv_transpose2d_matches_torch(dtype):
     torch.manual_seed(0)
     x = torch.randn(3, 4, 5, 6, dtype=dtype, requires_grad=True)
     kernel = torch.randn(4, 2, 4, 4, dtype=dtype, requires_grad=True)
@@ -50,11 +51,11 @@ def test_a_transposed_convolution_has_torchs_numbers_and_gradients(dtype):
     assert torch.equal(found, expected)
     towards = torch.randn_like(found)
     gradients = [torch.autograd.grad(y, (x, kernel, bias), towards) for y in (found, expected)]
-    for mine, torchs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, torchs)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
-def test_under_autocast_the_bias_gets_a_gradient_of_its_own_precision():
+def test_bias_gradient_keeps_its_dtype_under_autocast():
     torch.manual_seed(0)
     x, kernel = torch.randn(3, 4, 5, 6), torch.randn(4, 2, 4, 4)
     bias = torch.randn(2, requires_grad=True)
@@ -66,7 +67,7 @@ def test_under_autocast_the_bias_gets_a_gradient_of_its_own_precision():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_means_and_borders_have_the_gradients_of_torchs_operations(layout):
+def test_box_mean_matches_torch(layout):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 6, 4, dtype=torch.float64).to(memory_format=layout).requires_grad_()
     expected = F.avg_pool2d(x, 3, stride=1, padding=1), x[:, :, 0].mT, x[..., 0].mT
@@ -79,7 +80,7 @@ def test_means_and_borders_have_the_gradients_of_torchs_operations(layout):
     torch.testing.assert_close(gradient, expected_gradient)
 
 
-def test_what_is_added_to_the_borders_is_added_in_the_corner_twice():
+def test_add_to_borders_adds_both_in_the_corner():
     torch.manual_seed(0)
     x, top, left = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 6, 4), (2, 4, 3), (2, 6, 3)))
     y = add_to_borders(x * 1, top, left)

@@ -1,4 +1,4 @@
-"""Encoders and decoders: shapes for every kind, sizes and lengths they take, and the published layers."""
+"""Encoders and decoders: shapes for every kind of modality, supported sizes, and the published layers."""
 
 import itertools
 
@@ -68,7 +68,7 @@ def build(name, modality, width):
         ("mlp", image(5, 3), 8),
     ],
 )
-def test_networks_take_data_and_give_parameters_of_the_likelihood(name, modality, width):
+def test_networks_map_data_to_likelihood_parameters(name, modality, width):
     encoder, decoder = build(name, modality, width)
     shapes = [output.shape for output in encoder(made_up_data(modality))]
     assert shapes == [(B, D_Z), (B, D_Z), (B, D_W), (B, D_W)]
@@ -79,7 +79,7 @@ def test_networks_take_data_and_give_parameters_of_the_likelihood(name, modality
 @pytest.mark.parametrize(
     ("name", "modality"), [("caption", text(16)), ("mlp", VECTOR), ("resnet", image(8, 8))]
 )
-def test_z_and_w_have_trunks_of_their_own(name, modality):
+def test_z_and_w_have_separate_trunks(name, modality):
     encoder, _ = build(name, modality, 4)
     shared_loc, shared_raw, _, _ = encoder(made_up_data(modality))
     (shared_loc.sum() + shared_raw.sum()).backward()
@@ -87,7 +87,7 @@ def test_z_and_w_have_trunks_of_their_own(name, modality):
     assert reached == {name for name, _ in encoder.named_parameters() if not name.startswith("private")}
 
 
-def test_a_bag_of_words_knows_no_order_and_z_alone_reads_it():
+def test_only_z_ignores_the_order_of_words():
     encoder, _ = build("bag_of_words", text(16), 4)
     tokens = made_up_data(text(16))
     shuffled = tokens[:, torch.randperm(16)]
@@ -96,12 +96,12 @@ def test_a_bag_of_words_knows_no_order_and_z_alone_reads_it():
     assert not torch.allclose(before[2], after[2])
     torch.testing.assert_close(encoder.encode_shared(tokens), before[0])
     special = tokens.clone()
-    special[:, 3:] = 0  # padding is no word
+    special[:, 3:] = 0  # Padding is not a word.
     padded = torch.cat([special, torch.ones_like(special)], dim=1)[:, :16]
     torch.testing.assert_close(encoder(special)[0], encoder(padded)[0])
 
 
-def test_an_embedding_is_the_linear_map_of_one_hot_tokens():
+def test_embedding_equals_linear_map_of_one_hot_tokens():
     encoder, _ = build("caption", text(16), 32)
     tokens = made_up_data(text(16))
     one_hot = torch.nn.functional.one_hot(tokens, 11).float()
@@ -123,17 +123,17 @@ def test_each_stem_of_the_caption_decoder_reads_its_own_latent():
     assert torch.equal(read["private_stem"], latents[:, D_Z:])
 
 
-def test_what_does_not_fit_is_refused_with_a_remedy():
+def test_unsuitable_networks_are_rejected_with_advice():
     for name, modality, message in (
         ("caption", text(30), r"'a'.*multiple of 8, not 30.*32 tokens"),
-        ("caption", VECTOR, r"model\.modalities\.a\.network: 'caption' takes text, not .* vector"),
-        ("resnet", text(32), r"model\.modalities\.a\.network: 'resnet' takes .*, not .* text"),
+        ("caption", VECTOR, r"model\.modalities\.a\.network: caption networks take text, not .* vector"),
+        ("resnet", text(32), r"model\.modalities\.a\.network: resnet takes .*, not .* text"),
         ("resnet", image(8, 10), r"divisible by 4, not 8×10"),
         ("strided", image(8, 10), r"multiples of 4, not 8×10.*Resize"),
         ("strided", image(72, 72), r"multiples of 16, not 72×72.*Resize"),
-        ("strided", text(32), r"model\.modalities\.a\.network: 'strided' takes images, not .* text"),
-        ("bag_of_words", VECTOR, r"model\.modalities\.a\.network: .* takes text, not .* vector"),
-        ("resnet", image(100, 100), r"leaves 25×25 of 100×100.*Resize.*64×64"),
+        ("strided", text(32), r"model\.modalities\.a\.network: strided takes images, not .* text"),
+        ("bag_of_words", VECTOR, r"model\.modalities\.a\.network: .* take text, not .* vector"),
+        ("resnet", image(100, 100), r"reduces 100×100 to 25×25.*Resize.*64×64"),
     ):
         with pytest.raises(UserError, match=message):
             network_family(name, modality, "a")
@@ -194,7 +194,7 @@ def test_cubicc_images_have_the_released_number_of_parameters():
 
 
 @pytest.mark.parametrize("size", [(28, 28), (16, 16), (32, 32)])
-def test_the_names_of_the_weights_by_which_exports_are_read(size):
+def test_weight_names_are_stable(size):
     encoder, decoder = build("resnet", image(*size), 4)
     block = {"branch.1.weight", "branch.1.bias", "branch.3.weight", "branch.3.bias"}
     wider = block | {"shortcut.weight"}
@@ -216,7 +216,7 @@ def test_the_names_of_the_weights_by_which_exports_are_read(size):
 
 
 def values_and_gradients(network, x, towards):
-    """What a network makes of `x`, and the gradients of `x` and of its parameters, by name."""
+    """Output `y` of a network, and the gradients of `x` and of the parameters, by name."""
     leaf = x.clone().requires_grad_()
     y = network(leaf)
     names = ["x", *(name for name, _ in network.named_parameters())]
@@ -225,14 +225,14 @@ def values_and_gradients(network, x, towards):
 
 
 def assert_close_to_the_largest(found, expected, rtol):
-    """Relative to the largest: single values may cancel to nothing."""
+    """Compare relative to the largest value, because single values may cancel out."""
     for one, other in zip(found.values(), expected.values(), strict=True):
         assert (one - other).abs().max() <= rtol * other.abs().max()
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(("inputs", "outputs"), [(8, 4), (4, 4), (3, 5)])
-def test_an_upsampled_block_gives_the_numbers_of_upsampling_then_the_block(dtype, rtol, inputs, outputs):
+def test_upsampled_block_equals_upsampling_then_block(dtype, rtol, inputs, outputs):
     torch.manual_seed(0)
     fast = UpsampledResidualBlock(inputs, outputs).to(dtype)
     block = ResidualBlock(inputs, outputs).to(dtype)
@@ -247,7 +247,7 @@ def test_an_upsampled_block_gives_the_numbers_of_upsampling_then_the_block(dtype
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(("inputs", "outputs"), [(32, 24), (24, 24), (24, 30), (4, 4)])
 @pytest.mark.parametrize("size", [(8, 14), (2, 2), (4, 2)])
-def test_a_pooled_block_gives_the_numbers_of_the_block_then_pooling(dtype, rtol, inputs, outputs, size):
+def test_pooled_block_equals_block_then_pooling(dtype, rtol, inputs, outputs, size):
     torch.manual_seed(0)
     fast = PooledResidualBlock(inputs, outputs).to(dtype)
     block = ResidualBlock(inputs, outputs).to(dtype)
@@ -259,7 +259,7 @@ def test_a_pooled_block_gives_the_numbers_of_the_block_then_pooling(dtype, rtol,
     assert_close_to_the_largest(found, expected, rtol)
 
 
-def test_in_bf16_a_pooled_block_errs_as_the_block_then_pooling_does():
+def test_pooled_block_is_as_accurate_in_bf16():
     torch.manual_seed(0)
     fast, block = PooledResidualBlock(24, 30), ResidualBlock(24, 30)
     block.load_state_dict(fast.state_dict())
@@ -274,21 +274,21 @@ def test_in_bf16_a_pooled_block_errs_as_the_block_then_pooling_does():
         assert (one - true).abs().max() <= 2 * (other - true).abs().max()
 
 
-def test_pooling_before_convolving_takes_a_quarter_of_the_operations():
+def test_pooled_conv_takes_a_quarter_of_the_operations():
     conv, x = PooledConv(32, 32), torch.randn(2, 32, 16, 16)
     with FlopCounterMode(display=False) as counter:
         conv(x)
     plain = 2 * 2 * 16 * 16 * 32 * 32 * 9
-    # At the border two lines of eight pixels, three weights each, and the sums of their pixels.
+    # Border: two lines of eight positions with three weights each, and the sums of their pixels.
     border = 2 * 2 * 2 * 8 * 3 * 32 * (32 + 16)
     assert counter.get_total_flops() == plain / 4 + border
     few = PooledConv(16, 32)
     with FlopCounterMode(display=False) as counter:
         few(x[:, :16])
-    assert counter.get_total_flops() == plain / 2, "with few filters the plain order is faster"
+    assert counter.get_total_flops() == plain / 2, "with few filters the convolution comes first"
 
 
-def test_what_was_first_made_in_inference_mode_can_be_trained_with():
+def test_pooled_conv_trains_after_use_in_inference_mode():
     conv, x = PooledConv(24, 24), torch.randn(1, 24, 18, 22, requires_grad=True)
     with torch.inference_mode():
         conv(x)
@@ -297,7 +297,7 @@ def test_what_was_first_made_in_inference_mode_can_be_trained_with():
 
 
 @pytest.mark.parametrize("name", ["cubicc", "cub_mini"])
-def test_the_configs_of_the_birds_have_the_published_settings(name):
+def test_bird_configs_have_the_published_settings(name):
     config = load_config(ROOT / f"configs/{name}.yaml")
     assert config.objective == ObjectiveConfig(name="dreg", num_samples=10, beta=1.0)
     model, image, caption = config.model, *config.model.modalities.values()
@@ -313,7 +313,7 @@ def test_the_configs_of_the_birds_have_the_published_settings(name):
     )
 
 
-def test_cubicc_in_all():
+def test_cubicc_has_the_expected_number_of_parameters():
     config = load_config(ROOT / "configs/cubicc.yaml").model
     model = CMVAE(config, {"image": image(64, 64), "caption": text(32, 1590)})
     networks = 8_618_048 + 4_309_699 + 2_764_416 + 3_358_167

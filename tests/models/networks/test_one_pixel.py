@@ -1,4 +1,4 @@
-"""Convolutions to and from one pixel against torch's own layers, and that networks take them there."""
+"""Convolutions to and from one pixel, compared with torch's layers; networks use them for such maps."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from cmvae.models.networks.one_pixel import Conv2d, ConvTranspose2d
 
 
 class RecordConvolutions(TorchDispatchMode):
-    """The smaller map of every convolution and of every gradient of one, as (H, W)."""
+    """Records the size (H, W) of the smaller map of every convolution and of every gradient of one."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ def assert_same_layer(own, plain, inputs, outputs, arguments, size, one_pixel):
     after = torch.rand(1)
     torch.manual_seed(0)
     expected = plain(inputs, outputs, **arguments).double()
-    assert torch.equal(after, torch.rand(1)), "what is initialised later is the same, too"
+    assert torch.equal(after, torch.rand(1)), "initialisation draws as many random numbers"
     assert layer.state_dict().keys() == expected.state_dict().keys()
     for name, tensor in layer.state_dict().items():
         assert torch.equal(tensor, expected.state_dict()[name])
@@ -69,7 +69,7 @@ def assert_same_layer(own, plain, inputs, outputs, arguments, size, one_pixel):
 @pytest.mark.parametrize(
     ("arguments", "size", "one_pixel"),
     [
-        # The stems of captions of 8, 16 and 32 tokens.
+        # Stems of caption decoders for 8, 16 and 32 tokens.
         ({"kernel_size": (1, 1)}, (1, 1), True),
         ({"kernel_size": (2, 1)}, (1, 1), True),
         ({"kernel_size": (4, 4)}, (1, 1), True),
@@ -82,7 +82,7 @@ def assert_same_layer(own, plain, inputs, outputs, arguments, size, one_pixel):
     ],
 )
 @pytest.mark.parametrize("channels", [(3, 64), (5, 2)])
-def test_a_transposed_convolution_of_one_pixel_has_torchs_numbers(channels, arguments, size, one_pixel):
+def test_conv_transpose2d_of_one_pixel_matches_torch(channels, arguments, size, one_pixel):
     assert_same_layer(ConvTranspose2d, nn.ConvTranspose2d, *channels, arguments, size, one_pixel)
 
 
@@ -94,7 +94,7 @@ def test_a_transposed_convolution_of_one_pixel_has_torchs_numbers(channels, argu
         ({"kernel_size": 3, "stride": 2, "padding": 1}, (2, 2), True),
         ({"kernel_size": 4, "stride": 2, "padding": 1}, (3, 2), True),
         ({"kernel_size": (2, 3)}, (2, 3), True),
-        # The last column meets no weight.
+        # No weight is multiplied with the last column.
         ({"kernel_size": 2, "stride": 2}, (2, 3), True),
         ({"kernel_size": (1, 4), "stride": (1, 2), "padding": (0, 1)}, (1, 2), True),
         ({"kernel_size": (1, 4), "stride": (1, 2), "padding": (0, 1)}, (2, 2), False),
@@ -102,16 +102,16 @@ def test_a_transposed_convolution_of_one_pixel_has_torchs_numbers(channels, argu
     ],
 )
 @pytest.mark.parametrize("channels", [(3, 64), (5, 2)])
-def test_a_convolution_to_one_pixel_has_torchs_numbers(channels, arguments, size, one_pixel):
+def test_conv2d_to_one_pixel_matches_torch(channels, arguments, size, one_pixel):
     assert_same_layer(Conv2d, nn.Conv2d, *channels, arguments, size, one_pixel)
 
 
-def test_a_kernel_larger_than_the_padded_map_is_refused_as_by_torch():
+def test_a_kernel_larger_than_the_padded_map_is_rejected():
     with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
         Conv2d(2, 2, 4)(torch.randn(1, 2, 1, 1))
 
 
-def test_the_plain_gradient_of_a_bias_holds_for_one_pixel():
+def test_plain_bias_gradient_is_correct_for_one_pixel():
     torch.manual_seed(0)
     leaves = [torch.randn(*shape, dtype=torch.float64) for shape in ((4, 5, 1, 1), (5, 3, 4, 4), (3,))]
     leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -147,5 +147,5 @@ def test_no_network_convolves_one_pixel(name, size, width, precision):
     ):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision is not None):
             smaller = recorded(network, inputs)
-        assert smaller, "there are convolutions, and they were seen"
+        assert smaller, "convolutions are recorded"
         assert (1, 1) not in smaller
