@@ -411,7 +411,7 @@ SPOILT = {
 def test_a_damaged_sample_is_skipped_and_reported_and_no_batch_is_lost(make_folder, spoilt, num_workers):
     folder = make_folder([3, 3, 3], change=damage_key("k00004", SPOILT[spoilt]))
     if spoilt == "another sample's key":
-        # Side by side they are one sample, with members twice: told apart, the second one is skipped.
+        # Side by side they are one sample, with members twice: as separate samples, the second one is skipped.
         write_tar_apart(folder)
     read, lengths = [], []
     for rank in range(2):
@@ -434,9 +434,9 @@ def test_a_damaged_sample_is_skipped_and_reported_and_no_batch_is_lost(make_fold
     for batch in read:
         if batch["valid"].any():  # else there is nothing in it that could stand in
             check_content(batch)
-    (told,) = [problem for batch in read for problem in batch["skipped"]]
-    assert "train-1.tar: " in told
-    assert "cmvae inspect" in told
+    (reported,) = [problem for batch in read for problem in batch["skipped"]]
+    assert "train-1.tar: " in reported
+    assert "cmvae inspect" in reported
 
 
 def write_tar_apart(folder):
@@ -462,9 +462,9 @@ def test_a_cut_shard_costs_what_it_lost_in_every_epoch_and_no_batch(make_folder,
         assert len(batches) == 4
         valid = [key for b in batches for key, counts in zip(b["key"], b["valid"], strict=True) if counts]
         assert sorted(valid) == [f"k{number:05d}" for number in range(5)]
-        told = [problem for batch in batches for problem in batch["skipped"]]
-        assert len(told) == 3
-        assert "train-1.tar: after 1 samples" in "".join(told)
+        reported = [problem for batch in batches for problem in batch["skipped"]]
+        assert len(reported) == 3
+        assert "train-1.tar: after 1 samples" in "".join(reported)
 
 
 def test_a_batch_of_damaged_samples_is_as_large_as_any(make_folder):

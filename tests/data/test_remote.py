@@ -131,9 +131,9 @@ def test_a_shard_that_is_damaged_on_its_server_is_skipped_but_a_server_that_fail
     batches = list(loader)
     valid = [key for b in batches for key, counts in zip(b["key"], b["valid"], strict=True) if counts]
     assert valid == [f"k{number:05d}" for number in range(SIZES[0], sum(SIZES))]
-    told = [problem for batch in batches for problem in batch["skipped"]]
-    assert len(told) == SIZES[0]
-    assert all("train-0.tar" in problem and "SHA-256" in problem for problem in told)
+    reported = [problem for batch in batches for problem in batch["skipped"]]
+    assert len(reported) == SIZES[0]
+    assert all("train-0.tar" in problem and "SHA-256" in problem for problem in reported)
 
 
 def test_a_refusal_is_not_asked_again(cache, server):

@@ -76,8 +76,10 @@ def test_real_birds_are_split_by_photograph_and_grouped_into_families(tmp_path):
             np.testing.assert_array_equal(sample.values["image"], images[image].transpose(2, 0, 1))
             words = source.modalities["caption"].categories
             said = [words[token] for token in sample.values["caption"].tolist()]
-            told = "".join(c if c.isalnum() else " " for c in texts["captions"][image][int(number)].lower())
-            for word, expected in zip(said, told.split(), strict=False):
+            expected_text = "".join(
+                c if c.isalnum() else " " for c in texts["captions"][image][int(number)].lower()
+            )
+            for word, expected in zip(said, expected_text.split(), strict=False):
                 assert word in (expected, "<unk>", "<eos>")
             families.setdefault(texts["classes"][labels[image]], set()).add(sample.label)
     assert sum(map(len, used.values())) == len(set(kept) & set().union(*used.values())) == 1019
@@ -135,7 +137,7 @@ def test_the_original_folder_gives_the_subspecies_of_cubicc(cub):
         ]  # fmt: skip
 
 
-def test_captions_may_lie_elsewhere_and_their_lack_is_told(cub, tmp_path):
+def test_captions_may_lie_elsewhere_and_their_lack_is_reported(cub, tmp_path):
     shutil.copytree(cub / "images", tmp_path / "images")
     with pytest.raises(UserError, match=r"neither text/ nor text_c10/.*--captions"):
         read("--cub", tmp_path)
@@ -193,7 +195,7 @@ def test_the_released_folder_reads_as_what_it_holds(released, tmp_path):
             assert said == [words[3 + photograph % 3]] * length + ["<eos>"] + ["<pad>"] * (11 - length)
 
 
-def test_released_splits_that_part_a_photograph_are_drawn_anew(released, capsys):
+def test_released_splits_that_divide_a_photograph_are_drawn_again(released, capsys):
     np.save(released / "train_split.npy", np.arange(0, 65))
     np.save(released / "validation_split.npy", np.arange(65, 70))
     source = read("--released", released, "--fractions", "0.5,0.25,0.25")

@@ -60,7 +60,7 @@ def test_partners_share_their_class_and_nothing_else(source, originals):
     assert (first[0] != second[0]).any() or (first[1] != second[1]).any()
 
 
-def test_pictures_are_the_digits_that_they_say(source, originals):
+def test_images_are_the_digits_of_their_labels(source, originals):
     masks, labels = originals
     for split in SPLITS:
         for index in range(0, source.split_sizes[split], 37):

@@ -22,7 +22,7 @@ def read(path: Path, *flags: str):
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """Forty samples `s.NUMBER`; every fourth has no picture, every fifth no text."""
+    """Forty samples `s.NUMBER`; every fourth has no image, every fifth no text."""
     for name in ("Photos", "notes", "spectra", ".cache"):
         (tmp_path / name).mkdir()
     names = ["name,label"]
@@ -44,9 +44,9 @@ def root(tmp_path) -> Path:
 def test_files_of_the_same_name_are_one_sample(root, capsys):
     (root / "notes" / "README.md").write_text("no text of a sample")
     source = read(root, "--image-size", "8")
-    told = capsys.readouterr().err
-    assert "ignored: 1 .md" in told
-    assert "photos is missing in 10 of 40" in told
+    reported = capsys.readouterr().err
+    assert "ignored: 1 .md" in reported
+    assert "photos is missing in 10 of 40" in reported
     index = write_shards(source, root / "out")
     assert {name: modality.kind for name, modality in index.modalities.items()} == {
         "photos": "image", "notes": "text", "spectra": "vector"

@@ -49,7 +49,7 @@ def backgrounds(tmp_path) -> Path:
     return folder
 
 
-def test_pictures_are_crops_inverted_under_a_digit_of_the_class(npz, backgrounds, arrays):
+def test_images_are_crops_inverted_under_a_digit_of_the_class(npz, backgrounds, arrays):
     source = PolyMNISTSource(read_mnist(npz), backgrounds, seed=4)
     assert list(source.modalities) == ["m0", "m1", "m2"]
     used: dict[str, list[list[int]]] = {

@@ -18,7 +18,7 @@ COLOURS = ("red", "green", "blue")
 
 @pytest.fixture
 def rows(tmp_path) -> list[dict[str, object]]:
-    """Sixty birds: every third has no picture, every fifth no caption, every seventh no weight."""
+    """Sixty birds: every third has no image, every fifth no caption, every seventh no weight."""
     (tmp_path / "photos").mkdir()
     made: list[dict[str, object]] = []
     for number in range(60):
@@ -171,14 +171,14 @@ def test_an_image_of_two_splits_is_reported(tmp_path, capsys):
     assert "1 images are in train and in another split" in capsys.readouterr().err
 
 
-def test_a_constant_column_is_told_and_harmless(tmp_path, capsys):
+def test_a_constant_column_is_reported_and_harmless(tmp_path, capsys):
     path = write_csv(tmp_path / "t.csv", numbers(30, z=5))
     source = read(path, "--vector all=x,z")
     assert source.modalities["all"].std[1] == 1.0
     assert "all: z never vary" in capsys.readouterr().err
 
 
-def test_a_pattern_leaves_out_what_has_another_part(tmp_path):
+def test_a_pattern_leaves_out_columns_with_another_purpose(tmp_path):
     rows = [
         {**row, "kind": row["x"] % 2, "bird": row["x"], "id": row["x"]} for row in numbers(40, part="train")
     ]
@@ -338,14 +338,14 @@ def test_paths_stay_below_the_table_unless_they_are_absolute(tmp_path):
     assert read(path, "--image p").split_sizes["train"] == 24
 
 
-def test_a_damaged_picture_is_named(tmp_path):
+def test_a_damaged_image_is_named(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     source = read(write_csv(tmp_path / "t.csv", [{"p": "bad.png"}] * 30), "--image p")
     with pytest.raises(UserError, match=r"t\.csv: row \d+, column p: .*bad\.png: cannot be read as an image"):
         source.sample("train", 0)
 
 
-def test_pictures_are_turned_cut_and_resized(tmp_path):
+def test_images_are_rotated_cropped_and_resized(tmp_path):
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:10, 18:42] = (200, 100, 50)
     pixels[10:, 18:42] = (30, 60, 90)
@@ -357,7 +357,7 @@ def test_pictures_are_turned_cut_and_resized(tmp_path):
     rows = [{"p": "p.png", "q": "q.png"}] * 30
     path = write_csv(tmp_path / "t.csv", rows)
     sample = read(path, "--image p --image q --image-size 8").sample("train", 0)
-    # The upper half of what the chip saw is on the right when the picture is held upright.
+    # The upper half of what the chip saw is on the right when the image is held upright.
     for columns, colour in [(slice(5, 8), (200, 100, 50)), (slice(0, 3), (30, 60, 90))]:
         assert np.abs(sample.values["p"][:, :, columns].astype(int).mean((1, 2)) - colour).max() < 10
     assert (sample.values["q"] == 255).all()
