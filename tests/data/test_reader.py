@@ -411,7 +411,7 @@ SPOILT = {
 def test_a_damaged_sample_is_skipped_and_reported_and_no_batch_is_lost(make_folder, spoilt, num_workers):
     folder = make_folder([3, 3, 3], change=damage_key("k00004", SPOILT[spoilt]))
     if spoilt == "another sample's key":
-        # Side by side they are one sample, with members twice: as separate samples, the second one is skipped.
+        # Side by side they would be one sample, with members twice. Apart, the second one is skipped.
         write_tar_apart(folder)
     read, lengths = [], []
     for rank in range(2):
