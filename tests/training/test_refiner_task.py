@@ -381,5 +381,5 @@ def test_modalities_of_unlike_shapes_are_refined_each_by_its_own_network():
         report["denoising_loss/a"] + report["denoising_loss/b"], 2 * report["denoising_loss"]
     )
     assert loss.isfinite()
-    with pytest.raises(UserError, match=r"refiner\.sharing.*b is \(1, 8, 12\).*per_modality"):
+    with pytest.raises(UserError, match=r"refiner\.sharing.*b has \(1, 8, 12\).*per_modality"):
         make_refiner(modalities, sharing="shared", network=NETWORK)
