@@ -8,4 +8,4 @@ def test_columns_are_padded_and_bars_escaped() -> None:
         "| a\\|b      | 3       |",
         "| reference | 12      |",
     ]
-    assert markdown_table(["a"], []).splitlines() == ["| a |", "| - |"]
+    assert markdown_table(["a"], []).splitlines() == ["| a   |", "| --- |"]
