@@ -18,14 +18,15 @@ from torch import Tensor
 
 from cmvae.clustering import joint_location
 from cmvae.config import CMVAEExperiment, load_config, save_config
-from cmvae.datasets.columns import Column, ColumnSource
-from cmvae.datasets.memory import Kind, Values, fit_modality, make_column, read_values
+from cmvae.data.batch import stack_values, to_device
+from cmvae.datasets.columns import ColumnSource, read_row
+from cmvae.datasets.memory import Kind, Values, fit_modality, make_column, names_of, read_values
 from cmvae.datasets.splits import draw_splits
 from cmvae.datasets.writer import write_shards
 from cmvae.models.cmvae import CMVAE, stack_shared_locations
 from cmvae.models.export import load_clusters
 from cmvae.training.cmvae_task import CMVAETask
-from cmvae.training.starter_config import write_starter_config
+from cmvae.training.starter_config import STARTER_CLUSTERS, write_starter_config
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
 from cmvae.utils.progress import quiet
@@ -129,8 +130,9 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         """
         labels = []
         for inputs, mask in self._batches(X):
-            clusters = self.model_.assign(inputs, torch.from_numpy(mask)).cluster.numpy()
-            labels.append(np.where(mask.any(axis=1), np.searchsorted(self._active, clusters), NO_CLUSTER))
+            clusters = self.model_.assign(inputs, mask).cluster.numpy()
+            has_some = mask.any(1).numpy()
+            labels.append(np.where(has_some, np.searchsorted(self._active, clusters), NO_CLUSTER))
         return np.concatenate(labels)
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -152,10 +154,11 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         """
         located = []
         for inputs, mask in self._batches(X):
-            shared = stack_shared_locations(self.model_.encode(inputs)).detach().cpu().numpy()
-            has_some = mask.any(axis=1)
+            shared = stack_shared_locations(self.model_.encode(inputs)).detach().numpy()
+            present = mask.numpy()
+            has_some = present.any(axis=1)
             joint = np.full((len(shared), shared.shape[2]), np.nan, dtype=np.float32)
-            joint[has_some] = joint_location(shared[has_some], mask[has_some])
+            joint[has_some] = joint_location(shared[has_some], present[has_some])
             located.append(joint)
         return np.concatenate(located)
 
@@ -172,7 +175,8 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         chosen = None if cluster is None else int(self._active[cluster])
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "sample"))
         generated = self.model_.generate(n_samples, cluster=chosen, generator=generator)
-        return {name: self._to_values(name, data) for name, data in generated.items()}
+        modalities = self.model_.modalities
+        return {name: self._as_given(name, modalities[name].to_stored(x)) for name, x in generated.items()}
 
     def impute(self, X: Any) -> dict[str, Any]:
         """The data with missing modalities generated from those that are present.
@@ -188,17 +192,15 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         for inputs, mask in self._batches(X):
             names = list(inputs)
             generated = self.model_.generate(len(mask), generator=generator)
-            given = torch.from_numpy(mask.any(axis=1))
+            given = mask.any(1)
             if given.any():
                 present = {name: x[given] for name, x in inputs.items()}
-                made = self.model_.generate(
-                    given=present, mask=torch.from_numpy(mask)[given], generator=generator
-                )
+                made = self.model_.generate(given=present, mask=mask[given], generator=generator)
                 for name, data in made.items():
                     generated[name][given] = data
             for name, data in generated.items():
                 if name in inputs:
-                    there = torch.from_numpy(mask[:, names.index(name)])
+                    there = mask[:, names.index(name)]
                     data[there] = inputs[name][there].to(data.dtype)
                 parts[name].append(self.model_.modalities[name].to_stored(data))
         return {name: self._as_given(name, np.concatenate(stored)) for name, stored in parts.items()}
@@ -216,8 +218,8 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         for inputs, mask in self._batches(X):
             if set(inputs) != set(self.model_.modality_names):
                 raise ValueError(f"score needs all modalities: {', '.join(self.model_.modality_names)}")
-            valid = torch.from_numpy(mask.any(axis=1))
-            batch = {**inputs, "mask": torch.from_numpy(mask), "valid": valid, "_seed": self.seed}
+            valid = mask.any(1)
+            batch = {**inputs, "mask": mask, "valid": valid, "_seed": self.seed}
             batch["_place"] = range(count, count + len(mask))
             with torch.no_grad():
                 _, report = task(batch)
@@ -234,8 +236,13 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         folder = Path(folder)
         self.model_.save_pretrained(folder, self._clusters)
-        parameters = {"kinds": dict(self._kinds), "columns": self._columns_as_lists(), "seed": self.seed}
-        parameters |= {"num_clusters": self.num_clusters, "image_size": self.image_size}
+        parameters = {
+            "num_clusters": self.num_clusters,
+            "kinds": self._kinds,
+            "columns": self._columns_as_lists(),
+            "seed": self.seed,
+            "image_size": self.image_size,
+        }
         write_whole(folder / ESTIMATOR_NAME, (json.dumps(parameters, indent=1) + "\n").encode())
         save_config(self.config_, folder / EXPERIMENT_NAME)
 
@@ -287,7 +294,7 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         return {
             name: chosen
             for name, chosen in (self.columns or {}).items()
-            if known.issuperset([chosen] if isinstance(chosen, str) else chosen)
+            if known.issuperset(names_of(chosen))
         }
 
     def _columns_as_lists(self) -> dict[str, str | list[str]] | None:
@@ -298,23 +305,13 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
     def _train(self, values: Mapping[str, Values], groups: Sequence[Any] | None, folder: Path) -> None:
         """Pack the values and train on them, below `folder`."""
         num_samples = len(next(iter(values.values())))
-        rows = (
-            np.arange(num_samples)
-            if groups is None
-            else np.unique(np.asarray(groups), return_inverse=True)[1]
-        )
-        # What is missing does not depend on the rows that statistics come from.
-        everyone = np.arange(num_samples)
-        has_some = np.zeros(num_samples, dtype=bool)
-        for name, part in values.items():
-            column = make_column(name, part, fit_modality(name, part, everyone, self.image_size))
-            has_some |= [column.has(row) for row in range(num_samples)]
-        kept = np.flatnonzero(has_some)
+        groups_of = np.arange(num_samples) if groups is None else np.asarray(groups)
+        kept = np.flatnonzero(np.any([part.present for part in values.values()], axis=0))
         if len(kept) < 2:
             raise UserError(f"{len(kept)} samples with a modality: a clustering needs at least 2")
         rng = np.random.default_rng(derive_seed(self.seed, "validation rows"))
         share = max(self.validation_fraction, 1 / len(kept))
-        drawn = draw_splits(rows[kept], (1 - share, share, 0.0), rng)
+        drawn = draw_splits(groups_of[kept], (1 - share, share, 0.0), rng)
         splits = {split: kept[members] for split, members in drawn.items() if len(members)}
         modalities = {
             name: fit_modality(name, part, splits["train"], self.image_size) for name, part in values.items()
@@ -341,8 +338,7 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         ]
         if self.num_clusters is not None:
             overrides.append(f"clusters.num_clusters={self.num_clusters}")
-            if self.num_clusters > 20:
-                overrides.append(f"model.num_clusters={self.num_clusters}")
+            overrides.append(f"model.num_clusters={max(self.num_clusters, STARTER_CLUSTERS)}")
         overrides += [
             f"{key}={yaml.safe_dump(value).strip()}" for key, value in (self.settings or {}).items()
         ]
@@ -357,8 +353,8 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         self._active = self.model_.cluster_prior.active.cpu().numpy().nonzero()[0]
         self.num_clusters_ = len(self._active)
 
-    def _batches(self, data: Any) -> Iterator[tuple[dict[str, Tensor], np.ndarray]]:
-        """Batches of data (B, *shape) by modality, and which samples have which of them, (B, modalities)."""
+    def _batches(self, data: Any) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Batches of data (B, *shape) by modality, and which samples have which of them, (B, M) bool."""
         check_is_fitted(self)
         with _errors_as_value_errors():
             values = self._read(data)
@@ -371,25 +367,13 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
                 for name in self.model_.modality_names
                 if name in values
             }
-            num_samples = len(next(iter(values.values())))
-            for start in range(0, num_samples, self.config_.evaluation.batch_size):
-                rows = range(start, min(start + self.config_.evaluation.batch_size, num_samples))
-                yield self._batch(columns, rows)
-
-    def _batch(self, columns: Mapping[str, Column], rows: range) -> tuple[dict[str, Tensor], np.ndarray]:
-        inputs, mask = {}, np.zeros((len(rows), len(columns)), dtype=bool)
-        for index, (name, column) in enumerate(columns.items()):
-            modality = self.model_.modalities[name]
-            stored = np.zeros((len(rows), *modality.shape), dtype=modality.dtype)
-            for place, row in enumerate(rows):
-                mask[place, index] = column.has(row)
-                if mask[place, index]:
-                    stored[place] = column.read(row)
-            inputs[name] = modality.to_data(torch.from_numpy(stored))
-        return inputs, mask
-
-    def _to_values(self, name: str, data: Tensor) -> Any:
-        return self._as_given(name, self.model_.modalities[name].to_stored(data))
+            modalities = {name: self.model_.modalities[name] for name in columns}
+            num_samples, size = len(next(iter(values.values()))), self.config_.evaluation.batch_size
+            for start in range(0, num_samples, size):
+                rows = range(start, min(start + size, num_samples))
+                stored = stack_values([read_row(columns, row) for row in rows], modalities)
+                inputs = to_device(stored, modalities, torch.device("cpu"))
+                yield inputs, inputs.pop("mask")
 
     def _as_given(self, name: str, stored: np.ndarray) -> Any:
         modality = self.model_.modalities[name]

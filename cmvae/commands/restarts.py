@@ -39,7 +39,7 @@ from cmvae.commands.restart_runs import (
     plan_restarts,
     restarts_folder,
 )
-from cmvae.commands.shipped import find_experiment
+from cmvae.commands.shipped import add_experiment_arguments, find_experiment
 from cmvae.config import CMVAEExperiment, check_against_shards, load_config
 from cmvae.data.index import ShardIndex
 from cmvae.utils.arguments import command_parser, positive_integer
@@ -88,10 +88,7 @@ def last_line(log: Path) -> str:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = command_parser(__doc__)
-    parser.add_argument("config", help="a YAML file, or the name of a shipped experiment, e.g. digits")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings to change, e.g. train.batch_size=64"
-    )
+    add_experiment_arguments(parser)
     parser.add_argument(
         "--restarts", type=positive_integer, default=5, metavar="N", help="runs, at least 2 (default: 5)"
     )

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from cmvae.utils.errors import UserError
 
 # Package data; in a checkout a link to configs/ at its top.
 _CONFIGS = (Path(__file__).parents[1] / "configs").resolve()
+
+
+def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the experiment, `config`, and its `overrides`."""
+    parser.add_argument("config", help="a YAML file, or the name of a shipped experiment, e.g. digits")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings to change, e.g. train.batch_size=64"
+    )
 
 
 def find_experiment(text: str) -> Path:

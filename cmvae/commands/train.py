@@ -19,7 +19,7 @@ import argparse
 import os
 
 from cmvae.commands.launcher import add_launch_arguments, read_launch
-from cmvae.commands.shipped import find_experiment
+from cmvae.commands.shipped import add_experiment_arguments, find_experiment
 from cmvae.config import ExperimentConfig, check_against_shards, load_config
 from cmvae.data.index import ShardIndex
 from cmvae.training.state import check_newest
@@ -31,10 +31,7 @@ from cmvae.utils.process_exit import stopped_code
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = command_parser(__doc__)
-    parser.add_argument("config", help="a YAML file, or the name of a shipped experiment, e.g. digits")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings to change, e.g. train.batch_size=64"
-    )
+    add_experiment_arguments(parser)
     parser.add_argument(
         "--num-clusters",
         type=positive_integer,

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cmvae.modalities import Modality
+
+
+def stack_values(
+    samples: Sequence[Mapping[str, np.ndarray]], modalities: Mapping[str, Modality]
+) -> dict[str, Tensor]:
+    """Stack the stored values of B samples.
+
+    Args:
+        samples: B times modality to stored value (*shape), without the modalities that a sample lacks.
+        modalities: the M modalities of the batch by name.
+
+    Returns:
+        By modality (B, *shape), zeros where a sample lacks it, and `mask` (B, M) bool.
+    """
+    batch = {}
+    for name, modality in modalities.items():
+        missing = np.zeros(modality.shape, modality.dtype)
+        batch[name] = torch.from_numpy(np.stack([sample.get(name, missing) for sample in samples]))
+    batch["mask"] = torch.tensor([[name in sample for name in modalities] for sample in samples])
+    return batch
 
 
 def to_device(

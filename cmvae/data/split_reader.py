@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
+from cmvae.data.batch import stack_values
 from cmvae.data.download import WrongContentError
 from cmvae.data.groups import group_number
 from cmvae.data.index import OnError, ShardIndex, ShardSchema
@@ -194,14 +195,7 @@ class SplitReader:
         replacement = intact[0] if intact else self._zeros()
         complete = [replacement if isinstance(sample, UserError) else sample for sample in samples]
         is_intact = np.array([not isinstance(sample, UserError) for sample in samples])
-        batch: Batch = {}
-        for name, modality in self.modalities.items():
-            missing = np.zeros(modality.shape, modality.dtype)
-            stored = np.stack([sample.values.get(name, missing) for sample in complete])
-            batch[name] = torch.from_numpy(stored)
-        batch["mask"] = torch.tensor(
-            [[name in sample.values for name in self.modalities] for sample in complete]
-        )
+        batch: Batch = {**stack_values([sample.values for sample in complete], self.modalities)}
         batch["label"] = torch.tensor([sample.label for sample in complete], dtype=torch.int64)
         batch["key"] = [sample.key for sample in complete]
         if self.has_groups:

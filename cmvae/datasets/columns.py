@@ -60,6 +60,11 @@ class Column(Protocol):
         """
 
 
+def read_row(columns: Mapping[str, Column], row: int) -> dict[str, np.ndarray]:
+    """Stored values of a row by modality, without the modalities that it lacks."""
+    return {name: column.read(row) for name, column in columns.items() if column.has(row)}
+
+
 class ArrayColumn:
     """Stored values in memory.
 
@@ -318,7 +323,7 @@ class ColumnSource:
         """Row number `index` of `split`."""
         row = int(self.splits[split][index])
         return Sample(
-            {name: column.read(row) for name, column in self.columns.items() if column.has(row)},
+            read_row(self.columns, row),
             label=None if self.labels is None else int(self.labels[row]),
             key=self.keys[row],
             group=None if self.groups is None else self.groups[row],

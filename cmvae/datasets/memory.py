@@ -51,12 +51,24 @@ class Values:
     kind: Kind
     data: np.ndarray | list[Any]
     """vector, binary: (N, D) float64, NaN where missing. text, categorical: N str or None. image: N arrays
-    (height, width) or with channels first or last, paths, or None."""
+    (height, width) or with channels first or last, or N paths, or None."""
     names: tuple[str, ...] | None = None
     """Names of the D dimensions."""
 
     def __len__(self) -> int:
         return len(self.data)
+
+    @property
+    def present(self) -> np.ndarray:
+        """(N,) bool, whether each sample has this modality."""
+        if isinstance(self.data, np.ndarray):
+            return ~np.isnan(self.data).any(axis=1)
+        return np.array([value is not None for value in self.data])
+
+    @property
+    def are_files(self) -> bool:
+        """Whether the values are paths."""
+        return any(isinstance(value, Path) for value in self.data)
 
 
 def read_values(
@@ -75,7 +87,7 @@ def read_values(
     if columns:
         known = list(data.columns) if _is_frame(data) else list(data)
         for name, chosen in columns.items():
-            for column in [chosen] if isinstance(chosen, str) else chosen:
+            for column in names_of(chosen):
                 if column not in known:
                     raise UserError(f"columns[{name!r}]: no column {column!r}; there are {known}")
         parts = {
@@ -98,6 +110,11 @@ def read_values(
     return values
 
 
+def names_of(chosen: str | Sequence[str]) -> list[str]:
+    """The names in an entry of `columns`, one or several."""
+    return [chosen] if isinstance(chosen, str) else list(chosen)
+
+
 def _is_frame(data: Any) -> bool:
     return hasattr(data, "columns") and hasattr(data, "__getitem__") and not isinstance(data, Mapping)
 
@@ -107,19 +124,20 @@ def _read(name: str, data: Any, kind: Kind | None) -> Values:
         raise UserError(f"kinds[{name!r}]: {kind!r} is none of {', '.join(get_args(Kind))}")
     if _is_frame(data):
         names = tuple(map(str, data.columns))
-        array = np.column_stack([_numbers(name, data[column]) for column in data.columns])
         parts = [data[column] for column in data.columns]
-        return _check_binary(name, Values(kind or _kind_of_numbers(array, parts), array, names))
+        array = np.column_stack([_numbers(name, part) for part in parts])
+        return _check_binary(name, Values(kind or _kind_of_numbers(parts), array, names))
     if hasattr(data, "toarray"):
         raise UserError(f"{name}: sparse matrices are not supported. Give data.toarray()")
     if hasattr(data, "to_numpy"):
         data = data.to_numpy()
     if isinstance(data, (str, bytes)) or not hasattr(data, "__len__"):
         raise UserError(f"{name}: {type(data).__name__} holds no samples. Give an array or a list")
-    if kind in ("text", "categorical") or (kind is None and _holds_strings(data)):
+    form = kind or _kind_of_values(data)
+    if form in ("text", "categorical"):
         return _read_strings(name, list(data), kind)
-    if kind == "image" or (kind is None and _holds_images(data)):
-        return Values("image", [None if _is_missing(image) else image for image in data])
+    if form == "image":
+        return Values("image", [_read_image(image) for image in data])
     array = _numbers(name, data)
     if array.ndim == 1:
         array = array[:, None]
@@ -128,7 +146,13 @@ def _read(name: str, data: Any, kind: Kind | None) -> Values:
             f"{name}: an array of shape {array.shape} has no kind. A vector is (samples, dimensions); images "
             f"are uint8, or say kinds={{{name!r}: 'image'}}"
         )
-    return _check_binary(name, Values(kind or _kind_of_numbers(array, [data]), array))
+    return _check_binary(name, Values(kind or _kind_of_numbers([data]), array))
+
+
+def _read_image(image: Any) -> Any:
+    if _is_missing(image):
+        return None
+    return Path(image) if isinstance(image, str) else image
 
 
 def _check_binary(name: str, values: Values) -> Values:
@@ -138,33 +162,26 @@ def _check_binary(name: str, values: Values) -> Values:
     return values
 
 
-def _holds_strings(data: Any) -> bool:
-    if isinstance(data, np.ndarray) and data.dtype.kind in "biuf":
-        return False
-    given = [value for value in data if not _is_missing(value)]
-    return bool(given) and all(isinstance(value, str) for value in given) and not _holds_paths(data)
-
-
 def _is_missing(value: Any) -> bool:
     # pandas has markers of its own, which compare with nothing.
     is_nan = isinstance(value, float) and value != value
     return value is None or is_nan or type(value).__name__ in ("NAType", "NaTType")
 
 
-def _holds_paths(data: Any) -> bool:
-    if isinstance(data, np.ndarray) and data.dtype.kind in "biuf":
-        return False
+def _kind_of_values(data: Any) -> Literal["image", "text"] | None:
+    """Whether values are images or strings, which may be categories; None if they are neither."""
+    if isinstance(data, np.ndarray) and data.dtype.kind not in "OU":
+        return "image" if data.ndim in (3, 4) else None
     given = [value for value in data if not _is_missing(value)]
-    return bool(given) and all(
-        isinstance(value, (str, Path)) and Path(value).suffix.lower() in IMAGE_SUFFIXES for value in given
-    )
+    if not given:
+        return None
+    if all(map(_names_image, given)) or all(getattr(value, "ndim", 0) >= 2 for value in given):
+        return "image"
+    return "text" if all(isinstance(value, str) for value in given) else None
 
 
-def _holds_images(data: Any) -> bool:
-    if isinstance(data, np.ndarray) and data.dtype != object:
-        return data.ndim in (3, 4)
-    given = [value for value in data if not _is_missing(value)]
-    return _holds_paths(data) or (bool(given) and all(getattr(value, "ndim", 0) >= 2 for value in given))
+def _names_image(value: Any) -> bool:
+    return isinstance(value, (str, Path)) and Path(value).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _read_strings(name: str, data: list[Any], kind: Kind | None) -> Values:
@@ -200,7 +217,7 @@ def _numbers(name: str, data: Any) -> np.ndarray:
     return array
 
 
-def _kind_of_numbers(array: np.ndarray, parts: Sequence[Any]) -> Kind:
+def _kind_of_numbers(parts: Sequence[Any]) -> Kind:
     is_bool = all(str(getattr(part, "dtype", "")) in ("bool", "boolean") for part in parts)
     return "binary" if is_bool else "vector"
 
@@ -220,13 +237,13 @@ def fit_modality(name: str, values: Values, train: np.ndarray, image_size: int) 
         return fit_text(data, train, _MIN_COUNT, _TEXT_LENGTH)
     if values.kind == "categorical":
         return fit_categorical(data, name)
-    if _holds_paths(data):
+    if values.are_files:
         return fit_image(data, image_size)
     first = next((image for image in data if image is not None), None)
     if first is None:
         raise UserError(f"{name}: all images are missing. Leave it out")
     return ImageModality(
-        shape=channels_first(np.asarray(first)).shape, optional=any(image is None for image in data)
+        shape=channels_first(np.asarray(first)).shape, optional=not bool(values.present.all())
     )
 
 
@@ -254,6 +271,6 @@ def make_column(name: str, values: Values, modality: Modality) -> Column:
         return categorical_column(data, modality)
     assert isinstance(modality, ImageModality)  # noqa: S101 (there are no other kinds)
     places = [f"{name}: sample {row}" for row in range(len(data))]
-    if _holds_paths(data):
-        return ImageColumn([None if path is None else Path(path) for path in data], places, modality)
+    if values.are_files:
+        return ImageColumn(data, places, modality)
     return ArrayImageColumn(data, places, modality)

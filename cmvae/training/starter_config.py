@@ -19,7 +19,7 @@ _TARGET_NATS = 200.0
 CUBICC settings balance modalities, too: 32 / (3·64·64) for the image, 5 for the caption."""
 _MAX_WEIGHT = 50.0
 """A larger weight overfits modalities of few numbers."""
-_CLUSTERS = 20
+STARTER_CLUSTERS = 20
 """Clusters at the start. The number of labels is not used: the model is to find it."""
 _BATCH_SIZE = 64
 _EPOCHS, _MAX_EPOCHS, _MIN_STEPS = 100, 150, 2000
@@ -75,7 +75,7 @@ model:
   family: normal
   shared_dim: 32
   private_dim: 16
-  num_clusters: {_CLUSTERS}          # more than you expect; superfluous ones are merged
+  num_clusters: {STARTER_CLUSTERS}          # more than you expect; superfluous ones are merged
   assign_by: joint
   cluster_mean_range: 0.1   # close together at the start, so that all are used
   modalities:
