@@ -82,6 +82,10 @@ class ModelConfig(_Settings):
     """Number of clusters at the start: more than you expect, as the selection drops or merges the others."""
     cluster_mean_range: float = Field(default=1.0, gt=0)
     """Cluster means start uniform in (−range, range)."""
+    auxiliary_prior: Literal["learned", "fixed"] = "learned"
+    """Scale of the auxiliary priors r_m(w_m), from which w is drawn where z comes from another modality:
+    learned (the paper), or fixed at that of p(w_m), from which generation draws. A learned scale shrinks with
+    the family normal, decoders tell the two apart by it, and generations lose coherence."""
     assign_by: Literal["vote", "joint"] = "vote"
     """How the modalities of a sample decide together: `vote` takes the mode of their clusters (the paper),
     `joint` the cluster at the geometric median of their locations, see `cmvae.clustering.joint_location`."""

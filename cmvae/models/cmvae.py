@@ -219,9 +219,10 @@ class CMVAE(nn.Module):
             self.family, config.num_clusters, config.shared_dim, config.cluster_mean_range
         )
         # With one modality, r would be an unused parameter.
+        learned = config.auxiliary_prior == "learned" and len(config.modalities) > 1
         self.auxiliary_priors = nn.ModuleDict(
             {name: AuxiliaryPrior(self.family, config.private_dim) for name in config.modalities}
-            if len(config.modalities) > 1
+            if learned
             else {}
         )
         private_raw = torch.zeros(config.private_dim)
@@ -239,7 +240,9 @@ class CMVAE(nn.Module):
         return self.family(torch.zeros_like(self.private_scale), self.private_scale)
 
     def auxiliary_prior(self, modality: str) -> LocationScale:
-        """Auxiliary prior r_m(w_m), parameters (D_w,)."""
+        """Auxiliary prior r_m(w_m), parameters (D_w,); p(w_m) where the config holds it fixed."""
+        if modality not in self.auxiliary_priors:
+            return self.private_prior
         scale = self.auxiliary_priors[modality]()
         return self.family(torch.zeros_like(scale), scale)
 
