@@ -2,6 +2,7 @@
 
     cmvae pack digits --out shards/digits
     cmvae pack table data.csv --out shards/mine --config mine.yaml --image photo --text caption
+    cmvae pack table new.csv --out shards/new --like runs/mine    # new rows for a trained run
     cmvae pack table --help
 
 With a data set that has no shipped experiment comes a config that trains on it as it is, see
@@ -15,8 +16,12 @@ import os
 import time
 from pathlib import Path
 
+from cmvae.commands.new_rows import load_modalities
+from cmvae.config import load_run_table
 from cmvae.data.index import ShardIndex
 from cmvae.datasets import SOURCES
+from cmvae.datasets.columns import ColumnSource
+from cmvae.datasets.table import open_new_rows
 from cmvae.utils.arguments import command_parser, non_negative_integer, positive_integer
 from cmvae.utils.errors import UserError
 
@@ -67,11 +72,12 @@ def main() -> int:
 
     started = time.perf_counter()
     module = SOURCES[arguments.source]
+    like: Path | None = getattr(arguments, "like", None)
     known_config = module.config_for(arguments)
     config = known_config if known_config is not None else arguments.config
     if known_config is None and config is not None and config.exists() and not arguments.force:
         raise UserError(f"--config {config}: is there already. Choose another, or add --force")
-    source = module.from_arguments(arguments)
+    source = module.from_arguments(arguments) if like is None else open_like(arguments, like)
     with progress_bar(desc=str(arguments.out), unit=" samples") as bar:
 
         def report(done: int, total: int) -> None:
@@ -86,9 +92,10 @@ def main() -> int:
             num_workers=arguments.workers,
             limit=arguments.limit,
             force=arguments.force,
+            table=source.table if isinstance(source, ColumnSource) else None,
             report=report,
         )
-    if known_config is None:
+    if known_config is None and like is None:
         starter = write_starter_config(index, arguments.out)
         if config is None:
             print(f"A config to start from; --config PATH writes it:\n\n{starter}")
@@ -97,11 +104,22 @@ def main() -> int:
             write_whole(config, starter.encode())
     print_summary(index, time.perf_counter() - started)
     print(f"Look at it: cmvae inspect {arguments.out}")
+    if like is not None:
+        print(f"Assign it: cmvae cluster {like} {arguments.out} --out clusters.csv")
     if known_config is not None:
         print(f"Train on it: cmvae train {known_config.stem} data.shards={arguments.out}")
     elif config is not None:
         print(f"Train on it: cmvae train {config}")
     return 0
+
+
+def open_like(arguments: argparse.Namespace, run: Path) -> ColumnSource:
+    """The table with the modalities of a trained run.
+
+    Raises:
+        UserError: the run was not trained on a table, or the table does not fit it.
+    """
+    return open_new_rows(arguments, load_run_table(run), load_modalities(run))
 
 
 def print_summary(index: ShardIndex, seconds: float) -> None:

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cmvae.data.index import SplitName
+from cmvae.data.index import SplitName, TableSchema
 from cmvae.datasets.base import Sample
 from cmvae.datasets.splits import Splits
 from cmvae.modalities import (
@@ -308,6 +308,8 @@ class ColumnSource:
     settings: Mapping[str, str | int | float | bool | None]
     groups: Sequence[str] | None = None
     """(N,) name of the group of each row; None if rows have no groups."""
+    table: TableSchema | None = None
+    """How the rows of a table were read; None for other data."""
 
     @property
     def modalities(self) -> dict[str, Modality]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Mapping, Sequence, Set
 from functools import partial
@@ -12,54 +11,60 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cmvae.data.index import SplitName, TableSchema
 from cmvae.datasets.base import SPLIT_NUMBERS, random_stream
-from cmvae.datasets.columns import (
-    MAX_NUMBER,
-    Column,
-    ColumnSource,
-    ImageColumn,
-    TextColumn,
-    categorical_column,
-    fit_binary,
-    fit_categorical,
-    fit_image,
-    fit_text,
-    fit_vector,
-    number_classes,
-    number_column,
-    resolve_inside,
-)
+from cmvae.datasets.columns import Column, ColumnSource, ImageColumn, fit_vector, number_classes
 from cmvae.datasets.splits import Splits, draw_splits, fractions_text
 from cmvae.datasets.table_file import Table, read_table
+from cmvae.datasets.table_rows import (
+    add_form_arguments,
+    find_lacking,
+    read_cells,
+    read_rows,
+    row_keys,
+    with_columns_of,
+    with_form,
+)
 from cmvae.datasets.user_data import (
+    SETTINGS,
     add_shared_arguments,
     check_columns,
     check_keys,
+    fit_settings,
     make_name,
     read_split,
+    shorten_list,
     warn_of_constant,
 )
-from cmvae.modalities import check_name
+from cmvae.datasets.values import (
+    Kind,
+    count_unknown,
+    describe_unknown,
+    fit_modality,
+    make_column,
+)
+from cmvae.modalities import Modality, check_name
 from cmvae.utils.errors import UserError
 
 DESCRIPTION = "your own table, CSV or Parquet: columns of values, texts and paths of images"
 
 _SPLIT_STREAM = 0
 _OF_SEVERAL_COLUMNS = {"vector", "binary"}
-_TRUE, _FALSE = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
+_NEW_ROWS: SplitName = "test"
+"""Split of the rows of `--like`, which are for a model that is already trained."""
 
 
 class ModalityRequest(NamedTuple):
     """One flag such as `--vector size=length,width`."""
 
-    kind: str
+    kind: Kind
     name: str | None
     """Name that the user gives; None makes one from the columns."""
     columns: tuple[str, ...]
     """Names of columns, or patterns with `*`."""
 
 
-def _request(kind: str, text: str) -> ModalityRequest:
+def _request(kind: Kind, text: str) -> ModalityRequest:
     """Type of the flags for modalities: `[NAME=]COLUMN[,COLUMN…]`."""
     name, separator, columns = text.rpartition("=")
     names = tuple(column.strip() for column in columns.split(","))
@@ -78,7 +83,7 @@ def _request(kind: str, text: str) -> ModalityRequest:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `cmvae pack table`."""
     parser.add_argument("table", type=Path, help="a .csv, .tsv or .parquet file with column names")
-    helps = {
+    helps: dict[Kind, str] = {
         "image": "a column of paths of images, relative to the table's folder",
         "text": "a column of sentences",
         "vector": "columns of numbers that form one modality; 'pixel_*' selects all that match",
@@ -107,24 +112,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows with the same value belong together: they are drawn into the same split, and "
         "cmvae cluster --by-group assigns them to one cluster",
     )
+    add_form_arguments(parser)
     parser.add_argument(
-        "--key", metavar="COLUMN", help="names of the samples in all outputs (default: row-000002, …)"
-    )
-    parser.add_argument(
-        "--na",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="text of an empty cell, for example NA or '?'; may be repeated",
-    )
-    parser.add_argument(
-        "--separator",
-        metavar="CHARACTER",
-        help="separator of a CSV file (default: a tab in a .tsv file, otherwise the one of , ; tab | that "
-        "the column names show)",
-    )
-    parser.add_argument(
-        "--decimal", choices=(".", ","), default=".", help="decimal separator of numbers (default: .)"
+        "--like",
+        type=Path,
+        metavar="RUN",
+        help="new rows for a trained run: its modalities, read from the columns of the same names, with its "
+        "vocabulary, categories and standardisation; all rows are in the test split, or as --split says",
     )
     add_shared_arguments(parser)
 
@@ -134,56 +128,124 @@ def config_for(arguments: argparse.Namespace) -> None:
 
 
 def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
-    """Open the table that the flags describe.
+    """Open the table that the flags describe, as data to train on.
 
     Raises:
         UserError: the table or a flag is wrong; the message gives row and column.
     """
     if not arguments.modalities:
         raise UserError("no modality is given. Add --image, --text, --vector, --binary or --categorical")
-    table = read_table(arguments.table, arguments.separator, frozenset(["", *arguments.na]))
+    form = with_form(TableSchema(columns={}, group=arguments.group), arguments)
+    table = _read(arguments.table, form)
     # Patterns do not select columns that have another purpose.
     excluded = {arguments.label, arguments.split, arguments.group, arguments.key}
     names = _name_modalities(arguments.modalities, table, excluded)
-    used = {column for request in names.values() for column in request.columns}
-    if arguments.label in used:
+    schema = form.model_copy(update={"columns": {name: request.columns for name, request in names.items()}})
+    if arguments.label is not None and arguments.label in {c for r in names.values() for c in r.columns}:
         raise UserError(
             f"--label {arguments.label}: is also a modality, so the model would see the classes that it is "
             "evaluated with. Remove the column from one of them"
         )
+    rows = _read_purposes(table, schema, arguments)
+    splits = _draw_missing_splits(table, _named_splits(table, arguments.split, "train"), rows, arguments)
+    columns = {
+        name: _fit_column(request, table, splits["train"], form.decimal, arguments)
+        for name, request in names.items()
+    }
+    check_columns(columns, table.places)
+    _warn_of_shared_images(columns, splits)
+    return _make_source(arguments, schema, columns, splits, rows)
+
+
+def open_new_rows(
+    arguments: argparse.Namespace, schema: TableSchema, modalities: Mapping[str, Modality]
+) -> ColumnSource:
+    """Open the table of `--like`, with the modalities of a trained run.
+
+    Args:
+        arguments: the flags.
+        schema: the columns of each modality, see `TableSchema`.
+        modalities: those of the run.
+
+    Raises:
+        UserError: the table or a flag is wrong; the message gives row and column.
+    """
+    given = [f"--{name.replace('_', '-')}" for name in SETTINGS if getattr(arguments, name) != SETTINGS[name]]
+    given += [f"--{request.kind}" for request in arguments.modalities or ()]
+    if given:
+        raise UserError(f"{given[0]}: comes from the run with --like. Leave it out")
+    schema = with_form(schema, arguments)
+    table = _read(arguments.table, schema)
+    schema = with_columns_of(schema, table.columns, arguments)
+    if arguments.group is not None:
+        schema = schema.model_copy(update={"group": arguments.group})
+    lacking = find_lacking(arguments.table, table.columns, schema, modalities)
+    for name, missing in lacking.items():
+        print(f"note: no column {shorten_list(missing)}: {name} is missing in all rows", file=sys.stderr)
+    found = {name: modality for name, modality in modalities.items() if name not in lacking}
+    columns = {}
+    for name, values in read_rows(table, schema, found).items():
+        is_optional = not bool(values.present.all())
+        modality = modalities[name].model_copy(update={"optional": is_optional})
+        columns[name] = make_column(name, values, modality)
+        unknown = describe_unknown(name, count_unknown(values, modality), modality)
+        if unknown is not None:
+            print(f"note: {unknown}", file=sys.stderr)
+    check_columns(columns, table.places)
+    rows = _read_purposes(table, schema, arguments)
+    return _make_source(arguments, schema, columns, _named_splits(table, arguments.split, _NEW_ROWS), rows)
+
+
+class _Purposes(NamedTuple):
+    """Of N rows the cells that are no modality."""
+
+    keys: list[str]
+    labels: np.ndarray | None
+    class_names: tuple[str, ...] | None
+    groups: Sequence[str] | None
+
+
+def _read(path: Path, schema: TableSchema) -> Table:
+    return read_table(path, schema.separator, frozenset(["", *schema.na]))
+
+
+def _read_purposes(table: Table, schema: TableSchema, arguments: argparse.Namespace) -> _Purposes:
     labels, class_names = None, None
     if arguments.label is not None:
         labels, class_names = number_classes(table.filled(arguments.label))
-    groups = None if arguments.group is None else table.filled(arguments.group)
-    splits = _split(table, arguments, labels, groups)
-    columns = {
-        name: _make_column(request, table, splits["train"], arguments) for name, request in names.items()
-    }
-    check_columns(columns, table.places)
-    keys = (
-        [f"row-{number:06d}" for number in table.row_numbers]
-        if arguments.key is None
-        else list(table.filled(arguments.key))
-    )
+    keys = row_keys(table, schema.key)
     check_keys(keys, table.places)
-    _warn_of_shared_images(columns, splits)
+    return _Purposes(keys, labels, class_names, None if schema.group is None else table.filled(schema.group))
+
+
+def _make_source(
+    arguments: argparse.Namespace,
+    schema: TableSchema,
+    columns: Mapping[str, Column],
+    splits: Splits,
+    rows: _Purposes,
+) -> ColumnSource:
     return ColumnSource(
         name=arguments.name or arguments.out.name,
         columns=columns,
-        splits=splits,
-        labels=labels,
-        class_names=class_names,
-        keys=keys,
+        splits={split: members for split, members in splits.items() if len(members)},
+        labels=rows.labels,
+        class_names=rows.class_names,
+        keys=rows.keys,
         settings={
             "source": "table",
             "table": str(arguments.table),
-            **{name: f"{request.kind} {','.join(request.columns)}" for name, request in names.items()},
+            **{
+                name: f"{column.modality.kind} {','.join(schema.columns[name])}"
+                for name, column in columns.items()
+            },
             "label": arguments.label,
             "split": arguments.split,
             "group": arguments.group,
-            "fractions": fractions_text(arguments.fractions),
+            "fractions": None if arguments.like is not None else fractions_text(arguments.fractions),
         },
-        groups=groups,
+        groups=rows.groups,
+        table=schema,
     )
 
 
@@ -210,77 +272,36 @@ def _name_modalities(
     return named
 
 
-def _make_column(
-    request: ModalityRequest, table: Table, train: np.ndarray, arguments: argparse.Namespace
+def _fit_column(
+    request: ModalityRequest, table: Table, train: np.ndarray, decimal: str, arguments: argparse.Namespace
 ) -> Column:
-    first = request.columns[0]
-    if request.kind == "image":
-        places = [f"{place}, column {first}" for place in table.places]
-        paths = [
-            None if cell is None else _resolve(table.path.parent, cell, place)
-            for cell, place in zip(table.column(first), places, strict=True)
-        ]
-        return ImageColumn(paths, places, fit_image(paths, arguments.image_size, arguments.channels))
-    if request.kind == "text":
-        cells = table.column(first)
-        return TextColumn(cells, fit_text(cells, train, arguments.min_count, arguments.text_length))
-    if request.kind == "categorical":
-        cells = table.column(first)
-        return categorical_column(cells, fit_categorical(cells, f"{table.path}: column {first}"))
-    read = partial(_read_number, arguments.decimal) if request.kind == "vector" else _read_yes_or_no
-    values = np.stack([table.convert(column, read) for column in request.columns], axis=1)
+    values = read_cells(request.kind, request.columns, table, decimal)
+    modality: Modality
     if request.kind == "vector":
-        modality, constant = fit_vector(values, request.columns, train)
+        modality, constant = fit_vector(np.asarray(values.data), request.columns, train)
         warn_of_constant(str(request.name), constant)
-        return number_column(values, modality)
-    return number_column(values, fit_binary(values, request.columns))
-
-
-def _resolve(folder: Path, text: str, place: str) -> Path:
-    try:
-        return resolve_inside(folder, text)
-    except ValueError as error:
-        raise UserError(f"{place}: {error}") from error
-
-
-def _read_number(decimal: str, text: str) -> float:
-    # `float` accepts 12_34, too. Neither an underscore nor a separator of thousands is guessed away.
-    is_plain = re.fullmatch(rf"[^_.,]*({re.escape(decimal)}[^_.,]*)?", text) is not None
-    try:
-        value = float(text.replace(decimal, ".")) if is_plain else float("nan")
-    except ValueError:
-        value = float("nan")
-    if abs(value) <= MAX_NUMBER:
-        return value
-    wrong = "not a number" if np.isnan(value) else f"out of the range of single precision, ±{MAX_NUMBER:.1e}"
-    if decimal == "." and re.fullmatch(r"[-+]?\d*,\d+", text):
-        remedy = "if the comma is the decimal separator, add --decimal ,"
     else:
-        remedy = f"if it means an empty cell, add --na {text!r}"
-    raise ValueError(f"{text!r} is {wrong}. Fix it; {remedy}")
+        what = f"{table.path}: column {request.columns[0]}"
+        modality = fit_modality(what, values, train, fit_settings(arguments))
+    return make_column(str(request.name), values, modality)
 
 
-def _read_yes_or_no(text: str) -> float:
-    if text.lower() in _TRUE | _FALSE:
-        return float(text.lower() in _TRUE)
-    raise ValueError(
-        f"{text!r} is none of {', '.join(sorted(_TRUE | _FALSE))}. Fix it; if it means an empty cell, add "
-        f"--na {text!r}"
-    )
-
-
-def _split(
-    table: Table, arguments: argparse.Namespace, labels: np.ndarray | None, groups: Sequence[str] | None
-) -> Splits:
-    """The splits that a column names, and the others drawn from the train split."""
-    named = np.full(len(table.row_numbers), "train", dtype=object)
-    if arguments.split is not None:
-        for row, cell in enumerate(table.filled(arguments.split)):
+def _named_splits(table: Table, column: str | None, default: SplitName) -> Splits:
+    """The split that a column names for each row; without a column all rows are in the split `default`."""
+    named = np.full(len(table.row_numbers), default, dtype=object)
+    if column is not None:
+        for row, cell in enumerate(table.filled(column)):
             try:
                 named[row] = read_split(cell)
             except ValueError as error:
-                raise UserError(f"{table.places[row]}, column {arguments.split}: {error}") from error
-    splits: Splits = {split: np.flatnonzero(named == split) for split in SPLIT_NUMBERS}
+                raise UserError(f"{table.places[row]}, column {column}: {error}") from error
+    return {split: np.flatnonzero(named == split) for split in SPLIT_NUMBERS}
+
+
+def _draw_missing_splits(
+    table: Table, splits: Splits, rows: _Purposes, arguments: argparse.Namespace
+) -> Splits:
+    """The splits, of which those without rows are drawn from the train split."""
     undivided = splits["train"]
     if len(undivided) == 0:
         raise UserError(
@@ -289,16 +310,17 @@ def _split(
     _, validation, test = arguments.fractions
     validation *= len(splits["validation"]) == 0
     test *= len(splits["test"]) == 0
-    if validation or test:
-        group_of_row = np.arange(len(named)) if groups is None else np.unique(groups, return_inverse=True)[1]
-        drawn = draw_splits(
-            group_of_row[undivided],
-            (1 - validation - test, validation, test),
-            random_stream(arguments.seed, _SPLIT_STREAM),
-            labels=None if labels is None else labels[undivided],
-        )
-        splits |= {split: undivided[rows] for split, rows in drawn.items() if len(rows)}
-    return splits
+    if not validation and not test:
+        return splits
+    groups = rows.groups
+    group_of_row = np.arange(len(rows.keys)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    drawn = draw_splits(
+        group_of_row[undivided],
+        (1 - validation - test, validation, test),
+        random_stream(arguments.seed, _SPLIT_STREAM),
+        labels=None if rows.labels is None else rows.labels[undivided],
+    )
+    return splits | {split: undivided[members] for split, members in drawn.items() if len(members)}
 
 
 def _warn_of_shared_images(columns: Mapping[str, Column], splits: Splits) -> None:

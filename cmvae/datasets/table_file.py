@@ -22,7 +22,7 @@ import numpy as np
 from cmvae.utils.errors import UserError
 
 _SEPARATORS = (",", ";", "\t", "|")
-_MAX_CELL = 2**31 - 1
+MAX_CELL = 2**31 - 1
 """Characters of a cell; Python's default of 131,072 is less than some texts have."""
 
 
@@ -166,7 +166,7 @@ def read_table_parts(path: Path, separator: str | None, empty: Set[str], part_si
 
 
 def _read_csv(path: Path, separator: str | None, empty: Set[str], part_size: int) -> Iterator[Table]:
-    csv.field_size_limit(_MAX_CELL)
+    csv.field_size_limit(MAX_CELL)
     first = number = 1
     try:
         # "sig": spreadsheets write a signature, which is not part of the first name.

@@ -26,6 +26,7 @@ from cmvae.data.index import (
     ShardSchema,
     SplitName,
     SplitSchema,
+    TableSchema,
 )
 from cmvae.datasets.base import SPLIT_NUMBERS, Sample, Source, random_stream
 from cmvae.utils.errors import UserError
@@ -62,6 +63,7 @@ def write_shards(
     num_workers: int = 1,
     limit: int | None = None,
     force: bool = False,
+    table: TableSchema | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> ShardIndex:
     """Pack `source` into `folder`.
@@ -77,6 +79,7 @@ def write_shards(
         num_workers: number of writer processes; the bytes do not depend on it.
         limit: maximum number of train samples; the other splits are reduced by the same factor.
         force: replace a data set in `folder`.
+        table: how the rows of the table that is packed are read; None for other sources.
         report: called after each shard with the number of samples written and in total.
 
     Returns:
@@ -106,6 +109,7 @@ def write_shards(
         modalities=dict(source.modalities),
         class_names=source.class_names,
         splits=splits,
+        table=table,
     )
     write_whole(folder / INDEX_NAME, index.model_dump_json(indent=2).encode())
     return index
@@ -134,9 +138,10 @@ def _clear(folder: Path, force: bool) -> None:
 
 def _deal(source: Source, folder: Path, seed: int, shard_size: int, limit: int | None) -> list[_ShardTask]:
     """Divide the shuffled samples of every split into shards."""
-    part = 1.0 if limit is None else min(1.0, limit / source.split_sizes["train"])
+    sizes = source.split_sizes
+    part = 1.0 if limit is None else min(1.0, limit / sizes.get("train", sum(sizes.values())))
     tasks = []
-    for split, size in source.split_sizes.items():
+    for split, size in sizes.items():
         order = random_stream(seed, SPLIT_NUMBERS[split]).permutation(size)[: max(1, round(part * size))]
         for number, start in enumerate(range(0, len(order), shard_size)):
             path = folder / f"{split}-{number:06d}.tar"
