@@ -35,6 +35,7 @@ from cmvae.datasets.values import (
 from cmvae.datasets.writer import write_shards
 from cmvae.models.cmvae import CMVAE, stack_shared_locations
 from cmvae.models.export import load_clusters
+from cmvae.models.imputation import generate_from_present
 from cmvae.training.cmvae_task import CMVAETask
 from cmvae.training.starter_config import STARTER_CLUSTERS, write_starter_config
 from cmvae.utils.errors import UserError
@@ -206,13 +207,9 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         parts: dict[str, list[np.ndarray]] = {name: [] for name in self.model_.modality_names}
         for inputs, mask in self._batches(X):
             names = list(inputs)
-            generated = self.model_.generate(len(mask), generator=generator)
-            given = mask.any(1)
-            if given.any():
-                present = {name: x[given] for name, x in inputs.items()}
-                made = self.model_.generate(given=present, mask=mask[given], generator=generator)
-                for name, data in made.items():
-                    generated[name][given] = data
+            generated = generate_from_present(
+                self.model_, inputs, mask, self.model_.modality_names, generator
+            )
             for name, data in generated.items():
                 if name in inputs:
                     there = mask[:, names.index(name)]

@@ -2,87 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import random
-import shutil
-
 import pyarrow as pa
 import pytest
-from commands import run_cmvae
+from new_rows import FLAGS, make_rows, read
 from packing import write_csv
-from PIL import Image
 from pyarrow import parquet
 
 from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
-
-COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220)}
-FLAGS = (
-    "--text", "caption", "--categorical", "colour", "--vector", "size=a,b", "--image", "photo",
-    "--image-size", 8, "--min-count", 2, "--na", "?", "--group", "owner",
-)  # fmt: skip
-SETTINGS = (
-    "train.max_steps=30", "train.batch_size=16", "model.shared_dim=4", "model.private_dim=2",
-    "model.num_clusters=6", "tracking.enabled=false", "data.num_workers=0",
-    *(f"model.modalities.{name}.width=4" for name in ("caption", "colour", "size", "photo")),
-)  # fmt: skip
-
-
-def make_rows(count: int, folder, seed: int = 0) -> list[dict[str, object]]:
-    """Rows of three kinds, which every column shows; some cells are empty."""
-    rng = random.Random(seed)
-    rows: list[dict[str, object]] = []
-    for number in range(count):
-        colour = list(COLOURS)[number % 3]
-        path = folder / "photos" / f"{colour}.png"
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            Image.new("RGB", (9, 9), COLOURS[colour]).save(path)
-        size = 100 + 20 * (number % 3)
-        rows.append(
-            {
-                "a": "?" if number % 10 == 4 else round(size + rng.gauss(0, 1), 3),
-                "b": round(size / 50 + rng.gauss(0, 0.1), 4),
-                "colour": "" if number % 7 == 3 else colour,
-                "caption": ""
-                if number % 11 == 5
-                else f"A {colour} thing, number {rng.choice(['one', 'two'])}",
-                "photo": f"photos/{colour}.png",
-                "owner": f"owner {number // 3}" if number < 30 else f"single {number}",
-            }
-        )
-    return rows
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with base.csv, shards/base and a run of a few steps, runs/base."""
-    folder = tmp_path_factory.mktemp("rows")
-    write_csv(folder / "base.csv", make_rows(90, folder))
-    done = run_cmvae(
-        "pack", "table", "base.csv", "--out", "shards/base", "--config", "base.yaml", *FLAGS, folder=folder
-    )
-    assert done.returncode == 0, done.stderr
-    done = run_cmvae("train", "base.yaml", *SETTINGS, folder=folder)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.fixture
-def run(trained):
-    return trained / "runs/base"
-
-
-@pytest.fixture
-def table(trained, tmp_path):
-    """`table(rows)` is the path of a CSV file of these rows, beside the photos."""
-    shutil.copytree(trained / "photos", tmp_path / "photos")
-    return lambda rows, name="new.csv": write_csv(tmp_path / name, rows)
-
-
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def clusters(rows):
@@ -164,7 +91,9 @@ def test_any_number_of_rows_is_read_by_the_statistics_of_the_run(trained, run, t
 
 def test_a_missing_column_is_a_missing_modality(run, table, call, tmp_path):
     rows = make_rows(12, tmp_path)
-    path = table([{name: cell for name, cell in row.items() if name not in ("b", "photo")} for row in rows])
+    path = table(
+        [{name: cell for name, cell in row.items() if name not in ("b", "photo", "ok")} for row in rows]
+    )
     code, _, err = call("cluster", run, path, "--out", tmp_path / "a.csv")
     assert code == 0
     assert f"{path}: no column b: size is missing in all rows" in err
@@ -182,7 +111,7 @@ def test_a_missing_column_is_a_missing_modality(run, table, call, tmp_path):
 
 def test_a_row_without_anything_is_in_no_cluster(run, table, call, tmp_path):
     rows = make_rows(3, tmp_path)
-    rows[1] |= {"a": "", "colour": "mauve", "caption": "", "photo": ""}
+    rows[1] |= {"a": "", "colour": "mauve", "caption": "", "photo": "", "ok": ""}
     code, said, _ = call("cluster", run, table(rows), "--out", tmp_path / "a.csv")
     assert code == 0
     assert "2 samples in" in said
@@ -253,7 +182,7 @@ def test_tables_that_do_not_fit_are_explained(run, make_run, table, call, tmp_pa
     path = table([{"x": 1, "y": 2}])
     code, _, err = call("cluster", run, path, "--out", tmp_path / "a.csv")
     assert code == 2
-    assert "has the columns x, y, but the run was trained on caption, colour, a, b, photo" in err
+    assert "has the columns x, y, but the run was trained on caption, colour, a, b, photo, ok" in err
     path = table([{"a": 1, "b": "12_34"}])
     code, _, err = call("cluster", run, path, "--out", tmp_path / "a.csv")
     assert code == 2
