@@ -20,6 +20,7 @@ from torch import Tensor
 from cmvae.clustering import joint_location
 from cmvae.config import CMVAEExperiment, load_config, save_config
 from cmvae.data.batch import stack_values, to_device
+from cmvae.data.index import TableSchema
 from cmvae.datasets.columns import ColumnSource, read_row
 from cmvae.datasets.memory import names_of, read_values
 from cmvae.datasets.splits import draw_splits
@@ -341,7 +342,10 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
             groups=None if groups is None else [str(group) for group in groups],
         )
         shards = folder / "shards"
-        index = write_shards(source, shards, seed=self.seed, force=True)
+        # `cmvae cluster` reads new rows from tables with the same columns.
+        named = {name: tuple(names_of(chosen)) for name, chosen in (self.columns or {}).items()}
+        table = TableSchema(columns=named) if named else None
+        index = write_shards(source, shards, seed=self.seed, force=True, table=table)
         path = folder / EXPERIMENT_NAME
         path.write_text(write_starter_config(index, shards), encoding="utf-8")
         overrides = [

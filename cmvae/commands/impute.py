@@ -10,7 +10,8 @@ gets the mean of numbers, or the most frequent category or text. A number is in 
 table. Columns at the end show how much the draws differ: COLUMN_sd, the standard deviation of
 numbers, and COLUMN_confidence, the share of the draws with this category; they are empty for cells
 that were not missing, which stay as they are. A vector that lacks one of its cells is generated as
-a whole, and only that cell is taken from it. Images are not generated, see cmvae generate.
+a whole, and only that cell is taken from it. Images are not generated, see cmvae generate. Blank
+rows are left out.
 
 A command that was interrupted continues where it was if it is started again.
 """
