@@ -328,6 +328,9 @@ class TrainConfig(_Settings):
     """Steps between two points of the training curves."""
     validate_every: Resumable[PositiveInt | None] = None
     """Steps between validations, each with figures; null validates at the end only."""
+    coherence_samples: Resumable[PositiveInt | None] = None
+    """Number of validation samples, and of joint samples, for coherence at every validation of a CMVAE. It
+    needs the classifiers of `cmvae classifiers`. Null measures coherence only in `cmvae evaluate`."""
     checkpoint_every: Resumable[PositiveInt | None] = None
     """Steps between checkpoints; null keeps only the one at the end."""
     keep_checkpoints: Resumable[PositiveInt] = 2
@@ -357,6 +360,9 @@ class EvaluationConfig(_Settings):
     """Split to evaluate."""
     metrics: tuple[MetricGroup, ...] = typing.get_args(MetricGroup)
     """Groups of metrics to compute."""
+    protocol: Literal["default", "released"] = "default"
+    """`released` also counts as the released CMVAE code does, in metrics that begin with `released/`, see
+    `cmvae.evaluation.released`."""
     seed: int = Field(default=0, ge=0)
     """Seed of all noise of an evaluation; every sample has its own stream."""
     num_generated: PositiveInt = 10_000

@@ -28,6 +28,7 @@ from cmvae.training.optimization import WeightAverage, build_optimizer
 from cmvae.training.precision_check import keep_sound_precision
 from cmvae.training.rank_log import rank_log
 from cmvae.training.step_checks import StopRequest
+from cmvae.training.task import Measure
 from cmvae.training.tasks import Task, build_task
 from cmvae.training.trainer import LOGS_NAME, Trainer
 from cmvae.utils.errors import UserError
@@ -36,7 +37,11 @@ from cmvae.utils.progress import is_quiet
 
 
 def run_training(
-    config: ExperimentConfig, index: ShardIndex, resume: bool = False, overwrite: bool = False
+    config: ExperimentConfig,
+    index: ShardIndex,
+    resume: bool = False,
+    overwrite: bool = False,
+    measure: Measure | None = None,
 ) -> signal.Signals | None:
     """Train an experiment and export the result; must be called on all ranks.
 
@@ -45,6 +50,7 @@ def run_training(
         index: index of `config.data.shards`.
         resume: continue from the newest checkpoint of the run, if there is one.
         overwrite: delete an earlier run in the folder.
+        measure: further metrics of every validation.
 
     Returns:
         None when the training is complete, or the signal that stopped it after a checkpoint.
@@ -78,7 +84,16 @@ def run_training(
         try:
             with StopRequest.listening() as stop:
                 trainer = Trainer(
-                    config, accelerator, task, module, optimizer, average, checkpointer, tracker, stop
+                    config,
+                    accelerator,
+                    task,
+                    module,
+                    optimizer,
+                    average,
+                    checkpointer,
+                    tracker,
+                    stop,
+                    measure,
                 )
                 with trainer.heartbeat.watching(log_file):
                     stopped_by = trainer.fit()

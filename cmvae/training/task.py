@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cmvae.data.index import SplitName
@@ -27,6 +28,10 @@ class Preview:
     """By name."""
     texts: dict[str, str] = field(default_factory=dict)
     """By name."""
+
+
+Measure = Callable[["Task", Accelerator], Mapping[str, float]]
+"""Further validation metrics of a task in evaluation mode, the same on every rank; called on all ranks."""
 
 
 class Task(nn.Module, ABC):

@@ -35,7 +35,7 @@ from cmvae.training.step_checks import (
     all_reduce_step_check,
     reads_late,
 )
-from cmvae.training.task import Task
+from cmvae.training.task import Measure, Task
 from cmvae.training.validation import collect_records, evaluation_mode, save_validation
 from cmvae.training.watchdog import Heartbeat
 from cmvae.utils.progress import progress_bar
@@ -66,6 +66,7 @@ class Trainer:
         checkpointer: saves all of these, and has the state to start from.
         tracker: gets curves and figures.
         stop: whether this rank was asked to stop.
+        measure: further metrics of a validation.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class Trainer:
         checkpointer: Checkpointer,
         tracker: Tracker,
         stop: StopRequest,
+        measure: Measure | None = None,
     ) -> None:
         self.config, self.accelerator, self.tracker, self.stop = config, accelerator, tracker, stop
+        self.measure = measure
         self.task, self.module, self.optimizer, self.average = task, module, optimizer, average
         self.checkpointer, self.state = checkpointer, checkpointer.state
         rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -228,6 +231,10 @@ class Trainer:
         metrics = {"loss": float(records["loss"].mean()), **self.task.validation_metrics(records)}
         if self.config.data.on_error == "skip":
             metrics["skipped_samples"] = self.skipped_in_validation.count
+        if self.measure is not None:
+            self.heartbeat.beat("measuring generated samples")
+            with evaluation_mode(self.module):
+                metrics |= self.measure(self.task, self.accelerator)
         self.tracker.log_metrics(
             {f"validation/{name}": value for name, value in metrics.items()}, self.state.step
         )

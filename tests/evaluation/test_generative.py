@@ -111,6 +111,35 @@ def untrained(oracle):
     return CMVAE(config, oracle.modalities).eval()
 
 
+def test_the_released_protocol_reconstructs_with_the_encoded_private_latent(oracle, evaluation_context):
+    """The oracle draws the class where w is small, as w ~ q(w|x) is here, and the next class elsewhere."""
+
+    def encode(inputs):
+        posteriors = Oracle.encode(oracle, inputs)
+        zero = {name: torch.zeros(len(x), 3) for name, x in inputs.items()}
+        return {
+            name: Posterior(q.shared, oracle.family(zero[name], zero[name] + 1e-4))
+            for name, q in posteriors.items()
+        }
+
+    oracle.encode = encode
+    for name in NAMES:
+        oracle.draw[name] = lambda classes, w: (classes + (w.abs().sum(1) > 0.01)) % NUM_CLASSES
+    context = evaluation_context(oracle, protocol="released")
+    metrics = evaluate_generative(context, {"coherence", "frechet"}).metrics
+    for source in NAMES:
+        for target in NAMES:
+            pair = f"coherence/matrix/{source}/{target}"
+            assert metrics[pair] == 0
+            assert metrics[f"released/{pair}"] == (source == target)
+    assert metrics["released/coherence/conditional"] == metrics["coherence/conditional"] == 0
+    assert metrics["released/coherence/unconditional"] == metrics["coherence/unconditional"] == 1
+    distance = "frechet/classifier/conditional"
+    assert metrics[f"released/{distance}_cross"] == metrics[f"{distance}_cross"]
+    # Six of nine pairs are cross, and a right reconstruction has no distance.
+    assert metrics[f"released/{distance}"] == pytest.approx(6 / 9 * metrics[f"{distance}_cross"], rel=1e-3)
+
+
 def test_a_model_that_is_always_right_is_fully_coherent(oracle, evaluation_context):
     result = evaluate_generative(evaluation_context(oracle), {"coherence"})
     assert result.left_out == {}
