@@ -28,9 +28,9 @@ from cmvae.utils.errors import UserError
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# Maximum number of output values times filters per call of a decoder on a CPU. Feature maps grow with both.
-# It equals 55 images of the published PolyMNIST. Smaller calls are slower, larger ones only take more memory.
-_MAX_DECODED_SIZE = 2**23
+MAX_DECODED_SIZE = 2**23
+"""Maximum number of values in the largest feature map of a decoder per call on a CPU. It equals 55 images of
+the published PolyMNIST. Smaller calls are slower, larger ones only take more memory."""
 
 
 def _full_precision(output: Tensor) -> Tensor:
@@ -203,12 +203,14 @@ class CMVAE(nn.Module):
         self.modalities = {name: modalities[name] for name in config.modalities}
         self.autocast_dtype = autocast_dtype
         self.family = FAMILIES[config.family]
+        self._map_sizes: dict[str, float] = {}
         self.encoders = nn.ModuleDict()
         self.decoders = nn.ModuleDict()
         for name, modality_config in config.modalities.items():
             modality = self.modalities[name]
             networks = network_family(modality_config.network or modality.network, modality, name)
             sizes = (modality, modality_config.width, config.shared_dim, config.private_dim)
+            self._map_sizes[name] = networks.decoder_map_size
             self.encoders[name] = networks.encoder(*sizes)
             self.decoders[name] = networks.decoder(*sizes)
         self.likelihoods = {
@@ -466,7 +468,8 @@ class CMVAE(nn.Module):
         if latents.device.type != "cpu" or (decoder.training and has_batch_norm(decoder)):
             return 1
         size = math.prod(self.modalities[name].shape) * self.config.modalities[name].width
-        return max(1, math.ceil(len(latents) * size / _MAX_DECODED_SIZE))
+        size *= self._map_sizes[name]
+        return max(1, math.ceil(len(latents) * size / MAX_DECODED_SIZE))
 
     def _network_precision(self, device: torch.device) -> torch.autocast:
         """Autocast for the networks only; with fp32 it disables an autocast that a launcher enabled."""
