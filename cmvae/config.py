@@ -207,14 +207,18 @@ class DiffusionConfig(_Settings):
 
 
 class ConditioningConfig(_Settings):
-    """The condition of the diffusion, concatenated with the noisy image on channels."""
+    """The condition of the diffusion.
 
-    source: Literal["any", "self", "none"] = "any"
-    """Source of the reconstruction: a random modality at every step, the modality of the image, or none: a
-    plain DDPM."""
+    A reconstruction is concatenated with the noisy image on channels, latents are added to the embedding of
+    the time step.
+    """
+
+    source: Literal["any", "self", "latent", "none"] = "any"
+    """Source of the reconstruction: a random modality at every step, or the modality of the image. `latent`
+    is z and w without a reconstruction, and none a plain DDPM."""
     shared: Literal["mean", "sample"] = "mean"
-    """z of the reconstructions in training: the location of q(z|x), or a sample. A sample may show another
-    class than the image, and a network that is trained on such pairs changes the class now and then."""
+    """z in training: the location of q(z|x), or a sample. A sample may show another class than the image, and
+    a network that is trained on such pairs changes the class now and then. w is always sampled."""
     latent: bool = False
     """z of the reconstruction as a second condition."""
     noise: float = Field(default=0.0, ge=0)
@@ -251,6 +255,16 @@ class RefinerConfig(_Settings):
     diffusion: DiffusionConfig = DiffusionConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
     sampler: Resumable[SamplerConfig] = SamplerConfig()
+
+    @model_validator(mode="after")
+    def _reconstruction_is_noised(self) -> RefinerConfig:
+        conditioning = self.conditioning
+        if conditioning.source == "latent" and (conditioning.latent or conditioning.noise):
+            raise ValueError(
+                "conditioning.source latent has z as its condition already, and no reconstruction that noise "
+                "could be added to: leave out conditioning.latent and conditioning.noise"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sampler_fits(self) -> RefinerConfig:

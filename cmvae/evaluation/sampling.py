@@ -167,7 +167,7 @@ class SampleGenerator:
         extracted = extract(values)
         if refine and context.dcmvae is not None:
             seeds = context.draw_seeds(f"{stream}/refine", positions)
-            refined = context.dcmvae.refine(values, latents.shared, seeds=seeds)
+            refined = context.dcmvae.refine(values, latents.shared, latents.private, seeds=seeds)
             extracted |= {f"{REFINED}{key}": value for key, value in extract(refined).items()}
         return extracted
 

@@ -468,8 +468,7 @@ class CMVAE(nn.Module):
         if latents.device.type != "cpu" or (decoder.training and has_batch_norm(decoder)):
             return 1
         size = math.prod(self.modalities[name].shape) * self.config.modalities[name].width
-        size *= self._map_sizes[name]
-        return max(1, math.ceil(len(latents) * size / MAX_DECODED_SIZE))
+        return max(1, math.ceil(len(latents) * size * self._map_sizes[name] / MAX_DECODED_SIZE))
 
     def _network_precision(self, device: torch.device) -> torch.autocast:
         """Autocast for the networks only; with fp32 it disables an autocast that a launcher enabled."""
