@@ -381,6 +381,9 @@ class EvaluationConfig(_Settings):
     """Seed of all noise of an evaluation; every sample has its own stream."""
     num_generated: PositiveInt = 10_000
     """Unconditional samples, for coherence and distances."""
+    num_conditional: PositiveInt | None = None
+    """Samples of the split that images and texts are generated from and compared with: the first ones, which
+    packing has shuffled. Null takes the whole split."""
     likelihood_samples: PositiveInt = 1000
     """Importance samples for each sample's joint log-likelihood."""
     inception_weights: Path | None = None

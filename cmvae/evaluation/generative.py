@@ -58,7 +58,7 @@ def evaluate_generative(context: EvaluationContext, wanted: Collection[str]) -> 
     result = GroupResult(left_out=left_out)
     if not networks.classified and networks.inception is None:
         return result
-    reference = read_reference(context, networks, wanted)
+    reference = read_reference(context, networks, wanted, context.settings.num_conditional)
     result.left_out |= reference.left_out
     result.protocol |= _describe(context, reference)
     result.add(measure_generated(context, reference))

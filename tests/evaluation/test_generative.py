@@ -141,6 +141,18 @@ def test_the_released_protocol_reconstructs_with_the_encoded_private_latent(orac
     assert 6 / 9 * metrics[distance] < metrics[f"released/{distance}"] < 0.8 * metrics[distance]
 
 
+def test_generative_metrics_can_take_the_first_samples_only(untrained, evaluation_context):
+    context = evaluation_context(untrained, num_conditional=40)
+    result = evaluate_generative(context, {"coherence"})
+    assert result.protocol["generative.num_samples"] == 40
+    networks, _ = load_feature_networks(context, {"coherence"})
+    whole = read_reference(evaluation_context(untrained), networks, {"coherence"})
+    assert whole.num_samples == 90
+    # 40 samples give multiples of a fortieth, 90 would not.
+    shares = [x for name, x in result.metrics.items() if name.startswith("coherence/matrix/")]
+    np.testing.assert_allclose(40 * np.array(shares), np.round(40 * np.array(shares)), atol=1e-6)
+
+
 def test_a_model_that_is_always_right_is_fully_coherent(oracle, evaluation_context):
     result = evaluate_generative(evaluation_context(oracle), {"coherence"})
     assert result.left_out == {}
