@@ -297,6 +297,9 @@ class DataConfig(_Settings):
     """Samples are shuffled among neighbouring shards that hold at least this number of samples together."""
     cache_megabytes: Resumable[int] = Field(default=256, ge=0)
     """A decoded train split of at most this size is kept in the memory of each reader process."""
+    on_device: Resumable[bool] = False
+    """Keep the whole train split, as stored, in the memory of the training device (on a CPU, in that of the
+    process), instead of reading it anew in every epoch. The order of samples is the same."""
     on_error: Resumable[OnError] = "error"
     """Whether a damaged sample ends a training or is skipped. A batch keeps its other samples, so that all
     ranks have the same number of batches. An evaluation always ends with an error, as metrics describe a

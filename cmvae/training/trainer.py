@@ -19,6 +19,7 @@ from cmvae.config import ExperimentConfig
 from cmvae.data.batch import to_device
 from cmvae.data.index import SplitName
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
+from cmvae.data.resident import ResidentLoader
 from cmvae.tracking import Tracker
 from cmvae.training.checkpoint import Checkpointer
 from cmvae.training.meters import Meter, SkippedSamples
@@ -87,19 +88,7 @@ class Trainer:
         self.task, self.module, self.optimizer, self.average = task, module, optimizer, average
         self.checkpointer, self.state = checkpointer, checkpointer.state
         rank, world_size = accelerator.process_index, accelerator.num_processes
-        self.train_loader = TrainingLoader(
-            config.data.shards,
-            modalities=task.modality_names,
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            rank=rank,
-            world_size=world_size,
-            num_workers=config.data.num_workers,
-            shuffle_window=config.data.shuffle_window,
-            cache_bytes=config.data.cache_megabytes * 2**20,
-            on_error=config.data.on_error,
-            world_size_changes=self.state.world_size_changes,
-        )
+        self.train_loader = self._open_train_split()
         self.validation_loader = EvaluationLoader(
             config.data.shards,
             split="validation",
@@ -118,6 +107,23 @@ class Trainer:
         self.skipped = SkippedSamples(config.data.max_skipped)
         self.skipped_in_validation = SkippedSamples(config.data.max_skipped)
         self.heartbeat = Heartbeat(config.run_dir / LOGS_NAME, rank, world_size, config.train.hang_timeout)
+
+    def _open_train_split(self) -> TrainingLoader | ResidentLoader:
+        data, accelerator = self.config.data, self.accelerator
+        common: dict[str, Any] = {
+            "modalities": self.task.modality_names,
+            "batch_size": self.config.train.batch_size,
+            "seed": self.config.seed,
+            "rank": accelerator.process_index,
+            "world_size": accelerator.num_processes,
+            "shuffle_window": data.shuffle_window,
+            "on_error": data.on_error,
+            "world_size_changes": self.state.world_size_changes,
+        }
+        if data.on_device:
+            return ResidentLoader(data.shards, device=accelerator.device, **common)
+        cache_bytes = data.cache_megabytes * 2**20
+        return TrainingLoader(data.shards, num_workers=data.num_workers, cache_bytes=cache_bytes, **common)
 
     def fit(self) -> signal.Signals | None:
         """Train to the last step or to a signal, with a checkpoint of that step in either case.
