@@ -338,9 +338,11 @@ class TrainConfig(_Settings):
     """Precision of the networks; densities and reductions are always fp32. `auto` is bf16 where the device
     has instructions for it, else fp32: a processor without them takes ten times as long in bf16. A training
     first compares gradients of a few samples in both and takes fp32, with a warning, if bf16's are wrong."""
-    compile: Resumable[bool] = False
-    """Compile the networks with torch.compile, which takes minutes at the start. Useful on GPUs, where it
-    fuses the operations between convolutions; a CPU gains nothing, and DeepSpeed does not support it."""
+    compile: Resumable[bool | Literal["reduce-overhead"]] = False
+    """Compile the networks with torch.compile, which takes minutes at the start. `reduce-overhead` also
+    records them as CUDA graphs, so that a GPU does not wait for the launches of small kernels. Useful on
+    GPUs, where it fuses the operations between convolutions; a CPU gains nothing, and DeepSpeed does not
+    support it."""
     log_every: Resumable[PositiveInt] = 25
     """Steps between two points of the training curves."""
     validate_every: Resumable[PositiveInt | None] = None

@@ -33,6 +33,7 @@ from cmvae.training.tasks import Task, build_task
 from cmvae.training.trainer import LOGS_NAME, Trainer
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import remove_folder
+from cmvae.utils.memory import garbage_collected_on_request
 from cmvae.utils.progress import is_quiet
 
 
@@ -71,7 +72,7 @@ def run_training(
         keep_sound_precision(accelerator, task, config)
     let_deepspeed_autocast(accelerator, task.autocast_dtype)
     if config.train.compile:
-        compile_networks(accelerator, task)
+        compile_networks(accelerator, task, config.train.compile)
     module, optimizer = accelerator.prepare(task, build_optimizer(task, config.optimizer))
     average = average_weights(accelerator, module, config.train.ema_decay)
     checkpointer = Checkpointer(accelerator, config, task, average)
@@ -95,7 +96,7 @@ def run_training(
                     stop,
                     measure,
                 )
-                with trainer.heartbeat.watching(log_file):
+                with trainer.heartbeat.watching(log_file), garbage_collected_on_request():
                     stopped_by = trainer.fit()
             if stopped_by is None:
                 folder = trainer.export()
@@ -117,8 +118,13 @@ def run_training(
     return stopped_by
 
 
-def compile_networks(accelerator: Accelerator, task: Task) -> None:
+def compile_networks(accelerator: Accelerator, task: Task, how: bool | str = True) -> None:
     """Compile the networks of a task.
+
+    Args:
+        accelerator: the ranks.
+        task: whose networks.
+        how: `train.compile`.
 
     Raises:
         UserError: under DeepSpeed.
@@ -128,7 +134,7 @@ def compile_networks(accelerator: Accelerator, task: Task) -> None:
             "train.compile: under DeepSpeed networks cannot be compiled, as ZeRO frees their parameters "
             "between layers. Set train.compile=false, or launch with configs/accelerate/ddp.yaml"
         )
-    task.compile_networks()
+    task.compile_networks(mode=how if isinstance(how, str) else None)
 
 
 def _explain_compiler(error: RuntimeError) -> None:

@@ -69,14 +69,15 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def autocast_dtype(self, dtype: torch.dtype | None) -> None: ...
 
-    def compile_networks(self, backend: str = "inductor") -> None:
+    def compile_networks(self, backend: str = "inductor", mode: str | None = None) -> None:
         """Let torch compile the networks at their first call; the weights keep their names.
 
         Args:
             backend: of `torch.compile`.
+            mode: of `torch.compile`.
         """
         for network in self.networks:
-            network.compile(backend=backend)
+            network.compile(backend=backend, mode=mode)
 
     @property
     def frozen_hashes(self) -> dict[str, str]:

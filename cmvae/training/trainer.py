@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 from collections.abc import Iterable, Iterator
@@ -154,6 +155,7 @@ class Trainer:
                 checks.read()
             if self._is_due(every.log_every):
                 progress.set_postfix(self._log_curves())
+                gc.collect(1)
         checks.read()
         progress.close()
         if checkpointer.saved_step != state.step:
@@ -169,6 +171,9 @@ class Trainer:
             batch = self._next_batch(batches, part)
             with accelerator.accumulate(self.module):
                 self.heartbeat.beat("in the forward pass")
+                if self.config.train.compile == "reduce-overhead":
+                    # The outputs of the last step are no longer used: their memory may be overwritten.
+                    torch.compiler.cudagraph_mark_step_begin()
                 # Dropout masks know no samples: they are a function of (seed, step, part, rank).
                 dropout = derive_seed(self.config.seed, "dropout", step, part, accelerator.process_index)
                 torch.manual_seed(dropout)
