@@ -81,6 +81,7 @@ def run_training(
     _check_shared(accelerator, config.run_dir)
     with rank_log(config.run_dir / LOGS_NAME, accelerator.process_index) as log_file:
         tracker = open_tracker(config, config.run_dir, accelerator.is_main_process, task.name)
+        tracker.log_data(index, config.data.shards)
         status: Status = "FAILED"
         try:
             with StopRequest.listening() as stop:
@@ -100,6 +101,7 @@ def run_training(
                     stopped_by = trainer.fit()
             if stopped_by is None:
                 folder = trainer.export()
+                tracker.log_folder(folder)
                 message = f"{folder}: exported. Next: cmvae evaluate {config.run_dir}"
             else:
                 message = f"{stopped_by.name}: saved at step {trainer.state.step}. Continue with --resume"
