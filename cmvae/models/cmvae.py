@@ -21,6 +21,7 @@ from cmvae.config import ModelConfig
 from cmvae.modalities import AnyModality, Modality, ModalityName
 from cmvae.models.distributions import FAMILIES, LocationScale
 from cmvae.models.export import ClusterRecord, load_clusters, load_weights, read_export_config, save_export
+from cmvae.models.hub import find_export
 from cmvae.models.likelihoods import likelihood_of
 from cmvae.models.networks import network_family
 from cmvae.models.networks.encoder import TwoTrunkEncoder
@@ -497,7 +498,7 @@ class CMVAE(nn.Module):
         """Load an export that `save_pretrained` wrote, in evaluation mode.
 
         Args:
-            folder: folder of the export.
+            folder: folder of the export, or `user/name` of a model on the Hugging Face Hub.
             device: device of the model.
             autocast_dtype: precision of the networks; None is fp32.
             num_clusters: number of clusters; None is the number that was selected.
@@ -506,7 +507,7 @@ class CMVAE(nn.Module):
             UserError: the folder is not an export or is damaged, the weights are not finite or do not fit the
                 config, or there is no set of `num_clusters` clusters.
         """
-        folder = Path(folder)
+        folder = find_export(folder)
         export = read_export_config(folder, ExportConfig)
         model = cls(export.model, export.modalities, autocast_dtype)
         load_weights(model, folder)
