@@ -36,6 +36,7 @@ from cmvae.datasets.values import (
 from cmvae.datasets.writer import write_shards
 from cmvae.models.cmvae import CMVAE, stack_shared_locations
 from cmvae.models.export import load_clusters
+from cmvae.models.hub import find_export
 from cmvae.models.imputation import generate_from_present
 from cmvae.training.cmvae_task import CMVAETask
 from cmvae.training.starter_config import STARTER_CLUSTERS, write_starter_config
@@ -264,14 +265,14 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         """Load what `save_pretrained` wrote.
 
         Args:
-            folder: the export.
+            folder: the export, or `user/name` of a model on the Hugging Face Hub.
             num_clusters: another number of clusters, from the same model; None keeps the number.
 
         Raises:
             ValueError: the folder is no such export, or is damaged.
         """
-        folder = Path(folder)
         with _errors_as_value_errors():
+            folder = find_export(folder)
             try:
                 parameters = json.loads((folder / ESTIMATOR_NAME).read_text(encoding="utf-8"))
                 loaded = cls(**parameters)

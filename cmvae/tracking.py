@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cmvae.config import ExperimentConfig, RefinerExperiment, dump_yaml, flatten
+from cmvae.data.index import ShardIndex
+from cmvae.data.remote import Location, is_remote
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
 
@@ -36,6 +38,10 @@ _SQLITE = "sqlite:///"
 # Seconds without requests after a failure, doubled by every further one. A request to a locked database takes
 # 20 s to fail, and one to a server that does not answer 30 s, which a training cannot spend at every step.
 _FIRST_PAUSE = 60.0
+# MLflow's pages treat an experiment without a kind as one of language models, and open another page for it.
+_EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
+# MLflow accepts digests of up to 36 characters.
+_DIGEST_LENGTH = 36
 # Prefix of the tags that hold the last step of an image series.
 _LAST_STEP_TAG = "last_step."
 
@@ -62,6 +68,12 @@ class Tracker:
 
     def log_artifact(self, path: Path) -> None:
         """Upload a small file."""
+
+    def log_folder(self, folder: Path) -> None:
+        """Upload the files of a folder as artifacts below its name."""
+
+    def log_data(self, index: ShardIndex, location: Location) -> None:
+        """Log the packed data as the input of the run: name, digest and source."""
 
     def end(self, status: Status) -> None:
         """End the run with a status; nothing may be logged afterwards."""
@@ -137,6 +149,25 @@ class MlflowTracker(Tracker):
     def log_artifact(self, path: Path) -> None:
         """See `Tracker`."""
         self._attempt(lambda: self._client.log_artifact(self.run_id, str(path)))
+
+    def log_folder(self, folder: Path) -> None:
+        """See `Tracker`."""
+        self._attempt(lambda: self._client.log_artifacts(self.run_id, str(folder), folder.name))
+
+    def log_data(self, index: ShardIndex, location: Location) -> None:
+        """See `Tracker`."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        uri = str(location) if is_remote(location) else str(Path(location).absolute())
+        dataset = Dataset(
+            name=index.name,
+            digest=index.digest[:_DIGEST_LENGTH],
+            source_type=uri.partition("://")[0] if is_remote(location) else "local",
+            source=json.dumps({"uri": uri}),
+            profile=json.dumps({name: split.num_samples for name, split in index.splits.items()}),
+        )
+        logged = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+        self._attempt(lambda: self._client.log_inputs(self.run_id, datasets=[logged]))
 
     def end(self, status: Status) -> None:
         """See `Tracker`."""
@@ -325,7 +356,7 @@ def _continue_or_create_run(config: ExperimentConfig, run_dir: Path) -> tuple[Ml
 def _create_run(client: MlflowClient, config: ExperimentConfig) -> str:
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is None:
-        experiment_id = client.create_experiment(config.tracking.experiment)
+        experiment_id = client.create_experiment(config.tracking.experiment, tags=_EXPERIMENT_KIND)
     else:
         experiment_id = experiment.experiment_id
     return client.create_run(experiment_id, run_name=config.name).info.run_id

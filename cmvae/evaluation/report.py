@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # slow to import
 
 REFINED = "refined/"
 """Prefix of metrics of generated samples after refinement."""
+RELEASED = "released/"
+"""Prefix of metrics by the counting of the released code, see `cmvae.evaluation.released`."""
 
 
 @dataclass
