@@ -40,6 +40,7 @@ _SQLITE = "sqlite:///"
 _FIRST_PAUSE = 60.0
 # MLflow's pages treat an experiment without a kind as one of language models, and open another page for it.
 _EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
+_MODEL_ARTIFACT = "mlflow_model"
 # MLflow accepts digests of up to 36 characters.
 _DIGEST_LENGTH = 36
 # Prefix of the tags that hold the last step of an image series.
@@ -270,6 +271,39 @@ def read_curve(run_dir: Path, metric: str) -> dict[int, float]:
     if not points:
         raise UserError(f"{run_dir}: no metric {metric!r} in {record.tracking_uri}")
     return {point.step: point.value for point in points}
+
+
+def register_model(run_dir: Path, folder: Path, name: str) -> int:
+    """Log an MLflow model to the run of a training, and register it.
+
+    Args:
+        run_dir: folder of the run.
+        folder: the MLflow model.
+        name: name in the registry, which gets a new version.
+
+    Returns:
+        The number of the version.
+
+    Raises:
+        UserError: the run was not tracked, or MLflow refuses or does not answer.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    path = run_dir / RUN_RECORD_NAME
+    record = _read_record(path)
+    if record is None:
+        raise UserError(f"{path}: missing, because the run was not tracked. Train with tracking.enabled=true")
+    uri = _absolute(os.environ.get("MLFLOW_TRACKING_URI") or record.tracking_uri)
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        client.log_artifacts(record.run_id, str(folder), _MODEL_ARTIFACT)
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        source = f"{client.get_run(record.run_id).info.artifact_uri}/{_MODEL_ARTIFACT}"
+        return int(client.create_model_version(name, source, record.run_id).version)
+    except MlflowException as error:
+        raise UserError(f"--name {name}: cannot be registered in {uri}: {_first_line(error)}") from error
 
 
 def _guarded(config: ExperimentConfig, is_main: bool, opened: Callable[[], Tracker]) -> Tracker:
