@@ -6,6 +6,7 @@ Of an image modality a folder of PNG files, of any other a table: text, or numbe
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from cmvae.data.reader import EvaluationLoader
 from cmvae.data.remote import Location
 from cmvae.modalities import Modality
 from cmvae.models.cmvae import CMVAE
+from cmvae.utils.attempts import attempt
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import holds_earlier_output, whole_folder
 from cmvae.utils.progress import progress_bar
@@ -254,7 +256,7 @@ def write_generated(
                 shown = rows.setdefault(batch.group, [])
                 shown += _first_samples(batch, made, modalities, _GRID_ROWS * _GRID_COLUMNS - len(shown))
                 num_samples += len(batch.names)
-            _draw_grid(partial / GRID_NAME, rows, modalities)
+            attempt(GRID_NAME, functools.partial(_draw_grid, partial / GRID_NAME, rows, modalities))
             text = json.dumps({**record, "num_samples": num_samples}, indent=2, ensure_ascii=False)
             (partial / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
     except OSError as error:

@@ -36,10 +36,13 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".t
 LENGTH_STEP = 8
 """Number of tokens of a text is a multiple of this: caption networks halve the length three times."""
 MAX_NUMBER = float(np.finfo(np.float32).max)
-"""Vectors are stored in single precision."""
-_CONSTANT = 1e-5
-"""A dimension is constant if its standard deviation is at most this share of its mean. In single precision,
-such deviations are lost."""
+"""Standardised numbers are in single precision."""
+_MAX_DEVIATIONS = 1e6
+"""Numbers of other splits this many standard deviations from the mean of the train split are refused."""
+_ROUNDING_ERROR = 1e-3
+"""Vectors are stored in double precision if single precision has a larger error, in standard deviations."""
+_MAX_SINGLE = 1e30
+"""... or if numbers are larger than this, so that generated ones would overflow."""
 
 
 class Column(Protocol):
@@ -228,16 +231,17 @@ def number_column(values: np.ndarray, modality: VectorModality | BinaryModality)
 
 
 def fit_vector(
-    values: np.ndarray, names: Sequence[str] | None, train: np.ndarray
+    values: np.ndarray, names: Sequence[str] | None, train: np.ndarray, *, exact: bool = False
 ) -> tuple[VectorModality, tuple[str, ...]]:
     """Means and standard deviations of the train split, and the dimensions that are constant there.
 
-    A constant dimension is not scaled: its standard deviation is stored as 1.
+    A constant dimension, equal up to rounding errors, is not scaled: its standard deviation is stored as 1.
 
     Args:
         values: (N, D) float64; a row with NaN lacks the modality.
         names: (D,) names of the dimensions, if they have names.
         train: rows of the train split.
+        exact: store double precision whatever the numbers.
 
     Raises:
         UserError: no row of the train split has all of its numbers.
@@ -248,15 +252,45 @@ def fit_vector(
         what = ", ".join(names) if names is not None else "a vector"
         raise UserError(f"{what}: no row of the train split has all of its numbers; leave it out")
     mean, std = of_train.mean(axis=0), of_train.std(axis=0)
-    constant = std <= _CONSTANT * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
+    largest, spread = np.abs(of_train).max(axis=0), np.ptp(of_train, axis=0)
+    constant = spread <= 8 * np.finfo(np.float64).eps * largest
+    # The squares of tiny deviations are 0.
+    std = np.where(constant, 1.0, np.where(std > 0, std, spread))
+    single = np.finfo(np.float32)
+    fits = (single.eps * largest <= _ROUNDING_ERROR * std) & (std >= single.tiny) & (largest <= _MAX_SINGLE)
     modality = VectorModality(
         shape=values.shape[1:],
         optional=not bool(has.all()),
+        dtype="float32" if fits.all() and not exact else "float64",
         columns=None if names is None else tuple(names),
         mean=tuple(mean.tolist()),
-        std=tuple(np.where(constant, 1.0, std).tolist()),
+        std=tuple(std.tolist()),
     )
     return modality, tuple(modality.column_names[index] for index in np.flatnonzero(constant).tolist())
+
+
+def find_outlier(values: np.ndarray, modality: VectorModality) -> tuple[int, int, str] | None:
+    """The first number that no training can standardise, because it is far from those of the train split.
+
+    Args:
+        values: (N, D) float64; a row with NaN lacks the modality.
+        modality: the statistics of the train split.
+
+    Returns:
+        Its row, its dimension, and what is wrong.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        deviations = np.abs(values - np.array(modality.mean)) / np.array(modality.std)
+    far = np.argwhere((deviations > _MAX_DEVIATIONS) & ~np.isnan(values).any(axis=1, keepdims=True))
+    if len(far) == 0:
+        return None
+    row, dimension = far[0].tolist()
+    return (
+        row,
+        dimension,
+        f"{values[row, dimension]:g} is {deviations[row, dimension]:.1g} standard deviations from the mean "
+        "of the train split. Fix it, or make it a missing value",
+    )
 
 
 def fit_binary(values: np.ndarray, names: Sequence[str]) -> BinaryModality:

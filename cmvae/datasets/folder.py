@@ -19,6 +19,7 @@ from cmvae.datasets.columns import (
     ColumnSource,
     ImageColumn,
     TextColumn,
+    find_outlier,
     fit_image,
     fit_text,
     fit_vector,
@@ -94,6 +95,10 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
             values = _read_vectors(paths)
             modality, constant = fit_vector(values, None, splits["train"])
             warn_of_constant(name, constant)
+            outlier = find_outlier(values, modality)
+            if outlier is not None:
+                row, dimension, problem = outlier
+                raise UserError(f"{paths[row]}: number {dimension}: {problem}")
             columns[name] = number_column(values, modality)
     check_columns(columns, places)
     # A key ends at the first dot of a member's name, and plain names are safest in a tar.

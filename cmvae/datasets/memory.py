@@ -19,6 +19,7 @@ from cmvae.datasets.columns import (
     TextColumn,
     categorical_column,
     channels_first,
+    find_outlier,
     fit_binary,
     fit_categorical,
     fit_image,
@@ -230,7 +231,12 @@ def fit_modality(name: str, values: Values, train: np.ndarray, image_size: int) 
     """
     data: Any = values.data
     if values.kind == "vector":
-        return fit_vector(data, values.names, train)[0]
+        modality = fit_vector(data, values.names, train)[0]
+        outlier = find_outlier(data, modality)
+        if outlier is not None:
+            row, dimension, problem = outlier
+            raise UserError(f"{name}: sample {row}, dimension {modality.column_names[dimension]}: {problem}")
+        return modality
     if values.kind == "binary":
         return fit_binary(data, values.names or tuple(str(index) for index in range(data.shape[1])))
     if values.kind == "text":

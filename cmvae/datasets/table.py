@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 from collections.abc import Mapping, Sequence, Set
@@ -20,6 +21,7 @@ from cmvae.datasets.columns import (
     ImageColumn,
     TextColumn,
     categorical_column,
+    find_outlier,
     fit_binary,
     fit_categorical,
     fit_image,
@@ -29,6 +31,7 @@ from cmvae.datasets.columns import (
     number_column,
     resolve_inside,
 )
+from cmvae.datasets.dates import date_parts, read_date
 from cmvae.datasets.splits import Splits, draw_splits, fractions_text
 from cmvae.datasets.table_file import Table, read_table
 from cmvae.datasets.user_data import (
@@ -46,6 +49,8 @@ DESCRIPTION = "your own table, CSV or Parquet: columns of values, texts and path
 
 _SPLIT_STREAM = 0
 _OF_SEVERAL_COLUMNS = {"vector", "binary"}
+_MIN_IDS = 20
+"""With fewer rows, measurements may be in order by chance."""
 _TRUE, _FALSE = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
 
 
@@ -84,6 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "vector": "columns of numbers that form one modality; 'pixel_*' selects all that match",
         "binary": "columns of 0 and 1, true and false, or yes and no",
         "categorical": "a column of names, or of numbers that stand for names",
+        "date": "a column of dates, which becomes a vector: seconds since 1970, and the place in the day, "
+        "the week and the year",
     }
     for kind, text in helps.items():
         several = kind in _OF_SEVERAL_COLUMNS
@@ -126,6 +133,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decimal", choices=(".", ","), default=".", help="decimal separator of numbers (default: .)"
     )
+    parser.add_argument(
+        "--date-format",
+        metavar="FORM",
+        help="form of the dates, such as %%d.%%m.%%Y (default: ISO 8601, or seconds since 1970)",
+    )
     add_shared_arguments(parser)
 
 
@@ -140,7 +152,9 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
         UserError: the table or a flag is wrong; the message gives row and column.
     """
     if not arguments.modalities:
-        raise UserError("no modality is given. Add --image, --text, --vector, --binary or --categorical")
+        raise UserError(
+            "no modality is given. Add --image, --text, --vector, --binary, --categorical or --date"
+        )
     table = read_table(arguments.table, arguments.separator, frozenset(["", *arguments.na]))
     # Patterns do not select columns that have another purpose.
     excluded = {arguments.label, arguments.split, arguments.group, arguments.key}
@@ -227,13 +241,44 @@ def _make_column(
     if request.kind == "categorical":
         cells = table.column(first)
         return categorical_column(cells, fit_categorical(cells, f"{table.path}: column {first}"))
-    read = partial(_read_number, arguments.decimal) if request.kind == "vector" else _read_yes_or_no
-    values = np.stack([table.convert(column, read) for column in request.columns], axis=1)
-    if request.kind == "vector":
-        modality, constant = fit_vector(values, request.columns, train)
-        warn_of_constant(str(request.name), constant)
-        return number_column(values, modality)
-    return number_column(values, fit_binary(values, request.columns))
+    if request.kind == "binary":
+        values = np.stack([table.convert(column, _read_yes_or_no) for column in request.columns], axis=1)
+        return number_column(values, fit_binary(values, request.columns))
+    if request.kind == "date":
+        seconds = table.convert(first, partial(read_date, form=arguments.date_format))
+        values, names = date_parts(first, seconds)
+    else:
+        for column in request.columns:
+            _refuse_ids(table, column)
+        read = partial(_read_number, arguments.decimal)
+        values, names = (
+            np.stack([table.convert(column, read) for column in request.columns], axis=1),
+            request.columns,
+        )
+    # A date is to be a date again.
+    modality, constant = fit_vector(values, names, train, exact=request.kind == "date")
+    warn_of_constant(str(request.name), constant)
+    outlier = find_outlier(values, modality)
+    if outlier is not None:
+        row, dimension, problem = outlier
+        raise UserError(f"{table.places[row]}, column {names[dimension]}: {problem}")
+    return number_column(values, modality)
+
+
+def _refuse_ids(table: Table, column: str) -> None:
+    """Refuse integers that only count the rows: all different and in order."""
+    cells = [cell for cell in table.column(column) if cell is not None]
+    if len(cells) < _MIN_IDS or not all(re.fullmatch(r"[-+]?\d+", cell) for cell in cells):
+        return
+    numbers = [int(cell) for cell in cells]
+    if numbers[0] > numbers[-1]:
+        numbers.reverse()
+    if all(before < after for before, after in itertools.pairwise(numbers)):
+        raise UserError(
+            f"{table.path}: column {column}: its integers all differ and are in order, as ids are, which "
+            f"say nothing about a sample. Leave it out, or use it as --key {column} (for times, --date "
+            f"{column}). If it is a measurement, sort the rows by another column"
+        )
 
 
 def _resolve(folder: Path, text: str, place: str) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -216,8 +217,8 @@ def measure_generated(
             result.metrics |= {f"{version}{name}": value for name, value in metrics.items()}
         if coherent and source_sets:
             shares = coherence_matrix(metrics, names, networks.classified)
-            figure = plots.coherence_matrix(shares, names, networks.classified)
-            result.figures[f"{version.replace('/', '_')}coherence_matrix"] = figure
+            draw = partial(plots.coherence_matrix, shares, names, networks.classified)
+            result.draw(f"{version.replace('/', '_')}coherence_matrix", draw)
     return result
 
 

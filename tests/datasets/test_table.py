@@ -1,8 +1,12 @@
+import calendar
 import itertools
+import math
+from datetime import datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from packing import read, write_csv
 from PIL import Image
 from pyarrow import parquet
@@ -145,7 +149,8 @@ def test_parquet_reads_as_csv_does(tmp_path):
 
 
 def numbers(count: int, **more) -> list[dict[str, object]]:
-    return [{"x": number, "y": -number, **more} for number in range(count)]
+    """Rows of measurements; integers in order would be ids."""
+    return [{"x": float(number), "y": -float(number), **more} for number in range(count)]
 
 
 def test_what_the_split_column_never_names_is_drawn_from_train(tmp_path):
@@ -156,7 +161,7 @@ def test_what_the_split_column_never_names_is_drawn_from_train(tmp_path):
 
 
 def test_groups_and_classes_are_respected_where_splits_are_drawn(tmp_path):
-    rows = [{"x": n, "bird": n // 10, "kind": n // 10 % 2} for n in range(400)]
+    rows = [{"x": float(n), "bird": n // 10, "kind": n // 10 % 2} for n in range(400)]
     path = write_csv(tmp_path / "t.csv", rows)
     source = read(path, "--vector x --group bird --label kind")
     birds = {split: set((found // 10).tolist()) for split, found in source.splits.items()}
@@ -166,7 +171,7 @@ def test_groups_and_classes_are_respected_where_splits_are_drawn(tmp_path):
 
 def test_an_image_of_two_splits_is_reported(tmp_path, capsys):
     Image.new("L", (8, 8)).save(tmp_path / "one.png")
-    path = write_csv(tmp_path / "t.csv", [{"p": "one.png", "x": n} for n in range(30)])
+    path = write_csv(tmp_path / "t.csv", [{"p": "one.png", "x": n % 9} for n in range(30)])
     read(path, "--image p --vector x")
     assert "1 images are in train and in another split" in capsys.readouterr().err
 
@@ -178,9 +183,102 @@ def test_a_constant_column_is_reported_and_harmless(tmp_path, capsys):
     assert "all: z never vary" in capsys.readouterr().err
 
 
+def test_large_offsets_are_standardised(tmp_path):
+    """Seconds since 1970 as a measurement: single precision would round them to 128 seconds."""
+    seconds = [1_700_000_000 + 37 * n % 1000 for n in range(60)]
+    source = read(write_csv(tmp_path / "t.csv", [{"a": s} for s in seconds]), "--vector a")
+    index = write_shards(source, tmp_path / "o")
+    modality = index.modalities["a"]
+    batches = [next(iter(EvaluationLoader(tmp_path / "o", split=s, modalities=["a"], batch_size=60)))
+               for s in index.splits]  # fmt: skip
+    stored = {key: x.item() for b in batches for key, x in zip(b["key"], b["a"], strict=True)}
+    assert [stored[f"row-{n + 2:06d}"] for n in range(60)] == seconds
+    data = modality.to_data(batches[0]["a"][batches[0]["valid"]])
+    assert data.dtype == torch.float32
+    assert data.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert modality.to_stored(data) == pytest.approx(batches[0]["a"][batches[0]["valid"]].numpy(), abs=1e-3)
+    assert f"a: {seconds[1]}" == modality.describe(np.array([seconds[1]], dtype=np.float64))
+
+
+def test_a_column_is_constant_only_if_it_does_not_vary(tmp_path, capsys):
+    rows = [{"same": 0.1 + 0.2, "nearly": 1e9 + n % 2, "tiny": n % 2 * 1e-200} for n in range(40)]
+    modality = read(write_csv(tmp_path / "t.csv", rows), "--vector all=*").modalities["all"]
+    assert "all: same never vary" in capsys.readouterr().err
+    assert modality.std[0] == 1
+    assert modality.std[1] == pytest.approx(0.5, abs=0.05)
+    assert 0 < modality.std[2] < 1e-199
+
+
+def test_a_number_far_from_those_of_train_is_refused(tmp_path):
+    rows = [*numbers(40, s="train"), {"x": 1e30, "y": 0, "s": "test"}, {"x": 1, "y": 1, "s": "val"}]
+    with pytest.raises(UserError, match=r"row 42, column x: 1e\+30 is \de\+\d+ standard deviations"):
+        read(write_csv(tmp_path / "t.csv", rows), "--vector all=x,y --split s")
+
+
+@pytest.mark.parametrize("step", [1, -3])
+def test_ids_are_no_measurement(tmp_path, step):
+    path = write_csv(tmp_path / "t.csv", [{"id": 100_000_000 + step * n, "x": n % 7} for n in range(40)])
+    with pytest.raises(UserError, match=r"column id: its integers all differ and are in order.*--key id"):
+        read(path, "--vector x --vector id")
+    assert read(path, "--vector x --key id").split_sizes["train"] == 32
+    shuffled = [{"n": n * 7 % 40} for n in range(40)]
+    assert "n" in read(write_csv(tmp_path / "u.csv", shuffled), "--vector n").modalities
+
+
+DATES = [datetime(2024, 2, 27, 6) + timedelta(hours=31 * n) for n in range(50)]
+
+
+@pytest.mark.parametrize(
+    ("form", "flags"),
+    [
+        ("%Y-%m-%d %H:%M:%S", ()),
+        ("%Y-%m-%dT%H:%M:%SZ", ()),
+        ("%d.%m.%Y %H:%M", ("--date-format", "%d.%m.%Y %H:%M")),
+        ("seconds", ()),
+    ],
+)
+def test_dates_are_seconds_and_parts_of_day_week_and_year(tmp_path, form, flags):
+    def text(date):
+        return f"{calendar.timegm(date.timetuple())}" if form == "seconds" else date.strftime(form)
+
+    source = read(write_csv(tmp_path / "t.csv", [{"when": text(d)} for d in DATES]), "--date when", *flags)
+    modality = source.modalities["when"]
+    assert modality.columns == (
+        "when seconds", "when day sine", "when day cosine", "when week sine", "when week cosine",
+        "when year sine", "when year cosine",
+    )  # fmt: skip
+    found = {sample.key: sample.values["when"] for sample in samples(source)}
+    for row, date in enumerate(DATES):
+        seconds, *parts = found[f"row-{row + 2:06d}"].tolist()
+        assert np.datetime64(round(seconds), "s") == np.datetime64(date)
+        day = (date.hour + date.minute / 60) / 24
+        week = (date.weekday() + day) / 7
+        year = (date.timetuple().tm_yday - 1 + day) / 366
+        wanted = [f(2 * math.pi * place) for place in (day, week, year) for f in (math.sin, math.cos)]
+        assert parts == pytest.approx(wanted, abs=1e-9)
+
+
+def test_dates_without_a_time_have_no_place_in_the_day(tmp_path):
+    rows = [{"when": f"2024-01-{1 + n % 28:02d}" if n else ""} for n in range(40)]
+    rows[0]["x"] = rows[1]["x"] = 1
+    source = read(
+        write_csv(tmp_path / "t.csv", [{"x": 1.0, **row} for row in rows]), "--date when --vector x"
+    )
+    assert len(source.modalities["when"].columns) == 5
+    assert source.modalities["when"].optional
+
+
+@pytest.mark.parametrize("cell", ["2024-02-30", "31.12.2024", "yesterday", "1714570200000", "12"])
+def test_what_is_no_date_is_refused(tmp_path, cell):
+    path = write_csv(tmp_path / "t.csv", [{"d": "2024-05-01"}] * 20 + [{"d": cell}])
+    with pytest.raises(UserError, match=rf"row 22, column d: '{cell}' is not"):
+        read(path, "--date d")
+
+
 def test_a_pattern_leaves_out_columns_with_another_purpose(tmp_path):
     rows = [
-        {**row, "kind": row["x"] % 2, "bird": row["x"], "id": row["x"]} for row in numbers(40, part="train")
+        {**row, "kind": row["x"] % 2, "bird": row["x"], "id": int(row["x"])}
+        for row in numbers(40, part="train")
     ]
     path = write_csv(tmp_path / "t.csv", rows)
     source = read(path, "--vector all=* --label kind --split part --group bird --key id")
@@ -191,14 +289,14 @@ def test_a_pattern_leaves_out_columns_with_another_purpose(tmp_path):
 
 
 def test_patterns_names_and_keys(tmp_path):
-    rows = [{"px_1": n, "px_2": 2 * n, "px_10": 3 * n, "id": f"bird_{n}"} for n in range(30)]
+    rows = [{"px_1": n / 2, "px_2": n % 3, "px_10": n % 4, "id": f"bird_{n}"} for n in range(30)]
     source = read(write_csv(tmp_path / "t.csv", rows), "--vector", "px_*", "--key", "id")
     assert source.modalities["vector"].columns == ("px_1", "px_2", "px_10")
     assert source.sample("train", 0).key.startswith("bird_")
 
 
 def test_other_separators_and_empty_cells(tmp_path):
-    rows = [{"a": "NA" if n == 3 else n, "b": n} for n in range(30)]
+    rows = [{"a": "NA" if n == 3 else n / 2, "b": n / 2} for n in range(30)]
     path = write_csv(tmp_path / "t.csv", rows, delimiter=";")
     for separator in ("", "--separator ;"):  # found in the column names, or given
         source = read(path, f"{separator} --vector a --vector b --na NA")
@@ -238,14 +336,14 @@ def test_with_a_decimal_comma_a_point_is_not_guessed_away(tmp_path):
 
 
 def test_blank_rows_are_ignored_and_counted(tmp_path):
-    rows = "".join(f"{n},x\n\n , \n" for n in range(30))
+    rows = "".join(f"{n}.0,x\n\n , \n" for n in range(30))
     source = read(write(tmp_path / "t.csv", "\na,b\n" + rows + ",\n\n"), "--vector a")
     found = {sample.key: int(sample.values["a"][0]) for sample in samples(source)}
     assert found == {f"row-{3 * n + 3:06d}": n for n in range(30)}
 
 
 def test_columns_without_a_name_are_ignored(tmp_path):
-    rows = "".join(f"{n},{n + 1},,\n" for n in range(30))
+    rows = "".join(f"{n},{n % 7},,\n" for n in range(30))
     source = read(write(tmp_path / "t.csv", ",a,,\n" + rows), "--vector", "all=*")
     assert source.modalities["all"].columns == ("a",)
 
