@@ -137,6 +137,9 @@ def describe_tallies(index: ShardIndex, tallies: dict[str, Tally]) -> str:
         for label, class_name in enumerate(index.class_names):
             counts = (tally.labels[label] for tally in tallies.values())
             lines.append(f"{class_name:<{width}}" + "".join(f"{count:>12,}" for count in counts))
+        if index.partly_labelled:
+            unlabelled = "".join(f"{tally.labels[-1]:>12,}" for tally in tallies.values())
+            lines.append(f"{'(no label)':<{width}}" + unlabelled)
     optional = [name for name, modality in index.modalities.items() if modality.optional]
     if optional:
         lines.append(f"{'without':<12}" + "".join(f"{name:>12}" for name in tallies))

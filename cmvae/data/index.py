@@ -101,6 +101,8 @@ class ShardIndex(_Schema):
     modalities: dict[ModalityName, AnyModality]
     class_names: tuple[str, ...] | None
     """Names of the labels 0, 1, …; null if the data has no labels."""
+    partly_labelled: bool = False
+    """Whether samples may lack a label."""
     splits: dict[SplitName, SplitSchema]
     classifiers: dict[ModalityName, ClassifierSchema] = {}
     """By modality; `cmvae classifiers` adds them to an existing index."""

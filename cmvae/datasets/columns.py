@@ -335,7 +335,7 @@ class ColumnSource:
     """By modality, N rows each."""
     splits: Splits
     labels: np.ndarray | None
-    """(N,) class of each row."""
+    """(N,) class of each row, −1 for none; None if the data has no labels."""
     class_names: tuple[str, ...] | None
     keys: Sequence[str]
     """(N,) key of each row in the shards."""
@@ -358,7 +358,7 @@ class ColumnSource:
         row = int(self.splits[split][index])
         return Sample(
             read_row(self.columns, row),
-            label=None if self.labels is None else int(self.labels[row]),
+            label=None if self.labels is None or self.labels[row] < 0 else int(self.labels[row]),
             key=self.keys[row],
             group=None if self.groups is None else self.groups[row],
         )
@@ -395,13 +395,13 @@ def read_image(path: Path, modality: Modality) -> np.ndarray:
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def number_classes(names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+def number_classes(names: Sequence[str | None]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Number class names in alphabetical order, or by value if all names are numbers.
 
     Returns:
-        (N,) int64 number of each name, and the name of each number.
+        (N,) int64 number of each name, −1 for None, and the name of each number.
     """
-    found = set(names)
+    found = {name for name in names if name is not None}
 
     def value(name: str) -> tuple[float, str]:
         number = float(name)
@@ -413,8 +413,8 @@ def number_classes(names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
         class_names = tuple(sorted(found, key=value))
     except ValueError:
         class_names = tuple(sorted(found))
-    numbers = {name: number for number, name in enumerate(class_names)}
-    return np.array([numbers[name] for name in names], dtype=np.int64), class_names
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(class_names)}
+    return np.array([numbers.get(name, -1) for name in names], dtype=np.int64), class_names
 
 
 def resolve_inside(folder: Path, text: str) -> Path:

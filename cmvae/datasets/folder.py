@@ -23,7 +23,6 @@ from cmvae.datasets.columns import (
     fit_image,
     fit_text,
     fit_vector,
-    number_classes,
     number_column,
 )
 from cmvae.datasets.splits import draw_splits, fractions_text
@@ -33,6 +32,7 @@ from cmvae.datasets.user_data import (
     check_columns,
     check_keys,
     make_name,
+    read_labels,
     warn_of_constant,
 )
 from cmvae.utils.errors import UserError
@@ -207,11 +207,11 @@ def _read_labels(path: Path, stems: Sequence[str]) -> tuple[np.ndarray | None, t
     if not path.is_file():
         return None, None
     table = read_table(path)
-    label_of = dict(zip(table.filled("name"), table.filled("label"), strict=True))
+    label_of = dict(zip(table.filled("name"), table.column("label"), strict=True))
     lacking = [stem for stem in stems if stem not in label_of]
     if lacking:
         raise UserError(
             f"{path}: no row with the name {lacking[0]!r}, which has files, and {len(lacking) - 1} more such "
             "names. A name is that of a file without its suffix"
         )
-    return number_classes([label_of[stem] for stem in stems])
+    return read_labels([label_of[stem] for stem in stems], str(path))

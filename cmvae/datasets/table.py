@@ -27,7 +27,6 @@ from cmvae.datasets.columns import (
     fit_image,
     fit_text,
     fit_vector,
-    number_classes,
     number_column,
     resolve_inside,
 )
@@ -39,6 +38,7 @@ from cmvae.datasets.user_data import (
     check_columns,
     check_keys,
     make_name,
+    read_labels,
     read_split,
     warn_of_constant,
 )
@@ -167,7 +167,9 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
         )
     labels, class_names = None, None
     if arguments.label is not None:
-        labels, class_names = number_classes(table.filled(arguments.label))
+        labels, class_names = read_labels(
+            table.column(arguments.label), f"{table.path}: column {arguments.label}"
+        )
     groups = None if arguments.group is None else table.filled(arguments.group)
     splits = _split(table, arguments, labels, groups)
     columns = {

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cmvae.datasets.columns import LENGTH_STEP, Column
+import numpy as np
+
+from cmvae.datasets.columns import LENGTH_STEP, Column, number_classes
 from cmvae.datasets.splits import DEFAULT_FRACTIONS, fractions
 from cmvae.modalities import RESERVED_NAMES
 from cmvae.utils.arguments import positive_integer
@@ -95,6 +97,28 @@ def make_name(text: str, kind: str) -> str:
     """Make a modality's name from that of a column or folder: lower-case letters, digits and `_`."""
     name = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
     return name if name[:1].isalpha() and name not in RESERVED_NAMES else f"{kind}_{name}".rstrip("_")
+
+
+def read_labels(names: Sequence[str | None], what: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Class (N,) of each row, −1 for none, and the names of the classes; reports rows without one on stderr.
+
+    Args:
+        names: (N,) class of each row, None where it has none.
+        what: file and column, for messages.
+
+    Raises:
+        UserError: no row has a class.
+    """
+    labels, class_names = number_classes(names)
+    num_lacking = int((labels < 0).sum())
+    if num_lacking == len(labels):
+        raise UserError(f"{what}: no row has a label. Fill in some, or do not use it")
+    if num_lacking:
+        print(
+            f"note: {num_lacking:,} of {len(labels):,} samples have no label; metrics count the others",
+            file=sys.stderr,
+        )
+    return labels, class_names
 
 
 def check_keys(keys: Sequence[str], places: Sequence[str]) -> None:

@@ -51,6 +51,8 @@ class _WrittenShard:
     schema: ShardSchema
     groups: frozenset[str]
     """Names of the groups of its samples."""
+    is_labelled: bool
+    """Whether all samples have a label."""
 
 
 def write_shards(
@@ -105,6 +107,7 @@ def write_shards(
         source={**source.settings, "seed": seed, "shard_size": shard_size, "limit": limit},
         modalities=dict(source.modalities),
         class_names=source.class_names,
+        partly_labelled=source.class_names is not None and not all(shard.is_labelled for shard in shards),
         splits=splits,
     )
     write_whole(folder / INDEX_NAME, index.model_dump_json(indent=2).encode())
@@ -188,12 +191,14 @@ def _die_with_parent() -> None:
 def _write_shard(task: _ShardTask) -> _WrittenShard:
     buffer = io.BytesIO()
     groups = set()
+    is_labelled = True
     # Owner, mode and time are constant, so equal samples make equal bytes.
     with webdataset.TarWriter(buffer, user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
         for index in task.indices.tolist():
             sample = _source.sample(task.split, index)
             key = sample.key if sample.key is not None else f"{task.split}-{index:06d}"
             tar.write({"__key__": key, **_encode(_source, sample)})
+            is_labelled &= sample.label is not None
             if sample.group is not None:
                 groups.add(sample.group)
     content = buffer.getvalue()
@@ -209,7 +214,7 @@ def _write_shard(task: _ShardTask) -> _WrittenShard:
         num_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
     )
-    return _WrittenShard(schema, frozenset(groups))
+    return _WrittenShard(schema, frozenset(groups), is_labelled)
 
 
 def _encode(source: Source, sample: Sample) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from job import now
-from matplotlib.figure import Figure
+from cmvae.visualize.style import Figure
 from plots import distance_by_coherence, distance_by_steps
 from torch import Tensor
 
