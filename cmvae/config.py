@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from cmvae.data.index import OnError, ShardIndex
+from cmvae.data.index import TABLE_NAME, OnError, ShardIndex, TableSchema
 from cmvae.modalities import ModalityName
 from cmvae.modalities.base import LikelihoodName
 from cmvae.utils.errors import UserError
@@ -477,6 +477,24 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> ExperimentC
     if not path.is_file():
         raise UserError(f"{path}: missing, so {run_dir} is no run. Train one with cmvae train CONFIG")
     return load_config(path, overrides)
+
+
+def load_run_table(run_dir: Path) -> TableSchema:
+    """How rows of a table are read for a run, from its folder.
+
+    Raises:
+        UserError: the run was not trained on a table, or the file is damaged.
+    """
+    path = run_dir / TABLE_NAME
+    try:
+        return TableSchema.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: missing, so {run_dir} was not trained on a table. Pack the data like that of the "
+            "run, and give the shards"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}. Train the run again") from error
 
 
 def load_cmvae_run(run_dir: Path, overrides: Sequence[str] = ()) -> CMVAEExperiment:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,17 @@ from cmvae.clustering import joint_location
 from cmvae.config import CMVAEExperiment, load_config, save_config
 from cmvae.data.batch import stack_values, to_device
 from cmvae.datasets.columns import ColumnSource, read_row
-from cmvae.datasets.memory import Kind, Values, fit_modality, make_column, names_of, read_values
+from cmvae.datasets.memory import names_of, read_values
 from cmvae.datasets.splits import draw_splits
+from cmvae.datasets.values import (
+    FitSettings,
+    Kind,
+    Values,
+    count_unknown,
+    describe_unknown,
+    fit_modality,
+    make_column,
+)
 from cmvae.datasets.writer import write_shards
 from cmvae.models.cmvae import CMVAE, stack_shared_locations
 from cmvae.models.export import load_clusters
@@ -116,20 +126,25 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
                 self.model_ = CMVAE.from_pretrained(export)
                 self._clusters = load_clusters(export)
             self._set_clusters()
-        self.labels_ = self.predict(X)
+        # The rare words of the training data are unknown on purpose.
+        self.labels_ = self._assign(self._batches(X, report_unknown=False))
         return self
 
     def predict(self, X: Any) -> np.ndarray:
         """Cluster of each sample, (N,) int64 from 0; -1 for a sample without any modality.
 
         Args:
-            X: data with some or all modalities of the training, any number of samples.
+            X: data with some or all modalities of the training, any number of samples. Words and categories
+                that the model does not know are reported in a warning, and read as `<unk>` and missing.
 
         Raises:
             ValueError: the data does not fit the model.
         """
+        return self._assign(self._batches(X))
+
+    def _assign(self, batches: Iterable[tuple[dict[str, Tensor], Tensor]]) -> np.ndarray:
         labels = []
-        for inputs, mask in self._batches(X):
+        for inputs, mask in batches:
             clusters = self.model_.assign(inputs, mask).cluster.numpy()
             has_some = mask.any(1).numpy()
             labels.append(np.where(has_some, np.searchsorted(self._active, clusters), NO_CLUSTER))
@@ -313,8 +328,9 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         share = max(self.validation_fraction, 1 / len(kept))
         drawn = draw_splits(groups_of[kept], (1 - share, share, 0.0), rng)
         splits = {split: kept[members] for split, members in drawn.items() if len(members)}
+        settings = FitSettings(image_size=self.image_size)
         modalities = {
-            name: fit_modality(name, part, splits["train"], self.image_size) for name, part in values.items()
+            name: fit_modality(name, part, splits["train"], settings) for name, part in values.items()
         }
         columns = {name: make_column(name, part, modalities[name]) for name, part in values.items()}
         source = ColumnSource(
@@ -353,7 +369,7 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         self._active = self.model_.cluster_prior.active.cpu().numpy().nonzero()[0]
         self.num_clusters_ = len(self._active)
 
-    def _batches(self, data: Any) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    def _batches(self, data: Any, report_unknown: bool = True) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Batches of data (B, *shape) by modality, and which samples have which of them, (B, M) bool."""
         check_is_fitted(self)
         with _errors_as_value_errors():
@@ -368,6 +384,10 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
                 if name in values
             }
             modalities = {name: self.model_.modalities[name] for name in columns}
+            for name, modality in modalities.items() if report_unknown else ():
+                message = describe_unknown(name, count_unknown(values[name], modality), modality)
+                if message is not None:
+                    warnings.warn(message, stacklevel=2)
             num_samples, size = len(next(iter(values.values()))), self.config_.evaluation.batch_size
             for start in range(0, num_samples, size):
                 rows = range(start, min(start + size, num_samples))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -146,9 +148,6 @@ def find_answer(runs: Sequence[CMVAEExperiment], index: ShardIndex, folder: Path
     Raises:
         UserError: fewer than two runs are complete, one is damaged, or the files cannot be written.
     """
-    # Slow to import.
-    from cmvae.commands.cluster_table import write_table
-
     complete = [run for run in runs if is_complete(run)]
     if len(complete) < 2:
         raise UserError(
@@ -177,11 +176,15 @@ def find_answer(runs: Sequence[CMVAEExperiment], index: ShardIndex, folder: Path
             samples, consensus.clusters, consensus.confidence, strict=True
         )
     ]
-    write_table(folder / CONSENSUS_NAME, ["key", "split", "cluster", "confidence"], rows)
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, ["key", "split", "cluster", "confidence"], lineterminator="\n")
+    table.writeheader()
+    table.writerows(sorted(rows, key=lambda row: (row["key"], row["split"])))
     try:
+        write_whole(folder / CONSENSUS_NAME, text.getvalue().encode())
         write_whole(folder / RESTARTS_NAME, (json.dumps(asdict(answer), indent=1) + "\n").encode())
     except OSError as error:
-        raise UserError(f"{folder / RESTARTS_NAME}: cannot be written: {error}") from error
+        raise UserError(f"{folder}: cannot be written: {error}") from error
     return answer
 
 

@@ -20,10 +20,12 @@ from cmvae.modalities.base import NAME_PATTERN
 from cmvae.utils.errors import UserError
 
 INDEX_NAME = "index.json"
+TABLE_NAME = "table.json"
+"""The `TableSchema` of a run, in its folder."""
 CLASSIFIERS_FOLDER = "classifiers"
 FORMAT_VERSION: Final = 1
 # Fields of a modality that may differ between the data of a model and other data.
-_FREE_FIELDS = {"optional", "mean", "std"}
+_FREE_FIELDS = {"optional", "mean", "std", "dtype"}
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 _CLASSIFIER_FILE = re.compile(rf"{CLASSIFIERS_FOLDER}/{NAME_PATTERN}\.safetensors")
 
@@ -91,6 +93,25 @@ class ClassifierSchema(_Schema):
     """On the test split."""
 
 
+class TableSchema(_Schema):
+    """How the rows of a table become samples; new rows for a trained model are read in the same way."""
+
+    columns: dict[ModalityName, tuple[str, ...]]
+    """Names of the columns of each modality."""
+    key: str | None = None
+    """Column of the keys; None names samples by their row."""
+    group: str | None = None
+    """Column of the groups; None if rows have no groups."""
+    na: tuple[str, ...] = ()
+    """Texts of an empty cell, in addition to none."""
+    separator: str | None = None
+    """Separator of a CSV file; None finds it in the file."""
+    decimal: Literal[".", ","] = "."
+    """Decimal separator of numbers."""
+    dates: dict[ModalityName, str | None] = {}
+    """Modalities that are dates, and their form as `datetime.strptime` takes it; None is ISO 8601."""
+
+
 class ShardIndex(_Schema):
     """`index.json`: all that a reader needs before it opens a tar."""
 
@@ -106,6 +127,8 @@ class ShardIndex(_Schema):
     splits: dict[SplitName, SplitSchema]
     classifiers: dict[ModalityName, ClassifierSchema] = {}
     """By modality; `cmvae classifiers` adds them to an existing index."""
+    table: TableSchema | None = None
+    """The table that the samples come from; null for other sources."""
 
     @classmethod
     def load(cls, location: Location) -> ShardIndex:
@@ -161,7 +184,8 @@ class ShardIndex(_Schema):
                 if before != (now := present[key]):
                     raise UserError(
                         f"{path}: modalities.{name}.{key}: {_shorten(now)}, but the model was trained on "
-                        f"{_shorten(before)}. Pack the data in that form, or train a model on this data"
+                        f"{_shorten(before)}. Pack new rows of a table with --like RUN, or train a "
+                        "model on this data"
                     )
 
 

@@ -17,8 +17,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cmvae.data.index import SplitName
-from cmvae.datasets.base import Sample
+from cmvae.data.index import OnError, SplitName, TableSchema
+from cmvae.datasets.base import DamagedSampleError, Sample
 from cmvae.datasets.splits import Splits
 from cmvae.modalities import (
     BinaryModality,
@@ -29,7 +29,7 @@ from cmvae.modalities import (
     VectorModality,
 )
 from cmvae.modalities.tokenizer import Tokenizer, build_vocabulary, split_words
-from cmvae.utils.errors import UserError
+from cmvae.utils.errors import UserError, raise_all
 
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -59,7 +59,7 @@ class Column(Protocol):
         """The stored value of a row that has this modality.
 
         Raises:
-            UserError: the file that the row names is missing or damaged.
+            DamagedSampleError: the file that the row names is missing or damaged.
         """
 
 
@@ -98,17 +98,25 @@ class ImageColumn:
         paths: (N,) file of each row, None where it is missing.
         places: (N,) name of each row for messages: file, row and column.
         modality: size and number of channels.
+        on_error: `skip` finds missing files when they are read.
 
     Raises:
         UserError: a file does not exist.
     """
 
-    def __init__(self, paths: Sequence[Path | None], places: Sequence[str], modality: ImageModality) -> None:
-        for path, place in zip(paths, places, strict=True):
-            if path is not None and not path.is_file():
-                raise UserError(
-                    f"{place}: {path}: no such file. Fix the path, or leave the cell empty: no image"
-                )
+    def __init__(
+        self,
+        paths: Sequence[Path | None],
+        places: Sequence[str],
+        modality: ImageModality,
+        on_error: OnError = "error",
+    ) -> None:
+        if on_error == "error":
+            raise_all(
+                f"{place}: {path}: no such file. Fix the path, or leave the cell empty: no image"
+                for path, place in zip(paths, places, strict=True)
+                if path is not None and not path.is_file()
+            )
         self.paths, self.places, self.modality = paths, places, modality
 
     def has(self, row: int) -> bool:
@@ -122,7 +130,29 @@ class ImageColumn:
         try:
             return read_image(path, self.modality)
         except ValueError as error:
-            raise UserError(f"{self.places[row]}: {path}: {error}") from error
+            raise DamagedSampleError(f"{self.places[row]}: {path}: {error}") from error
+
+
+class DamagedColumn:
+    """A column of which some values could not be read from their files.
+
+    Args:
+        column: the column.
+        damaged: what is wrong, by row.
+    """
+
+    def __init__(self, column: Column, damaged: Mapping[int, str]) -> None:
+        self._column, self._damaged, self.modality = column, damaged, column.modality
+
+    def has(self, row: int) -> bool:
+        """Whether the row has a value, damaged or not."""
+        return row in self._damaged or self._column.has(row)
+
+    def read(self, row: int) -> np.ndarray:
+        """The shape and dtype of the modality."""
+        if row in self._damaged:
+            raise DamagedSampleError(self._damaged[row])
+        return self._column.read(row)
 
 
 def fit_image(paths: Sequence[Path | None], size: int, channels: int = 3) -> ImageModality:
@@ -232,8 +262,8 @@ def number_column(values: np.ndarray, modality: VectorModality | BinaryModality)
 
 def fit_vector(
     values: np.ndarray, names: Sequence[str] | None, train: np.ndarray, *, exact: bool = False
-) -> tuple[VectorModality, tuple[str, ...]]:
-    """Means and standard deviations of the train split, and the dimensions that are constant there.
+) -> VectorModality:
+    """A vector with the means and standard deviations of the train split.
 
     A constant dimension, equal up to rounding errors, is not scaled: its standard deviation is stored as 1.
 
@@ -252,13 +282,13 @@ def fit_vector(
         what = ", ".join(names) if names is not None else "a vector"
         raise UserError(f"{what}: no row of the train split has all of its numbers; leave it out")
     mean, std = of_train.mean(axis=0), of_train.std(axis=0)
-    largest, spread = np.abs(of_train).max(axis=0), np.ptp(of_train, axis=0)
-    constant = spread <= 8 * np.finfo(np.float64).eps * largest
+    largest = np.abs(of_train).max(axis=0)
     # The squares of tiny deviations are 0.
-    std = np.where(constant, 1.0, np.where(std > 0, std, spread))
+    std = np.where(std > 0, std, np.ptp(of_train, axis=0))
+    std = np.where(is_constant(of_train), 1.0, std)
     single = np.finfo(np.float32)
     fits = (single.eps * largest <= _ROUNDING_ERROR * std) & (std >= single.tiny) & (largest <= _MAX_SINGLE)
-    modality = VectorModality(
+    return VectorModality(
         shape=values.shape[1:],
         optional=not bool(has.all()),
         dtype="float32" if fits.all() and not exact else "float64",
@@ -266,7 +296,12 @@ def fit_vector(
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
     )
-    return modality, tuple(modality.column_names[index] for index in np.flatnonzero(constant).tolist())
+
+
+def is_constant(values: np.ndarray) -> np.ndarray:
+    """(D,) bool: the columns of (N, D) whose numbers are equal up to rounding errors; NaN is ignored."""
+    there = values[~np.isnan(values).any(axis=1)]
+    return np.ptp(there, axis=0) <= 8 * np.finfo(np.float64).eps * np.abs(there).max(axis=0)
 
 
 def find_outlier(values: np.ndarray, modality: VectorModality) -> tuple[int, int, str] | None:
@@ -342,6 +377,8 @@ class ColumnSource:
     settings: Mapping[str, str | int | float | bool | None]
     groups: Sequence[str] | None = None
     """(N,) name of the group of each row; None if rows have no groups."""
+    table: TableSchema | None = None
+    """How the rows of a table were read; None for other data."""
 
     @property
     def modalities(self) -> dict[str, Modality]:

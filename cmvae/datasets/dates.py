@@ -7,6 +7,7 @@ again. A date without a time zone is taken as UTC.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 
 import numpy as np
@@ -47,7 +48,7 @@ def read_date(text: str, form: str | None = None) -> float:
     return seconds
 
 
-def date_parts(column: str, seconds: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+def date_parts(column: str, seconds: np.ndarray) -> dict[str, np.ndarray]:
     """Numbers that describe dates.
 
     Args:
@@ -55,9 +56,8 @@ def date_parts(column: str, seconds: np.ndarray) -> tuple[np.ndarray, tuple[str,
         seconds: (N,) since 1970, NaN for a missing date.
 
     Returns:
-        (N, D) the seconds, then sine and cosine of the place in the day, the week and the year, NaN for a
-        missing date; and the (D,) names. The place in the day is left out if all dates have the same time of
-        day.
+        By name (N,) the seconds, then sine and cosine of the place in the day, the week and the year, NaN for
+        a missing date.
     """
     there = ~np.isnan(seconds)
     whole = np.floor(np.where(there, seconds, 0)).astype(np.int64).astype("datetime64[s]")
@@ -68,12 +68,19 @@ def date_parts(column: str, seconds: np.ndarray) -> tuple[np.ndarray, tuple[str,
         "week": np.mod(seconds + _THURSDAY, _WEEK) / _WEEK,
         "year": (seconds - begin) / (end - begin),
     }
-    if there.any() and np.ptp(places["day"][there]) == 0:
-        del places["day"]
     values = {f"{column} seconds": seconds}
     for part, place in places.items():
         values |= {
             f"{column} {part} sine": np.sin(2 * np.pi * place),
             f"{column} {part} cosine": np.cos(2 * np.pi * place),
         }
-    return np.stack(list(values.values()), axis=1), tuple(values)
+    return values
+
+
+def varying_parts(parts: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """Names of the parts without those of the day, if all dates have the same time of day."""
+    day = [name for name in parts if name.endswith((" day sine", " day cosine"))]
+    values = np.stack([parts[name] for name in day])
+    there = values[:, ~np.isnan(values).any(axis=0)]
+    same = there.shape[1] > 0 and bool((np.ptp(there, axis=1) == 0).all())
+    return tuple(name for name in parts if not (same and name in day))

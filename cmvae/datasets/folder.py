@@ -6,8 +6,9 @@ import argparse
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from cmvae.datasets.columns import (
     MAX_NUMBER,
     Column,
     ColumnSource,
+    DamagedColumn,
     ImageColumn,
     TextColumn,
     find_outlier,
@@ -34,14 +36,18 @@ from cmvae.datasets.user_data import (
     make_name,
     read_labels,
     warn_of_constant,
+    warn_of_cut,
+    warn_of_unknown,
 )
-from cmvae.utils.errors import UserError
+from cmvae.datasets.values import Values, count_cut, count_unknown
+from cmvae.utils.errors import UserError, raise_all
 
 DESCRIPTION = "your own folder: one subfolder per modality (images, .txt or .npy), files paired by name"
 
 LABELS_NAME = "labels.csv"
 _KINDS = {**dict.fromkeys(IMAGE_SUFFIXES, "image"), ".txt": "text", ".npy": "vector"}
 _SPLIT_STREAM = 0
+T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,23 +89,29 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
             )
         paths = [of_subfolder.get(stem) for stem in stems]
         if kind == "image":
-            columns[name] = ImageColumn(
-                paths, places, fit_image(paths, arguments.image_size, arguments.channels)
-            )
-        elif kind == "text":
-            texts = [None if path is None else _read_text(path) for path in paths]
-            columns[name] = TextColumn(
-                texts, fit_text(texts, splits["train"], arguments.min_count, arguments.text_length)
-            )
+            image = fit_image(paths, arguments.image_size, arguments.channels)
+            columns[name] = ImageColumn(paths, places, image, arguments.on_error)
+            continue
+        damaged: dict[int, str] = {}
+        if kind == "text":
+            texts = _read_all(paths, _read_text, damaged)
+            text = fit_text(texts, splits["train"], arguments.min_count, arguments.text_length)
+            warn_of_cut(name, count_cut(Values("text", texts), text), text.shape[0])
+            train_texts = Values("text", texts).at(splits["train"])
+            warn_of_unknown(name, count_unknown(train_texts, text), arguments.min_count)
+            columns[name] = TextColumn(texts, text)
         else:
-            values = _read_vectors(paths)
-            modality, constant = fit_vector(values, None, splits["train"])
-            warn_of_constant(name, constant)
+            values = _stack_vectors(paths, _read_all(paths, _read_vector, damaged))
+            modality = fit_vector(values, None, splits["train"])
+            warn_of_constant(name, modality.column_names, values[splits["train"]])
             outlier = find_outlier(values, modality)
             if outlier is not None:
                 row, dimension, problem = outlier
                 raise UserError(f"{paths[row]}: number {dimension}: {problem}")
             columns[name] = number_column(values, modality)
+        if arguments.on_error == "error":
+            raise_all(damaged.values())
+        columns[name] = DamagedColumn(columns[name], damaged)
     check_columns(columns, places)
     # A key ends at the first dot of a member's name, and plain names are safest in a tar.
     keys = [re.sub(r"[^A-Za-z0-9_-]", "_", stem) for stem in stems]
@@ -165,40 +177,58 @@ def _kind_of(subfolder: Path, files: Mapping[str, Path]) -> str:
     return next(iter(kinds))
 
 
+def _read_all(
+    paths: Sequence[Path | None], read: Callable[[Path], T | None], damaged: dict[int, str]
+) -> list[T | None]:
+    """Contents of the files, None where there is none or it is damaged; adds what is wrong to `damaged`."""
+    contents: list[T | None] = []
+    for row, path in enumerate(paths):
+        contents.append(None)
+        if path is not None:
+            try:
+                contents[row] = read(path)
+            except ValueError as error:
+                damaged[row] = f"{path}: {error}"
+    return contents
+
+
 def _read_text(path: Path) -> str | None:
     """The text of a file; None if it is empty."""
     try:
         return path.read_text(encoding="utf-8").strip() or None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text in UTF-8: {error}. Save it in UTF-8") from error
+        raise ValueError(f"cannot be read as text in UTF-8: {error}. Save it in UTF-8") from error
 
 
-def _read_vectors(paths: Sequence[Path | None]) -> np.ndarray:
-    """(N, D) float64, NaN where there is no file; arrays of more dimensions are flattened."""
-    rows: list[np.ndarray | None] = []
-    first: Path | None = None
-    for path in paths:
-        if path is None:
-            rows.append(None)
-            continue
-        try:
-            array = np.load(path, allow_pickle=False)
-            row = np.asarray(array, dtype=np.float64).reshape(-1)
-        except (OSError, ValueError, TypeError, EOFError) as error:
-            raise UserError(
-                f"{path}: cannot be read as an array of numbers ({error}). Save it again"
-            ) from error
-        if len(row) == 0 or not (np.abs(row) <= MAX_NUMBER).all():
-            raise UserError(
-                f"{path}: is empty, or has numbers that are not finite in single precision. Fix or remove it"
-            )
-        if first is None:
-            first, size = path, len(row)
-        elif len(row) != size:
-            raise UserError(
-                f"{path}: has {len(row)} numbers, but {first} has {size}. All files need as many numbers"
-            )
-        rows.append(row)
+def _read_vector(path: Path) -> np.ndarray:
+    """(D,) float64; arrays of more dimensions are flattened."""
+    try:
+        array = np.load(path, allow_pickle=False)
+        row = np.asarray(array, dtype=np.float64).reshape(-1)
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise ValueError(f"cannot be read as an array of numbers ({error}). Save it again") from error
+    if len(row) == 0 or not (np.abs(row) <= MAX_NUMBER).all():
+        raise ValueError("is empty, or has numbers that are not finite in single precision. Fix or remove it")
+    return row
+
+
+def _stack_vectors(paths: Sequence[Path | None], rows: Sequence[np.ndarray | None]) -> np.ndarray:
+    """(N, D) float64, NaN where there is no vector.
+
+    Raises:
+        UserError: vectors have different sizes, or there are none.
+    """
+    known = [(path, row) for path, row in zip(paths, rows, strict=True) if row is not None]
+    if not known:
+        raise UserError(
+            f"{next(path for path in paths if path is not None)}: this file and all others are damaged"
+        )
+    first, size = known[0][0], len(known[0][1])
+    raise_all(
+        f"{path}: has {len(row)} numbers, but {first} has {size}. All files need as many numbers"
+        for path, row in known
+        if len(row) != size
+    )
     return np.stack([np.full(size, np.nan) if row is None else row for row in rows])
 
 

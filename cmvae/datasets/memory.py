@@ -2,74 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from cmvae.datasets.columns import (
-    IMAGE_SUFFIXES,
-    MAX_NUMBER,
-    ArrayImageColumn,
-    Column,
-    ImageColumn,
-    TextColumn,
-    categorical_column,
-    channels_first,
-    find_outlier,
-    fit_binary,
-    fit_categorical,
-    fit_image,
-    fit_text,
-    fit_vector,
-    number_column,
-)
-from cmvae.modalities import (
-    BinaryModality,
-    CategoricalModality,
-    ImageModality,
-    Modality,
-    TextModality,
-    VectorModality,
-    check_name,
-)
+from cmvae.datasets.columns import IMAGE_SUFFIXES, MAX_NUMBER
+from cmvae.datasets.values import Kind, Values
+from cmvae.modalities import check_name
 from cmvae.utils.errors import UserError
-
-Kind = Literal["image", "text", "vector", "binary", "categorical"]
 
 _MAX_CATEGORIES = 20
 """Strings with more distinct values than this, or with several words, are text."""
-_MIN_COUNT, _TEXT_LENGTH = 3, 32
-
-
-@dataclass(frozen=True)
-class Values:
-    """One modality of N samples, as given."""
-
-    kind: Kind
-    data: np.ndarray | list[Any]
-    """vector, binary: (N, D) float64, NaN where missing. text, categorical: N str or None. image: N arrays
-    (height, width) or with channels first or last, or N paths, or None."""
-    names: tuple[str, ...] | None = None
-    """Names of the D dimensions."""
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    @property
-    def present(self) -> np.ndarray:
-        """(N,) bool, whether each sample has this modality."""
-        if isinstance(self.data, np.ndarray):
-            return ~np.isnan(self.data).any(axis=1)
-        return np.array([value is not None for value in self.data])
-
-    @property
-    def are_files(self) -> bool:
-        """Whether the values are paths."""
-        return any(isinstance(value, Path) for value in self.data)
 
 
 def read_values(
@@ -221,62 +166,3 @@ def _numbers(name: str, data: Any) -> np.ndarray:
 def _kind_of_numbers(parts: Sequence[Any]) -> Kind:
     is_bool = all(str(getattr(part, "dtype", "")) in ("bool", "boolean") for part in parts)
     return "binary" if is_bool else "vector"
-
-
-def fit_modality(name: str, values: Values, train: np.ndarray, image_size: int) -> Modality:
-    """The modality of values; statistics and vocabulary come from the rows `train`.
-
-    Raises:
-        UserError: the values do not make a modality.
-    """
-    data: Any = values.data
-    if values.kind == "vector":
-        modality = fit_vector(data, values.names, train)[0]
-        outlier = find_outlier(data, modality)
-        if outlier is not None:
-            row, dimension, problem = outlier
-            raise UserError(f"{name}: sample {row}, dimension {modality.column_names[dimension]}: {problem}")
-        return modality
-    if values.kind == "binary":
-        return fit_binary(data, values.names or tuple(str(index) for index in range(data.shape[1])))
-    if values.kind == "text":
-        return fit_text(data, train, _MIN_COUNT, _TEXT_LENGTH)
-    if values.kind == "categorical":
-        return fit_categorical(data, name)
-    if values.are_files:
-        return fit_image(data, image_size)
-    first = next((image for image in data if image is not None), None)
-    if first is None:
-        raise UserError(f"{name}: all images are missing. Leave it out")
-    return ImageModality(
-        shape=channels_first(np.asarray(first)).shape, optional=not bool(values.present.all())
-    )
-
-
-def make_column(name: str, values: Values, modality: Modality) -> Column:
-    """The values as a column of a modality, which may come from other data.
-
-    Raises:
-        UserError: they are of another kind or have another number of dimensions.
-    """
-    if values.kind != modality.kind:
-        raise UserError(f"{name}: is of kind {values.kind}, but the model was trained on {modality.kind}")
-    data: Any = values.data
-    if isinstance(modality, (VectorModality, BinaryModality)):
-        if data.shape[1] != modality.shape[0]:
-            raise UserError(
-                f"{name}: has {data.shape[1]} dimensions, but the model was trained on {modality.shape[0]}"
-            )
-        return number_column(data, modality)
-    if isinstance(modality, TextModality):
-        return TextColumn(data, modality)
-    if isinstance(modality, CategoricalModality):
-        unknown = sorted({value for value in data if value is not None} - set(modality.categories))
-        if unknown:
-            warnings.warn(f"{name}: {unknown[:5]} are no categories of the model: missing", stacklevel=2)
-        return categorical_column(data, modality)
-    assert isinstance(modality, ImageModality)  # noqa: S101 (there are no other kinds)
-    places = [f"{name}: sample {row}" for row in range(len(data))]
-    if values.are_files:
-        return ImageColumn(data, places, modality)
-    return ArrayImageColumn(data, places, modality)

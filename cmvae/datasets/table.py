@@ -3,68 +3,76 @@
 from __future__ import annotations
 
 import argparse
-import itertools
-import re
 import sys
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from cmvae.data.index import SplitName, TableSchema
 from cmvae.datasets.base import SPLIT_NUMBERS, random_stream
-from cmvae.datasets.columns import (
-    MAX_NUMBER,
-    Column,
-    ColumnSource,
-    ImageColumn,
-    TextColumn,
-    categorical_column,
-    find_outlier,
-    fit_binary,
-    fit_categorical,
-    fit_image,
-    fit_text,
-    fit_vector,
-    number_column,
-    resolve_inside,
-)
-from cmvae.datasets.dates import date_parts, read_date
+from cmvae.datasets.columns import Column, ColumnSource, ImageColumn
 from cmvae.datasets.splits import Splits, draw_splits, fractions_text
+from cmvae.datasets.table_check import are_ids, describe_columns
 from cmvae.datasets.table_file import Table, read_table
+from cmvae.datasets.table_rows import (
+    add_form_arguments,
+    find_lacking,
+    read_cells,
+    read_dates,
+    read_rows,
+    row_keys,
+    with_columns_of,
+    with_form,
+)
 from cmvae.datasets.user_data import (
+    SETTINGS,
     add_shared_arguments,
     check_columns,
     check_keys,
+    fit_settings,
     make_name,
     read_labels,
     read_split,
+    shorten_list,
     warn_of_constant,
+    warn_of_cut,
+    warn_of_unknown,
 )
-from cmvae.modalities import check_name
-from cmvae.utils.errors import UserError
+from cmvae.datasets.values import (
+    Kind,
+    count_cut,
+    count_unknown,
+    describe_unknown,
+    fit_modality,
+    make_column,
+)
+from cmvae.modalities import Modality, TextModality, VectorModality, check_name
+from cmvae.utils.errors import Problems, UserError
 
 DESCRIPTION = "your own table, CSV or Parquet: columns of values, texts and paths of images"
 
 _SPLIT_STREAM = 0
 _OF_SEVERAL_COLUMNS = {"vector", "binary"}
-_MIN_IDS = 20
-"""With fewer rows, measurements may be in order by chance."""
-_TRUE, _FALSE = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
+RequestKind = Kind | Literal["date"]
+_NEW_ROWS: SplitName = "test"
+"""Split of the rows of `--like`, which are for a model that is already trained."""
 
 
 class ModalityRequest(NamedTuple):
     """One flag such as `--vector size=length,width`."""
 
-    kind: str
+    kind: RequestKind
     name: str | None
     """Name that the user gives; None makes one from the columns."""
     columns: tuple[str, ...]
     """Names of columns, or patterns with `*`."""
 
 
-def _request(kind: str, text: str) -> ModalityRequest:
+def _request(kind: RequestKind, text: str) -> ModalityRequest:
     """Type of the flags for modalities: `[NAME=]COLUMN[,COLUMN…]`."""
     name, separator, columns = text.rpartition("=")
     names = tuple(column.strip() for column in columns.split(","))
@@ -83,7 +91,7 @@ def _request(kind: str, text: str) -> ModalityRequest:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `cmvae pack table`."""
     parser.add_argument("table", type=Path, help="a .csv, .tsv or .parquet file with column names")
-    helps = {
+    helps: dict[RequestKind, str] = {
         "image": "a column of paths of images, relative to the table's folder",
         "text": "a column of sentences",
         "vector": "columns of numbers that form one modality; 'pixel_*' selects all that match",
@@ -114,29 +122,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows with the same value belong together: they are drawn into the same split, and "
         "cmvae cluster --by-group assigns them to one cluster",
     )
+    add_form_arguments(parser)
     parser.add_argument(
-        "--key", metavar="COLUMN", help="names of the samples in all outputs (default: row-000002, …)"
-    )
-    parser.add_argument(
-        "--na",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="text of an empty cell, for example NA or '?'; may be repeated",
-    )
-    parser.add_argument(
-        "--separator",
-        metavar="CHARACTER",
-        help="separator of a CSV file (default: a tab in a .tsv file, otherwise the one of , ; tab | that "
-        "the column names show)",
-    )
-    parser.add_argument(
-        "--decimal", choices=(".", ","), default=".", help="decimal separator of numbers (default: .)"
+        "--like",
+        type=Path,
+        metavar="RUN",
+        help="new rows for a trained run: its modalities, read from the columns of the same names, with its "
+        "vocabulary, categories and standardisation; all rows are in the test split, or as --split says",
     )
     parser.add_argument(
         "--date-format",
         metavar="FORM",
         help="form of the dates, such as %%d.%%m.%%Y (default: ISO 8601, or seconds since 1970)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing: say what each column was taken for and why, what is wrong, and what is lost",
     )
     add_shared_arguments(parser)
 
@@ -146,7 +148,7 @@ def config_for(arguments: argparse.Namespace) -> None:
 
 
 def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
-    """Open the table that the flags describe.
+    """Open the table that the flags describe, as data to train on.
 
     Raises:
         UserError: the table or a flag is wrong; the message gives row and column.
@@ -155,127 +157,222 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
         raise UserError(
             "no modality is given. Add --image, --text, --vector, --binary, --categorical or --date"
         )
-    table = read_table(arguments.table, arguments.separator, frozenset(["", *arguments.na]))
-    # Patterns do not select columns that have another purpose.
-    excluded = {arguments.label, arguments.split, arguments.group, arguments.key}
-    names = _name_modalities(arguments.modalities, table, excluded)
-    used = {column for request in names.values() for column in request.columns}
-    if arguments.label in used:
-        raise UserError(
-            f"--label {arguments.label}: is also a modality, so the model would see the classes that it is "
-            "evaluated with. Remove the column from one of them"
-        )
-    labels, class_names = None, None
-    if arguments.label is not None:
-        labels, class_names = read_labels(
-            table.column(arguments.label), f"{table.path}: column {arguments.label}"
-        )
-    groups = None if arguments.group is None else table.filled(arguments.group)
-    splits = _split(table, arguments, labels, groups)
-    columns = {
-        name: _make_column(request, table, splits["train"], arguments) for name, request in names.items()
-    }
-    check_columns(columns, table.places)
-    keys = (
-        [f"row-{number:06d}" for number in table.row_numbers]
-        if arguments.key is None
-        else list(table.filled(arguments.key))
+    form = with_form(TableSchema(columns={}, group=arguments.group), arguments)
+    table = _read(arguments.table, form)
+    problems = Problems()
+    names = _name_modalities(arguments.modalities, table, _excluded(arguments), problems)
+    schema = form.model_copy(
+        update={
+            "columns": {name: request.columns for name, request in names.items()},
+            "dates": {n: arguments.date_format for n, request in names.items() if request.kind == "date"},
+        }
     )
-    check_keys(keys, table.places)
+    with problems.collecting():
+        _refuse_label_as_modality(arguments.label, names)
+    rows = _read_purposes(table, schema, arguments, problems)
+    splits = _named_splits(table, None, "train")
+    with problems.collecting():
+        splits = _named_splits(table, arguments.split, "train")
+        splits = _draw_missing_splits(table, splits, rows, arguments)
+    columns: dict[str, Column] = {}
+    for name, request in names.items():
+        with problems.collecting():
+            columns[name] = _fit_column(request, table, splits["train"], form.decimal, arguments)
+    problems.raise_all()
+    check_columns(columns, table.places)
     _warn_of_shared_images(columns, splits)
+    return _make_source(arguments, schema, columns, splits, rows)
+
+
+def check_report(arguments: argparse.Namespace) -> str:
+    """What each column of the table was taken for and why, and what the flags use it for.
+
+    Raises:
+        UserError: the table cannot be read.
+    """
+    table = _read(arguments.table, with_form(TableSchema(columns={}), arguments))
+    uses = {
+        column: f"--{purpose} {column}"
+        for purpose in ("label", "split", "group", "key")
+        if (column := getattr(arguments, purpose)) is not None
+    }
+    with suppress(UserError):
+        names = _name_modalities(arguments.modalities or (), table, _excluded(arguments), Problems())
+        uses |= {c: f"--{request.kind} {name}" for name, request in names.items() for c in request.columns}
+    return describe_columns(table, uses)
+
+
+def _excluded(arguments: argparse.Namespace) -> set[str | None]:
+    """Columns that patterns do not select, because they have another purpose."""
+    return {arguments.label, arguments.split, arguments.group, arguments.key}
+
+
+def _refuse_label_as_modality(label: str | None, names: Mapping[str, ModalityRequest]) -> None:
+    if label is not None and label in {column for r in names.values() for column in r.columns}:
+        raise UserError(
+            f"--label {label}: is also a modality, so the model would see the classes that it is evaluated "
+            "with. Remove the column from one of them"
+        )
+
+
+def open_new_rows(
+    arguments: argparse.Namespace, schema: TableSchema, modalities: Mapping[str, Modality]
+) -> ColumnSource:
+    """Open the table of `--like`, with the modalities of a trained run.
+
+    Args:
+        arguments: the flags.
+        schema: the columns of each modality, see `TableSchema`.
+        modalities: those of the run.
+
+    Raises:
+        UserError: the table or a flag is wrong; the message gives row and column.
+    """
+    given = [f"--{name.replace('_', '-')}" for name in SETTINGS if getattr(arguments, name) != SETTINGS[name]]
+    given += [f"--{request.kind}" for request in arguments.modalities or ()]
+    if given:
+        raise UserError(f"{given[0]}: comes from the run with --like. Leave it out")
+    schema = with_form(schema, arguments)
+    table = _read(arguments.table, schema)
+    schema = with_columns_of(schema, table.columns, arguments)
+    if arguments.group is not None:
+        schema = schema.model_copy(update={"group": arguments.group})
+    lacking = find_lacking(arguments.table, table.columns, schema, modalities)
+    for name, missing in lacking.items():
+        print(f"note: no column {shorten_list(missing)}: {name} is missing in all rows", file=sys.stderr)
+    found = {name: modality for name, modality in modalities.items() if name not in lacking}
+    columns = {}
+    for name, values in read_rows(table, schema, found).items():
+        is_optional = not bool(values.present.all())
+        modality = modalities[name].model_copy(update={"optional": is_optional})
+        columns[name] = make_column(name, values, modality, arguments.on_error)
+        unknown = describe_unknown(name, count_unknown(values, modality), modality)
+        if unknown is not None:
+            print(f"note: {unknown}", file=sys.stderr)
+    check_columns(columns, table.places)
+    problems = Problems()
+    rows = _read_purposes(table, schema, arguments, problems)
+    problems.raise_all()
+    return _make_source(arguments, schema, columns, _named_splits(table, arguments.split, _NEW_ROWS), rows)
+
+
+class _Purposes(NamedTuple):
+    """Of N rows the cells that are no modality."""
+
+    keys: list[str]
+    labels: np.ndarray | None
+    class_names: tuple[str, ...] | None
+    groups: Sequence[str] | None
+
+
+def _read(path: Path, schema: TableSchema) -> Table:
+    return read_table(path, schema.separator, frozenset(["", *schema.na]))
+
+
+def _read_purposes(
+    table: Table, schema: TableSchema, arguments: argparse.Namespace, problems: Problems
+) -> _Purposes:
+    labels, class_names, groups = None, None, None
+    with problems.collecting():
+        if arguments.label is not None:
+            labels, class_names = read_labels(
+                table.column(arguments.label), f"{table.path}: column {arguments.label}"
+            )
+    keys = row_keys(table, None)
+    with problems.collecting():
+        keys = row_keys(table, schema.key)
+        check_keys(keys, table.places)
+    with problems.collecting():
+        groups = None if schema.group is None else table.filled(schema.group)
+    return _Purposes(keys, labels, class_names, groups)
+
+
+def _make_source(
+    arguments: argparse.Namespace,
+    schema: TableSchema,
+    columns: Mapping[str, Column],
+    splits: Splits,
+    rows: _Purposes,
+) -> ColumnSource:
     return ColumnSource(
         name=arguments.name or arguments.out.name,
         columns=columns,
-        splits=splits,
-        labels=labels,
-        class_names=class_names,
-        keys=keys,
+        splits={split: members for split, members in splits.items() if len(members)},
+        labels=rows.labels,
+        class_names=rows.class_names,
+        keys=rows.keys,
         settings={
             "source": "table",
             "table": str(arguments.table),
-            **{name: f"{request.kind} {','.join(request.columns)}" for name, request in names.items()},
+            **{
+                name: f"{column.modality.kind} {','.join(schema.columns[name])}"
+                for name, column in columns.items()
+            },
             "label": arguments.label,
             "split": arguments.split,
             "group": arguments.group,
-            "fractions": fractions_text(arguments.fractions),
+            "fractions": None if arguments.like is not None else fractions_text(arguments.fractions),
         },
-        groups=groups,
+        groups=rows.groups,
+        table=schema,
     )
 
 
 def _name_modalities(
-    requests: Sequence[ModalityRequest], table: Table, excluded: Set[str | None]
+    requests: Sequence[ModalityRequest], table: Table, excluded: Set[str | None], problems: Problems
 ) -> dict[str, ModalityRequest]:
     """Resolve names and patterns; patterns do not select the columns `excluded`."""
     named: dict[str, ModalityRequest] = {}
     for request in requests:
-        columns = tuple(column for name in request.columns for column in table.matching(name, excluded))
-        if len(columns) > 1 and request.kind not in _OF_SEVERAL_COLUMNS:
-            raise UserError(
-                f"--{request.kind} {request.columns[0]}: selects {', '.join(columns)}. Give one column, and "
-                "repeat the flag for others"
-            )
-        made = make_name(columns[0] if len(columns) == 1 else request.kind, request.kind)
-        name = request.name or made
-        if name in named:
-            raise UserError(
-                f"--{request.kind} {','.join(request.columns)}: there is already a modality {name!r}. Give "
-                f"another name: --{request.kind} NAME={','.join(request.columns)}"
-            )
-        named[name] = ModalityRequest(request.kind, name, columns)
+        with problems.collecting():
+            _name_modality(request, table, excluded, named)
     return named
 
 
-def _make_column(
-    request: ModalityRequest, table: Table, train: np.ndarray, arguments: argparse.Namespace
-) -> Column:
-    first = request.columns[0]
-    if request.kind == "image":
-        places = [f"{place}, column {first}" for place in table.places]
-        paths = [
-            None if cell is None else _resolve(table.path.parent, cell, place)
-            for cell, place in zip(table.column(first), places, strict=True)
-        ]
-        return ImageColumn(paths, places, fit_image(paths, arguments.image_size, arguments.channels))
-    if request.kind == "text":
-        cells = table.column(first)
-        return TextColumn(cells, fit_text(cells, train, arguments.min_count, arguments.text_length))
-    if request.kind == "categorical":
-        cells = table.column(first)
-        return categorical_column(cells, fit_categorical(cells, f"{table.path}: column {first}"))
-    if request.kind == "binary":
-        values = np.stack([table.convert(column, _read_yes_or_no) for column in request.columns], axis=1)
-        return number_column(values, fit_binary(values, request.columns))
-    if request.kind == "date":
-        seconds = table.convert(first, partial(read_date, form=arguments.date_format))
-        values, names = date_parts(first, seconds)
-    else:
-        for column in request.columns:
-            _refuse_ids(table, column)
-        read = partial(_read_number, arguments.decimal)
-        values, names = (
-            np.stack([table.convert(column, read) for column in request.columns], axis=1),
-            request.columns,
+def _name_modality(
+    request: ModalityRequest, table: Table, excluded: Set[str | None], named: dict[str, ModalityRequest]
+) -> None:
+    columns = tuple(column for name in request.columns for column in table.matching(name, excluded))
+    if len(columns) > 1 and request.kind not in _OF_SEVERAL_COLUMNS:
+        raise UserError(
+            f"--{request.kind} {request.columns[0]}: selects {', '.join(columns)}. Give one column, and "
+            "repeat the flag for others"
         )
-    # A date is to be a date again.
-    modality, constant = fit_vector(values, names, train, exact=request.kind == "date")
-    warn_of_constant(str(request.name), constant)
-    outlier = find_outlier(values, modality)
-    if outlier is not None:
-        row, dimension, problem = outlier
-        raise UserError(f"{table.places[row]}, column {names[dimension]}: {problem}")
-    return number_column(values, modality)
+    made = make_name(columns[0] if len(columns) == 1 else request.kind, request.kind)
+    name = request.name or made
+    if name in named:
+        raise UserError(
+            f"--{request.kind} {','.join(request.columns)}: there is already a modality {name!r}. Give "
+            f"another name: --{request.kind} NAME={','.join(request.columns)}"
+        )
+    named[name] = ModalityRequest(request.kind, name, columns)
+
+
+def _fit_column(
+    request: ModalityRequest, table: Table, train: np.ndarray, decimal: str, arguments: argparse.Namespace
+) -> Column:
+    name = str(request.name)
+    if request.kind == "date":
+        values = read_dates(table, request.columns[0], arguments.date_format)
+    else:
+        if request.kind == "vector":
+            for column in request.columns:
+                _refuse_ids(table, column)
+        values = read_cells(request.kind, request.columns, table, decimal)
+    what = f"{table.path}: column {request.columns[0]}"
+    modality = fit_modality(what, values, train, fit_settings(arguments))
+    if isinstance(modality, VectorModality):
+        warn_of_constant(name, modality.column_names, np.asarray(values.data)[train])
+    if isinstance(modality, TextModality):
+        warn_of_cut(name, count_cut(values, modality), modality.shape[0])
+        texts = values.at(train)
+        warn_of_unknown(name, count_unknown(texts, modality), arguments.min_count)
+    return make_column(name, values, modality, arguments.on_error)
 
 
 def _refuse_ids(table: Table, column: str) -> None:
-    """Refuse integers that only count the rows: all different and in order."""
-    cells = [cell for cell in table.column(column) if cell is not None]
-    if len(cells) < _MIN_IDS or not all(re.fullmatch(r"[-+]?\d+", cell) for cell in cells):
-        return
-    numbers = [int(cell) for cell in cells]
-    if numbers[0] > numbers[-1]:
-        numbers.reverse()
-    if all(before < after for before, after in itertools.pairwise(numbers)):
+    """Refuse integers that only count the rows."""
+    if are_ids([cell for cell in table.column(column) if cell is not None]):
         raise UserError(
             f"{table.path}: column {column}: its integers all differ and are in order, as ids are, which "
             f"say nothing about a sample. Leave it out, or use it as --key {column} (for times, --date "
@@ -283,51 +380,22 @@ def _refuse_ids(table: Table, column: str) -> None:
         )
 
 
-def _resolve(folder: Path, text: str, place: str) -> Path:
-    try:
-        return resolve_inside(folder, text)
-    except ValueError as error:
-        raise UserError(f"{place}: {error}") from error
-
-
-def _read_number(decimal: str, text: str) -> float:
-    # `float` accepts 12_34, too. Neither an underscore nor a separator of thousands is guessed away.
-    is_plain = re.fullmatch(rf"[^_.,]*({re.escape(decimal)}[^_.,]*)?", text) is not None
-    try:
-        value = float(text.replace(decimal, ".")) if is_plain else float("nan")
-    except ValueError:
-        value = float("nan")
-    if abs(value) <= MAX_NUMBER:
-        return value
-    wrong = "not a number" if np.isnan(value) else f"out of the range of single precision, ±{MAX_NUMBER:.1e}"
-    if decimal == "." and re.fullmatch(r"[-+]?\d*,\d+", text):
-        remedy = "if the comma is the decimal separator, add --decimal ,"
-    else:
-        remedy = f"if it means an empty cell, add --na {text!r}"
-    raise ValueError(f"{text!r} is {wrong}. Fix it; {remedy}")
-
-
-def _read_yes_or_no(text: str) -> float:
-    if text.lower() in _TRUE | _FALSE:
-        return float(text.lower() in _TRUE)
-    raise ValueError(
-        f"{text!r} is none of {', '.join(sorted(_TRUE | _FALSE))}. Fix it; if it means an empty cell, add "
-        f"--na {text!r}"
-    )
-
-
-def _split(
-    table: Table, arguments: argparse.Namespace, labels: np.ndarray | None, groups: Sequence[str] | None
-) -> Splits:
-    """The splits that a column names, and the others drawn from the train split."""
-    named = np.full(len(table.row_numbers), "train", dtype=object)
-    if arguments.split is not None:
-        for row, cell in enumerate(table.filled(arguments.split)):
+def _named_splits(table: Table, column: str | None, default: SplitName) -> Splits:
+    """The split that a column names for each row; without a column all rows are in the split `default`."""
+    named = np.full(len(table.row_numbers), default, dtype=object)
+    if column is not None:
+        for row, cell in enumerate(table.filled(column)):
             try:
                 named[row] = read_split(cell)
             except ValueError as error:
-                raise UserError(f"{table.places[row]}, column {arguments.split}: {error}") from error
-    splits: Splits = {split: np.flatnonzero(named == split) for split in SPLIT_NUMBERS}
+                raise UserError(f"{table.places[row]}, column {column}: {error}") from error
+    return {split: np.flatnonzero(named == split) for split in SPLIT_NUMBERS}
+
+
+def _draw_missing_splits(
+    table: Table, splits: Splits, rows: _Purposes, arguments: argparse.Namespace
+) -> Splits:
+    """The splits, of which those without rows are drawn from the train split."""
     undivided = splits["train"]
     if len(undivided) == 0:
         raise UserError(
@@ -336,16 +404,17 @@ def _split(
     _, validation, test = arguments.fractions
     validation *= len(splits["validation"]) == 0
     test *= len(splits["test"]) == 0
-    if validation or test:
-        group_of_row = np.arange(len(named)) if groups is None else np.unique(groups, return_inverse=True)[1]
-        drawn = draw_splits(
-            group_of_row[undivided],
-            (1 - validation - test, validation, test),
-            random_stream(arguments.seed, _SPLIT_STREAM),
-            labels=None if labels is None else labels[undivided],
-        )
-        splits |= {split: undivided[rows] for split, rows in drawn.items() if len(rows)}
-    return splits
+    if not validation and not test:
+        return splits
+    groups = rows.groups
+    group_of_row = np.arange(len(rows.keys)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    drawn = draw_splits(
+        group_of_row[undivided],
+        (1 - validation - test, validation, test),
+        random_stream(arguments.seed, _SPLIT_STREAM),
+        labels=None if rows.labels is None else rows.labels[undivided],
+    )
+    return splits | {split: undivided[members] for split, members in drawn.items() if len(members)}
 
 
 def _warn_of_shared_images(columns: Mapping[str, Column], splits: Splits) -> None:

@@ -11,48 +11,75 @@ import difflib
 import fnmatch
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 
-from cmvae.utils.errors import UserError
+from cmvae.utils.errors import UserError, raise_all
 
 _SEPARATORS = (",", ";", "\t", "|")
-_MAX_CELL = 2**31 - 1
+MAX_CELL = 2**31 - 1
 """Characters of a cell; Python's default of 131,072 is less than some texts have."""
+
+
+NO_TEXT = "<binary or nested data>"
+"""Stands for cells of a Parquet file that have no text."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table as text; None for an empty cell."""
+    """Consecutive rows of a table as text."""
 
     path: Path
-    cells: Mapping[str, Sequence[str | None]]
-    """By column, N rows each."""
+    names: Sequence[str]
+    """(C,) names of the columns, empty for columns without a name."""
+    rows: Sequence[Sequence[str]]
+    """(N, C) cells as they are in the file."""
     row_numbers: Sequence[int]
     """(N,) number of each row as people count: in a CSV file as a spreadsheet shows it."""
+    empty: Set[str]
+    """Texts of an empty cell."""
+    separator: str = ","
+    """Separator of a CSV file."""
 
     @property
     def places(self) -> list[str]:
         """(N,) name of each row in messages."""
         return [f"{self.path}: row {number}" for number in self.row_numbers]
 
-    def column(self, name: str) -> Sequence[str | None]:
-        """The cells of a column.
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns that have a name."""
+        return [name for name in self.names if name]
+
+    def place(self, name: str) -> int:
+        """Index of a column.
 
         Raises:
             UserError: there is no such column.
         """
-        if name not in self.cells:
-            near = difflib.get_close_matches(name, self.cells, n=1)
-            remedy = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(self.cells)}"
-            if len(self.cells) == 1:
+        known = self.columns
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(known)}"
+            if len(known) == 1:
                 remedy += ". If these are several columns, give their --separator"
             raise UserError(f"{self.path}: no column {name!r}. {remedy}")
-        return self.cells[name]
+        return self.names.index(name)
+
+    def column(self, name: str) -> list[str | None]:
+        """The cells of a column without spaces around them; None for an empty cell.
+
+        Raises:
+            UserError: there is no such column.
+        """
+        place = self.place(name)
+        texts = (row[place].strip() for row in self.rows)
+        return [None if text in self.empty else text for text in texts]
 
     def matching(self, name: str, excluded: Set[str | None] = frozenset()) -> list[str]:
         """Columns that a name or a pattern with `*` selects; a pattern selects none of `excluded`.
@@ -60,11 +87,11 @@ class Table:
         Raises:
             UserError: there is no such column.
         """
-        if name not in self.cells and "*" in name:
-            found = [column for column in fnmatch.filter(self.cells, name) if column not in excluded]
+        if name not in self.columns and "*" in name:
+            found = [column for column in fnmatch.filter(self.columns, name) if column not in excluded]
             if found:
                 return found
-        self.column(name)
+        self.place(name)
         return [name]
 
     def filled(self, name: str) -> Sequence[str]:
@@ -74,9 +101,11 @@ class Table:
             UserError: a cell is empty.
         """
         cells = self.column(name)
-        if None in cells:
-            place = self.places[cells.index(None)]
-            raise UserError(f"{place}, column {name}: empty. Fill the cell, or do not use this column")
+        raise_all(
+            f"{self.path}: row {number}, column {name}: empty. Fill the cell, or do not use this column"
+            for number, cell in zip(self.row_numbers, cells, strict=True)
+            if cell is None
+        )
         return cast("Sequence[str]", cells)
 
     def convert(self, name: str, read: Callable[[str], float]) -> np.ndarray:
@@ -89,13 +118,14 @@ class Table:
         Raises:
             UserError: a cell cannot be converted.
         """
-        values = np.full(len(self.row_numbers), np.nan)
+        values, problems = np.full(len(self.row_numbers), np.nan), []
         for row, cell in enumerate(self.column(name)):
             if cell is not None:
                 try:
                     values[row] = read(cell)
                 except ValueError as error:
-                    raise UserError(f"{self.places[row]}, column {name}: {error}") from error
+                    problems.append(f"{self.path}: row {self.row_numbers[row]}, column {name}: {error}")
+        raise_all(problems)
         return values
 
 
@@ -108,22 +138,42 @@ def read_table(path: Path, separator: str | None = None, empty: Set[str] = froze
         path: the file; its suffix says the format.
         separator: separator of a CSV file; None takes it from a first line such as `sep=;`, from the suffix
             .tsv, or from the names of the columns.
-        empty: texts that mean an empty cell, the empty text among them.
+        empty: texts of an empty cell.
 
     Raises:
-        UserError: the file is missing or damaged or has no rows, or a row has too few or too many cells.
+        UserError: the file is missing, damaged or has no rows.
+    """
+    first, *others = read_table_parts(path, separator, empty, sys.maxsize)
+    # Parquet may give a large file in several parts.
+    rows, numbers = list(first.rows), list(first.row_numbers)
+    for part in others:
+        rows += part.rows
+        numbers += part.row_numbers
+    return replace(first, rows=rows, row_numbers=numbers)
+
+
+def read_table_parts(path: Path, separator: str | None, empty: Set[str], part_size: int) -> Iterator[Table]:
+    """Read a CSV or Parquet file in parts of `part_size` rows, one at a time; see `read_table`.
+
+    Raises:
+        UserError: the file is missing, damaged or has no rows; also while reading.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file. Give the path of a .csv, .tsv or .parquet file")
     is_parquet = path.suffix.lower() == ".parquet"
-    table = _read_parquet(path, empty) if is_parquet else _read_csv(path, separator, empty)
-    if not table.cells or not table.row_numbers:
+    parts = (
+        _read_parquet(path, empty, part_size) if is_parquet else _read_csv(path, separator, empty, part_size)
+    )
+    has_rows = False
+    for part in parts:
+        has_rows = True
+        yield part
+    if not has_rows:
         raise UserError(f"{path}: has no rows. Give a table with names of columns and at least one row")
-    return table
 
 
-def _read_csv(path: Path, separator: str | None, empty: Set[str]) -> Table:
-    csv.field_size_limit(_MAX_CELL)
+def _read_csv(path: Path, separator: str | None, empty: Set[str], part_size: int) -> Iterator[Table]:
+    csv.field_size_limit(MAX_CELL)
     first = number = 1
     try:
         # "sig": spreadsheets write a signature, which is not part of the first name.
@@ -135,23 +185,30 @@ def _read_csv(path: Path, separator: str | None, empty: Set[str]) -> Table:
             separator = separator or (declared[1] if declared else _guess_separator(path, first_line))
             reader = csv.reader(itertools.chain([first_line], file), delimiter=separator, strict=True)
             header: list[str] = []
-            columns: list[list[str | None]] = []
-            row_numbers = []
+            rows: list[list[str]] = []
+            row_numbers: list[int] = []
+            problems: list[str] = []
             for number, row in enumerate(reader, first):
                 if not any(cell.strip() for cell in row):
                     continue  # spreadsheets save blank rows, too
                 if not header:
-                    header, columns = _check_names(path, number, row), [[] for _ in row]
+                    header = _check_names(path, number, row)
                     continue
                 if len(row) != len(header):
-                    raise UserError(
+                    problems.append(
                         f"{path}: row {number} has {len(row)} cells, but there are {len(header)} column "
                         "names. Fix the row; a cell with a separator or a line break in it must be quoted"
                     )
+                if problems:
+                    continue
                 row_numbers.append(number)
-                for cells, cell in zip(columns, row, strict=True):
-                    text = cell.strip()
-                    cells.append(None if text in empty else text)
+                rows.append(row)
+                if len(rows) == part_size:
+                    yield Table(path, header, rows, row_numbers, empty, separator)
+                    rows, row_numbers = [], []
+            raise_all(problems)
+            if rows:
+                yield Table(path, header, rows, row_numbers, empty, separator)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not in UTF-8 ({error}). Save it with this encoding") from error
     except (OSError, csv.Error, TypeError) as error:
@@ -159,8 +216,6 @@ def _read_csv(path: Path, separator: str | None, empty: Set[str]) -> Table:
             f"{path}: cannot be read as CSV after row {number}: {error}. Fix the file, or give its "
             "--separator"
         ) from error
-    named = {name: cells for name, cells in zip(header, columns, strict=True) if name}
-    return Table(path, named, row_numbers)
 
 
 def _guess_separator(path: Path, header: str) -> str:
@@ -178,23 +233,25 @@ def _check_names(path: Path, number: int, names: Sequence[str]) -> list[str]:
     return stripped
 
 
-def _read_parquet(path: Path, empty: Set[str]) -> Table:
+def _read_parquet(path: Path, empty: Set[str], part_size: int) -> Iterator[Table]:
     # Slow to import, and only needed here.
     import pyarrow
     from pyarrow import parquet
 
+    def as_text(value: object) -> str:
+        is_nan = value != value
+        if isinstance(value, (bytes, dict, list)):
+            return NO_TEXT
+        return "" if value is None or is_nan else str(value)
+
+    first = 1
     try:
-        table = parquet.read_table(path)
+        file = parquet.ParquetFile(path)
+        for batch in file.iter_batches(min(part_size, max(1, file.metadata.num_rows))):
+            columns = [[as_text(value) for value in column.to_pylist()] for column in batch.columns]
+            rows = list(zip(*columns, strict=True))
+            if rows:
+                yield Table(path, batch.schema.names, rows, range(first, first + len(rows)), empty)
+            first += len(rows)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as Parquet: {error}. Write it again") from error
-
-    def as_text(value: object) -> str | None:
-        is_nan = value != value
-        text = "" if value is None or is_nan else str(value).strip()
-        return None if text in empty else text
-
-    cells = {
-        name: [as_text(value) for value in column.to_pylist()]
-        for name, column in zip(table.column_names, table.columns, strict=True)
-    }
-    return Table(path, cells, range(1, table.num_rows + 1))

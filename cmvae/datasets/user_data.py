@@ -6,15 +6,18 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from cmvae.datasets.columns import LENGTH_STEP, Column, number_classes
+from cmvae.datasets.columns import LENGTH_STEP, Column, is_constant, number_classes
 from cmvae.datasets.splits import DEFAULT_FRACTIONS, fractions
+from cmvae.datasets.values import FitSettings, Unknown
 from cmvae.modalities import RESERVED_NAMES
 from cmvae.utils.arguments import positive_integer
-from cmvae.utils.errors import UserError
+from cmvae.utils.errors import UserError, raise_all
 
 _SPLIT_NAMES = {
     "train": "train",
@@ -26,6 +29,13 @@ _SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
+_FIT = FitSettings()
+SETTINGS: Mapping[str, Any] = {
+    "fractions": DEFAULT_FRACTIONS,
+    **asdict(_FIT),
+    "config": None,
+}
+"""Flags about training data and their defaults."""
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _MAX_EXAMPLES = 5
 """Number of examples in a message."""
@@ -37,34 +47,41 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fractions",
         type=fractions,
-        default=DEFAULT_FRACTIONS,
+        default=SETTINGS["fractions"],
         metavar="TRAIN,VALIDATION,TEST",
         help="shares of the splits, drawn with --seed and stratified by label (default: 0.8,0.1,0.1)",
     )
     parser.add_argument(
         "--image-size",
         type=positive_integer,
-        default=64,
+        default=_FIT.image_size,
         metavar="PIXELS",
         help="the middle square of every image is resized to this height and width (default: 64)",
     )
     parser.add_argument(
-        "--channels", type=int, choices=(1, 3), default=3, help="1: grey; 3: colour (default: 3)"
+        "--channels", type=int, choices=(1, 3), default=_FIT.channels, help="1: grey; 3: colour (default: 3)"
     )
     parser.add_argument(
         "--min-count",
         type=positive_integer,
-        default=3,
+        default=_FIT.min_count,
         metavar="N",
         help="words that are rarer in the train split become <unk> (default: 3)",
     )
     parser.add_argument(
         "--text-length",
         type=_text_length,
-        default=32,
+        default=_FIT.text_length,
         metavar="N",
         help="maximum number of words per text, one of which is its end; a multiple of "
         f"{LENGTH_STEP} (default: 32)",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("error", "skip"),
+        default="error",
+        help="skip: leave out samples with a missing or damaged file, and list them in skipped.txt beside "
+        "the shards (default: error)",
     )
     parser.add_argument(
         "--config",
@@ -72,6 +89,11 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="write the starter config to this file instead of printing it",
     )
+
+
+def fit_settings(arguments: argparse.Namespace) -> FitSettings:
+    """The settings of modalities that the flags give."""
+    return FitSettings(**{name: getattr(arguments, name) for name in asdict(_FIT)})
 
 
 def _text_length(text: str) -> int:
@@ -132,14 +154,16 @@ def check_keys(keys: Sequence[str], places: Sequence[str]) -> None:
         UserError: a key is invalid or occurs twice.
     """
     seen: dict[str, str] = {}
+    problems = []
     for key, place in zip(keys, places, strict=True):
         if not _KEY.fullmatch(key):
-            raise UserError(
+            problems.append(
                 f"{place}: the key {key!r} is not valid. Use at most 80 ASCII letters, digits, '_' and '-'"
             )
-        if key in seen:
-            raise UserError(f"{place}: the key {key!r} is also that of {seen[key]}. Keys must differ")
+        elif key in seen:
+            problems.append(f"{place}: the key {key!r} is also that of {seen[key]}. Keys must differ")
         seen[key] = place
+    raise_all(problems)
 
 
 def check_columns(columns: Mapping[str, Column], places: Sequence[str]) -> None:
@@ -157,7 +181,7 @@ def check_columns(columns: Mapping[str, Column], places: Sequence[str]) -> None:
     ]
     if empty:
         raise UserError(
-            f"{_list_examples(empty)}: has no value in any modality. Remove it, or add a modality that it has"
+            f"{shorten_list(empty)}: has no value in any modality. Remove it, or add a modality that it has"
         )
     for name, column in columns.items():
         lacking = sum(not column.has(row) for row in range(len(places)))
@@ -165,16 +189,35 @@ def check_columns(columns: Mapping[str, Column], places: Sequence[str]) -> None:
             print(f"note: {name} is missing in {lacking:,} of {len(places):,} samples", file=sys.stderr)
 
 
-def warn_of_constant(name: str, constant: Sequence[str]) -> None:
-    """Report on stderr the dimensions of a vector that are constant in the train split."""
+def warn_of_constant(name: str, columns: Sequence[str], values: np.ndarray) -> None:
+    """Report on stderr the columns (D,) of a vector that are constant in the train split, (N, D)."""
+    constant = [columns[place] for place in np.flatnonzero(is_constant(values)).tolist()]
     if constant:
         print(
-            f"warning: {name}: {_list_examples(constant)} never vary in the train split and carry no "
+            f"warning: {name}: {shorten_list(constant)} never vary in the train split and carry no "
             "information. Leave them out",
             file=sys.stderr,
         )
 
 
-def _list_examples(names: Sequence[str]) -> str:
+def warn_of_cut(name: str, num_cut: int, length: int) -> None:
+    """Report on stderr how many texts are longer than the tokens of the modality."""
+    if num_cut:
+        print(f"note: {name}: {num_cut:,} texts are cut after {length - 1} words", file=sys.stderr)
+
+
+def warn_of_unknown(name: str, unknown: Unknown, min_count: int) -> None:
+    """Report on stderr if most words of the train split are too rare for the vocabulary."""
+    if 2 * unknown.number > unknown.total:
+        print(
+            f"warning: {name}: {unknown.number:,} of {unknown.total:,} words of the train split occur less "
+            f"than {min_count} times and become <unk>, for example "
+            f"{', '.join(map(repr, unknown.examples))}. Lower --min-count, or leave the texts out",
+            file=sys.stderr,
+        )
+
+
+def shorten_list(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - _MAX_EXAMPLES} more" if len(names) > _MAX_EXAMPLES else ""
     return ", ".join(names[:_MAX_EXAMPLES]) + more

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from cmvae.config import CMVAEExperiment, ExperimentConfig, save_config
-from cmvae.data.index import ShardIndex
+from cmvae.data.index import TABLE_NAME, ShardIndex
 from cmvae.distributed import (
     let_deepspeed_autocast,
     raise_on_all_ranks,
@@ -31,7 +31,7 @@ from cmvae.training.step_checks import StopRequest
 from cmvae.training.tasks import Task, build_task
 from cmvae.training.trainer import LOGS_NAME, Trainer
 from cmvae.utils.errors import UserError
-from cmvae.utils.files import remove_folder
+from cmvae.utils.files import remove_folder, write_whole
 from cmvae.utils.progress import is_quiet
 
 
@@ -70,7 +70,7 @@ def run_training(
     average = average_weights(accelerator, module, config.train.ema_decay)
     checkpointer = Checkpointer(accelerator, config, task, average)
     resumed = resume and checkpointer.load_newest()
-    run_on_main(accelerator, lambda: _prepare_run_folder(config, resumed, overwrite))
+    run_on_main(accelerator, lambda: _prepare_run_folder(config, index, resumed, overwrite))
     _check_shared(accelerator, config.run_dir)
     with rank_log(config.run_dir / LOGS_NAME, accelerator.process_index) as log_file:
         tracker = open_tracker(config, config.run_dir, accelerator.is_main_process, task.name)
@@ -127,7 +127,7 @@ def _explain_compiler(error: RuntimeError) -> None:
         ) from error
 
 
-def _prepare_run_folder(config: ExperimentConfig, resumed: bool, overwrite: bool) -> None:
+def _prepare_run_folder(config: ExperimentConfig, index: ShardIndex, resumed: bool, overwrite: bool) -> None:
     if overwrite:
         _delete_run(config.run_dir)
     try:
@@ -136,6 +136,9 @@ def _prepare_run_folder(config: ExperimentConfig, resumed: bool, overwrite: bool
             # A run that was killed before its first checkpoint starts a new run of the tracker.
             (config.run_dir / RUN_RECORD_NAME).unlink(missing_ok=True)
         save_config(config, config.run_dir / "config.yaml")
+        if index.table is not None:
+            # New rows are read in the same way, when the shards may be gone.
+            write_whole(config.run_dir / TABLE_NAME, index.table.model_dump_json(indent=2).encode())
     except OSError as error:
         raise UserError(f"{config.run_dir}: cannot be written: {error}. Set output_dir=…") from error
 

@@ -8,15 +8,26 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from cmvae.utils.errors import UserError
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file atomically: readers see the old or the new content, also after a crash."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file atomically in pieces: it appears at `path` when the block ends without an error.
+
+    Yields the file to write into.
+    """
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
-        file.write(content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -380,7 +380,7 @@ def test_classes_are_in_the_same_order_whatever_the_hashes(tmp_path):
         ("--vector caption", r"birds\.csv: row 3, column caption: .A green bird.*is not a number.*--na"),
         ("--binary colour", r"row 2, column colour: 'red' is none of"),
         ("--vector wieght", r"no column 'wieght'. Did you mean 'weight'\?"),
-        ("--vector weight --label caption", r"row 2, column caption: empty"),
+        ("--text caption --group caption", r"row 2, column caption: empty"),
         ("--vector weight --split colour", r"row 2, column colour: 'red' is not a split"),
         ("--vector weight", r"birds\.csv: row 2, .*row 9, .*and 4 more: has no value in any modality"),
         ("--text colour --label colour", "--label colour: is also a modality"),
