@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from cmvae.data.index import INDEX_NAME
 from cmvae.datasets.base import random_stream
 from cmvae.datasets.columns import (
     IMAGE_SUFFIXES,
@@ -30,6 +33,7 @@ from cmvae.datasets.columns import (
 from cmvae.datasets.splits import draw_splits, fractions_text
 from cmvae.datasets.table_file import read_table
 from cmvae.datasets.user_data import (
+    MAX_KEY_LENGTH,
     add_shared_arguments,
     check_columns,
     check_keys,
@@ -113,8 +117,7 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
             raise_all(damaged.values())
         columns[name] = DamagedColumn(columns[name], damaged)
     check_columns(columns, places)
-    # A key ends at the first dot of a member's name, and plain names are safest in a tar.
-    keys = [re.sub(r"[^A-Za-z0-9_-]", "_", stem) for stem in stems]
+    keys = _make_keys(stems)
     check_keys(keys, places)
     return ColumnSource(
         name=arguments.name or arguments.out.name,
@@ -131,6 +134,19 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
     )
 
 
+def _make_keys(stems: Sequence[str]) -> list[str]:
+    """Keys like the names of the files; a part of the SHA-256 tells apart those that would be equal."""
+    # A key ends at the first dot of a member's name, and plain names are safest in a tar.
+    plain = [re.sub(r"[^A-Za-z0-9_-]", "_", stem) for stem in stems]
+    counts = Counter(plain)
+    return [
+        key
+        if counts[key] == 1 and len(key) <= MAX_KEY_LENGTH
+        else f"{key[: MAX_KEY_LENGTH - 17]}-{hashlib.sha256(stem.encode()).hexdigest()[:16]}"
+        for key, stem in zip(plain, stems, strict=True)
+    ]
+
+
 def _list_files(folder: Path) -> dict[str, dict[str, Path]]:
     """Files of each subfolder by stem; hidden files are ignored, and other suffixes reported and ignored.
 
@@ -140,7 +156,9 @@ def _list_files(folder: Path) -> dict[str, dict[str, Path]]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder. Give one with a subfolder for each modality")
     files: dict[str, dict[str, Path]] = {}
-    for subfolder in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
+    subfolders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    # Shards may be packed into the folder of the data.
+    for subfolder in sorted(path for path in subfolders if not (path / INDEX_NAME).is_file()):
         found: dict[str, Path] = {}
         ignored: Counter[str] = Counter()
         for path in sorted(subfolder.iterdir()):
@@ -149,9 +167,11 @@ def _list_files(folder: Path) -> dict[str, dict[str, Path]]:
             if path.suffix.lower() not in _KINDS:
                 ignored[path.suffix or path.name] += 1
                 continue
-            if path.stem in found:
-                raise UserError(f"{path}: {found[path.stem].name} has the same name. Keep one of them")
-            found[path.stem] = path
+            # Some systems write é as one character, others as two.
+            stem = unicodedata.normalize("NFC", path.stem)
+            if stem in found:
+                raise UserError(f"{path}: {found[stem].name} has the same name. Keep one of them")
+            found[stem] = path
         if ignored:
             shown = ", ".join(f"{count} {suffix}" for suffix, count in ignored.items())
             print(f"note: {subfolder}: ignored: {shown}", file=sys.stderr)
@@ -237,7 +257,8 @@ def _read_labels(path: Path, stems: Sequence[str]) -> tuple[np.ndarray | None, t
     if not path.is_file():
         return None, None
     table = read_table(path)
-    label_of = dict(zip(table.filled("name"), table.column("label"), strict=True))
+    names = [unicodedata.normalize("NFC", name) for name in table.filled("name")]
+    label_of = dict(zip(names, table.column("label"), strict=True))
     lacking = [stem for stem in stems if stem not in label_of]
     if lacking:
         raise UserError(

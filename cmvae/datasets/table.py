@@ -70,6 +70,8 @@ class ModalityRequest(NamedTuple):
     """Name that the user gives; None makes one from the columns."""
     columns: tuple[str, ...]
     """Names of columns, or patterns with `*`."""
+    text: str = ""
+    """The flag as it was given: a name of a column may contain a comma or `=`."""
 
 
 def _request(kind: RequestKind, text: str) -> ModalityRequest:
@@ -85,7 +87,7 @@ def _request(kind: RequestKind, text: str) -> ModalityRequest:
             check_name(name)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
-    return ModalityRequest(kind, name or None, names)
+    return ModalityRequest(kind, name or None, names, text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -332,6 +334,8 @@ def _name_modalities(
 def _name_modality(
     request: ModalityRequest, table: Table, excluded: Set[str | None], named: dict[str, ModalityRequest]
 ) -> None:
+    if request.text in table.columns:
+        request = ModalityRequest(request.kind, None, (request.text,))
     columns = tuple(column for name in request.columns for column in table.matching(name, excluded))
     if len(columns) > 1 and request.kind not in _OF_SEVERAL_COLUMNS:
         raise UserError(

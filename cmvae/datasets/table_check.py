@@ -119,7 +119,7 @@ def _describe_range(form: str, values: Sequence[float]) -> str:
     if form == "dates":
         first, last = (datetime.fromtimestamp(v, timezone.utc).date() for v in (min(values), max(values)))
         return f"from {first} to {last}"
-    return f"{len(set(values)):,} different numbers from {min(values):g} to {max(values):g}"
+    return f"{len(set(values)):,} different numbers from {min(values):.10g} to {max(values):.10g}"
 
 
 def _suffix(cell: str) -> str:

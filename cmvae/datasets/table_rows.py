@@ -145,11 +145,12 @@ def read_cells(kind: str, columns: Sequence[str], table: Table, decimal: str) ->
     first = columns[0]
     if kind == "image":
         places = [f"{place}, column {first}" for place in table.places]
-        paths, problems = [], Problems()
-        for cell, place in zip(table.column(first), places, strict=True):
+        problems = Problems()
+        paths: list[Path | None] = []
+        for cell, row in zip(table.column(first), places, strict=True):
             paths.append(None)
             with problems.collecting():
-                paths[-1] = None if cell is None else _resolve(table.path.parent, cell, place)
+                paths[-1] = None if cell is None else _resolve(table.path.parent, cell, row)
         problems.raise_all()
         return Values("image", paths, places=places)
     if kind == "text":

@@ -36,7 +36,8 @@ SETTINGS: Mapping[str, Any] = {
     "config": None,
 }
 """Flags about training data and their defaults."""
-_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
+MAX_KEY_LENGTH = 80
+_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}")
 _MAX_EXAMPLES = 5
 """Number of examples in a message."""
 
@@ -158,7 +159,8 @@ def check_keys(keys: Sequence[str], places: Sequence[str]) -> None:
     for key, place in zip(keys, places, strict=True):
         if not _KEY.fullmatch(key):
             problems.append(
-                f"{place}: the key {key!r} is not valid. Use at most 80 ASCII letters, digits, '_' and '-'"
+                f"{place}: the key {key!r} is not valid. Use at most {MAX_KEY_LENGTH} ASCII letters, "
+                "digits, '_' and '-'"
             )
         elif key in seen:
             problems.append(f"{place}: the key {key!r} is also that of {seen[key]}. Keys must differ")

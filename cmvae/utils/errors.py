@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 
 MAX_PROBLEMS = 20
 """Number of problems that are named at once."""
@@ -15,6 +14,9 @@ class UserError(Exception):
 
     Commands print the message without a traceback and exit with code 2.
     """
+
+    problems: Sequence[str] = ()
+    """All problems, if the message is about several."""
 
 
 class Problems:
@@ -29,7 +31,7 @@ class Problems:
         try:
             yield
         except UserError as error:
-            self._messages += str(error).splitlines()
+            self._messages += error.problems or [str(error)]
 
     def raise_all(self) -> None:
         """See `raise_all`."""
@@ -42,8 +44,9 @@ def raise_all(problems: Iterable[str]) -> None:
     Raises:
         UserError: there are problems. The first `MAX_PROBLEMS` are named.
     """
-    rest = iter(problems)
-    named = list(islice(rest, MAX_PROBLEMS))
-    more = sum(1 for _ in rest)
-    if named:
-        raise UserError("\n".join([*named, *([f"... and {more:,} more"] if more else [])]))
+    found = list(problems)
+    if found:
+        more = len(found) - MAX_PROBLEMS
+        error = UserError("\n".join(found[:MAX_PROBLEMS] + ([f"... and {more:,} more"] if more > 0 else [])))
+        error.problems = found
+        raise error

@@ -1,17 +1,19 @@
 import calendar
 import itertools
 import math
+import re
 from datetime import datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from packing import read, write_csv
+from packing import parse, read, write_csv
 from PIL import Image
 from pyarrow import parquet
 
 from cmvae.data.reader import EvaluationLoader
+from cmvae.datasets import table
 from cmvae.datasets.columns import number_classes
 from cmvae.datasets.writer import write_shards
 from cmvae.utils.errors import UserError
@@ -469,3 +471,106 @@ def test_sixteen_bits_are_refused_rather_than_clipped(tmp_path):
     source = read(write_csv(tmp_path / "t.csv", [{"p": "deep.png"}] * 30), "--image p")
     with pytest.raises(UserError, match="more than 8 bits per channel"):
         source.sample("train", 0)
+
+
+def test_half_of_the_labels_are_enough(tmp_path):
+    """Samples without a label keep their place, and metrics count the others."""
+    rows = [{"x": n / 2, "kind": ("", "a", "b")[n % 3]} for n in range(60)]
+    source = read(write_csv(tmp_path / "t.csv", rows), "--vector x --label kind")
+    index = write_shards(source, tmp_path / "out")
+    assert index.class_names == ("a", "b")
+    assert index.partly_labelled
+    for split in index.splits:
+        for batch in EvaluationLoader(tmp_path / "out", split=split, modalities=["x"], batch_size=60):
+            for key, label in zip(batch["key"], batch["label"].tolist(), strict=True):
+                assert label == (int(key.removeprefix("row-")) - 2) % 3 - 1
+    empty = write_csv(tmp_path / "u.csv", [{"x": n / 2, "kind": ""} for n in range(60)])
+    with pytest.raises(UserError, match="column kind: no row has a label"):
+        read(empty, "--vector x --label kind")
+
+
+def test_all_mistakes_are_named_at_once(tmp_path):
+    rows = [
+        {"x": "a" if n in (3, 7) else n / 2, "y": "?" if n == 9 else 0.5 + n % 3, "k": n // 2}
+        for n in range(60)
+    ]
+    path = write_csv(tmp_path / "t.csv", rows)
+    with pytest.raises(UserError) as caught:
+        read(path, "--vector xy=x,y --key k --text none")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 21
+    assert sum("no column 'none'" in line for line in lines) == 1
+    assert lines[-1] == "... and 14 more"
+    with pytest.raises(UserError) as caught:
+        read(path, "--vector xy=x,y")
+    places = re.findall(r"row (\d+), column (\w)", str(caught.value))
+    assert places == [("5", "x"), ("9", "x"), ("11", "y")]
+
+
+def test_all_ragged_rows_are_named(tmp_path):
+    path = write(tmp_path / "t.csv", "a,b\n1,2,3\n" + "1,2\n" * 20 + "1\n")
+    with pytest.raises(UserError, match=r"(?s)row 2 has 3 cells.*row 23 has 1 cells"):
+        read(path, "--vector a")
+
+
+def test_names_of_columns_may_have_commas_and_equals_signs(tmp_path):
+    rows = [{"a,b": n / 2, "c=d": n % 5, "x": n % 3} for n in range(40)]
+    source = read(write_csv(tmp_path / "t.csv", rows), "--vector a,b --vector c=d --vector e=x")
+    assert {name: m.columns for name, m in source.modalities.items()} == {
+        "a_b": ("a,b",), "c_d": ("c=d",), "e": ("x",)
+    }  # fmt: skip
+
+
+def test_pictures_in_parquet_cells_are_explained(tmp_path):
+    table = pa.table({"p": [b"\x89PNG"] * 30, "q": [{"bytes": b"x", "path": "a"}] * 30})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    for column in ("p", "q"):
+        with pytest.raises(UserError, match=rf"row 1, column {column}: binary or nested data. Save the"):
+            read(tmp_path / "t.parquet", f"--image {column}")
+
+
+def test_words_that_are_mostly_unknown_are_reported(tmp_path, capsys):
+    texts = [{"t": f"w{n} v{n} the", "u": "a red bird " * 20} for n in range(40)]
+    read(write_csv(tmp_path / "t.csv", texts), "--text t --text u")
+    reported = capsys.readouterr().err
+    assert "warning: t: 64 of 96 words of the train split occur less than 3 times" in reported
+    assert "note: u: 40 texts are cut after 31 words" in reported
+    assert "warning: u" not in reported
+
+
+def test_a_column_is_taken_for_what_its_cells_are(tmp_path):
+    rows = [
+        {
+            "id": 100 + n, "size": n % 7 / 2, "ok": ("yes", "no")[n % 2], "day": f"2024-01-{1 + n % 28:02d}",
+            "photo": f"p/{n}.JPG", "kind": "ab"[n % 2] * 2, "note": f"a text of {n} words",
+            "name": f"n{n * 7 % 40}",
+            "same": "x", "none": "", "mixed": n / 2 if n % 9 else "oops",
+        }
+        for n in range(40)
+    ]  # fmt: skip
+    path = write_csv(tmp_path / "t.csv", rows)
+    report = table.check_report(parse(path, "--vector size --label kind"))
+    found = {
+        cells[0]: cells[1:] for line in report.splitlines()[2:] if (cells := re.split(r" *\| *", line)[1:-1])
+    }
+    assert {name: form for name, (_, form, _) in found.items()} == {
+        "id": "key", "size": "numbers", "ok": "yes or no", "day": "dates", "photo": "images",
+        "kind": "categories",
+        "note": "text", "name": "key", "same": "nothing", "none": "nothing", "mixed": "numbers",
+    }  # fmt: skip
+    assert found["size"][0] == "--vector size"
+    assert found["kind"][0] == "--label kind"
+    assert found["photo"][0] == "not used; --image photo"
+    assert "not 'oops' in row 2 and 4 more" in found["mixed"][2]
+
+
+def test_missing_images_can_be_left_out(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    rows = [{"p": "gone.png" if n == 4 else "one.png", "x": n % 9} for n in range(30)]
+    path = write_csv(tmp_path / "t.csv", rows)
+    with pytest.raises(UserError, match=r"row 6, column p: .*gone\.png: no such file"):
+        read(path, "--image p")
+    source = read(path, "--image p --on-error skip --image-size 8")
+    index = write_shards(source, tmp_path / "out", on_error="skip")
+    assert sum(split.num_samples for split in index.splits.values()) == 29
+    assert "row 6, column p" in (tmp_path / "out" / "skipped.txt").read_text()
