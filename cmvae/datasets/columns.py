@@ -457,9 +457,13 @@ def number_classes(names: Sequence[str | None]) -> tuple[np.ndarray, tuple[str, 
 def resolve_inside(folder: Path, text: str) -> Path:
     """A path from a data file: absolute, or relative to the folder of that file.
 
+    Backslashes, as Windows writes them, separate folders if there is no file of that name.
+
     Raises:
         ValueError: a relative path leads out of the folder.
     """
+    if "\\" in text and not (folder / text).exists():
+        text = text.replace("\\", "/")
     inside = os.path.normpath(text)
     if inside == os.pardir or inside.startswith(os.pardir + os.sep):
         raise ValueError(f"{text} leads out of {folder}. Write an absolute path if this is intended")

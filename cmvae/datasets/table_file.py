@@ -158,6 +158,8 @@ def read_table_parts(path: Path, separator: str | None, empty: Set[str], part_si
     Raises:
         UserError: the file is missing, damaged or has no rows; also while reading.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder. Give one .csv, .tsv or .parquet file with all rows")
     if not path.is_file():
         raise UserError(f"{path}: no such file. Give the path of a .csv, .tsv or .parquet file")
     is_parquet = path.suffix.lower() == ".parquet"
