@@ -16,9 +16,12 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from filelock import FileLock
 
 from cmvae.config import ExperimentConfig, RefinerExperiment, dump_yaml, flatten
 from cmvae.data.index import ShardIndex
@@ -43,6 +46,8 @@ _EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
 _MODEL_ARTIFACT = "mlflow_model"
 # MLflow accepts digests of up to 36 characters.
 _DIGEST_LENGTH = 36
+# Seconds to wait for another training that creates the same database.
+_MAX_WAIT = 120.0
 # Prefix of the tags that hold the last step of an image series.
 _LAST_STEP_TAG = "last_step."
 
@@ -381,8 +386,9 @@ def _continue_or_create_run(config: ExperimentConfig, run_dir: Path) -> tuple[Ml
             uri,
         )
     uri = _absolute(wanted_uri or f"{_SQLITE}mlflow.db")
-    client = MlflowClient(tracking_uri=uri)
-    run_id = _create_run(client, config)
+    with _creating_database(uri):
+        client = MlflowClient(tracking_uri=uri)
+        run_id = _create_run(client, config)
     _write_record(run_dir, _RunRecord(uri, run_id))
     return client, run_id, True
 
@@ -391,6 +397,12 @@ def _create_run(client: MlflowClient, config: ExperimentConfig) -> str:
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is None:
         experiment_id = client.create_experiment(config.tracking.experiment, tags=_EXPERIMENT_KIND)
+    elif experiment.lifecycle_stage != "active":
+        raise UserError(
+            f"the experiment {config.tracking.experiment!r} was deleted in MLflow. Set "
+            "tracking.experiment=NAME, or restore it with `mlflow experiments restore -x "
+            f"{experiment.experiment_id}`"
+        )
     else:
         experiment_id = experiment.experiment_id
     return client.create_run(experiment_id, run_name=config.name).info.run_id
@@ -470,6 +482,14 @@ def _absolute(uri: str) -> str:
 def _database_is_missing(uri: str) -> bool:
     # SQLite would create an empty database.
     return uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE).partition("?")[0]).is_file()
+
+
+def _creating_database(uri: str) -> AbstractContextManager[object]:
+    """Wait for another training that creates the same SQLite database: MLflow fails if two do so at once."""
+    if not uri.startswith(_SQLITE):
+        return nullcontext()
+    path = uri.removeprefix(_SQLITE).partition("?")[0]
+    return FileLock(f"{path}.lock", timeout=_MAX_WAIT)
 
 
 def _render(figure: Figure) -> Image:
