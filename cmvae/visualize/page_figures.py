@@ -140,6 +140,7 @@ def tree_figure(joins: FloatArray, leaves: IntArray) -> Figure:
             "xaxis": {
                 "tickvals": places,
                 "ticktext": drawn["ivl"],
+                "range": [0, 10 * len(leaves)],
                 "title": {"text": "cluster"},
                 "showgrid": False,
                 "zeroline": False,
@@ -166,7 +167,7 @@ def histogram_figure(histograms: Sequence[Histogram], colour: str) -> Figure:
                     "x": _numbers(centres),
                     "y": _numbers(shares),
                     "width": float(histogram.edges[1] - histogram.edges[0]),
-                    "marker": {"color": fill, "opacity": 0.6, "line": {"width": 0}},
+                    "marker": {"color": fill, "opacity": 0.7, "line": {"width": 0}},
                     "showlegend": panel == 1,
                     "legendgroup": name,
                     "hovertemplate": "%{x:.4g}: %{y:.0%}",
