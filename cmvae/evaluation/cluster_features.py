@@ -102,7 +102,7 @@ def _add_columns(found: Sequence[ClusterFeatures], name: str, statistics: Column
     inside = sums / np.maximum(counts, 1)
     outside = (sums.sum(0) - sums) / np.maximum(counts.sum() - counts, 1)
     for place, features in enumerate(found):
-        for column in np.flatnonzero(np.abs(effects[place]) >= _SMALL_EFFECT):
+        for column in np.flatnonzero(np.abs(effects[place]) >= _SMALL_EFFECT).tolist():
             view = FeatureView(
                 name,
                 shorten(statistics.modality.table_columns[column]),
@@ -110,7 +110,7 @@ def _add_columns(found: Sequence[ClusterFeatures], name: str, statistics: Column
                 _format_mean(statistics.modality, outside[place, column], column),
                 f"{effects[place, column]:+.2f}",
             )
-            features.columns.append(Feature(view, float(effects[place, column]), int(column)))
+            features.columns.append(Feature(view, float(effects[place, column]), column))
 
 
 def _add_categories(found: Sequence[ClusterFeatures], name: str, statistics: CategoryStatistics) -> None:
@@ -123,7 +123,7 @@ def _add_categories(found: Sequence[ClusterFeatures], name: str, statistics: Cat
     # A word that is as frequent elsewhere says nothing, and a rare one little.
     often = (inside >= _SMALL_SHARE) & (inside >= _SMALL_LIFT * outside)
     for place, features in enumerate(found):
-        for category in np.flatnonzero(often[place]):
+        for category in np.flatnonzero(often[place]).tolist():
             view = FeatureView(
                 name,
                 shorten(statistics.names[category]),
@@ -142,7 +142,7 @@ def _add_presence(
     sizes = summary.sizes
     inside = present / np.maximum(sizes, 1)
     outside = (present.sum() - present) / np.maximum(sizes.sum() - sizes, 1)
-    for place in np.flatnonzero((sizes > 0) & (np.abs(inside - outside) >= _SMALL_EFFECT)):
+    for place in np.flatnonzero((sizes > 0) & (np.abs(inside - outside) >= _SMALL_EFFECT)).tolist():
         strength = inside[place] / max(outside[place], 1e-9)
         view = FeatureView("", name, f"{inside[place]:.0%}", f"{outside[place]:.0%}", f"{strength:.2f}")
         found[place].presence.append(Feature(view, float(strength)))

@@ -37,9 +37,9 @@ from cmvae.utils.files import write_whole
 from cmvae.utils.progress import progress_bar
 from cmvae.visualize import page_figures, plots
 from cmvae.visualize.cluster_page import (
+    CheckView,
     ClusterPage,
     ClusterView,
-    DisagreementView,
     SampleView,
     ValueView,
     render_page,
@@ -51,7 +51,7 @@ PAGE_NAME = "report.html"
 # Limits that bound the size of the page, whatever the data: pictures on the cards and on the map, samples of
 # each kind per cluster, samples to check.
 _CARD_PICTURES, _MAP_PICTURES, _CHECK_PICTURES = 1500, 1500, 120
-_MAX_MEMBERS, _MAX_DISAGREEMENTS = 8, 40
+_MAX_MEMBERS, _MAX_TO_CHECK = 8, 40
 _MAP_PICTURE_SIZE = 32
 _MAX_CURVES, _MAX_CURVE_POINTS = 24, 200
 _TEXT_LENGTH = 160
@@ -136,7 +136,7 @@ def summary_limits(source: ReportSource) -> SummaryLimits:
     per_cluster = 3 * max(images, 1) * int(source.model.cluster_prior.active.sum())
     return SummaryLimits(
         members=min(_MAX_MEMBERS, max(1, _CARD_PICTURES // per_cluster)),
-        disagreements=min(_MAX_DISAGREEMENTS, max(1, _CHECK_PICTURES // max(images, 1))),
+        rare_choices=min(_MAX_TO_CHECK, max(1, _CHECK_PICTURES // max(images, 1))),
         map_samples=source.config.evaluation.map_samples,
         histogram_samples=HISTOGRAM_SAMPLES,
     )
@@ -198,11 +198,11 @@ def make_page(source: ReportSource, summary: ClusterSummary) -> ClusterPage:
         tree=tree,
         criteria=_criteria(source.record, len(clusters)),
         confusion=_confusion(index, summary),
-        disagreements=[
-            DisagreementView(_sample_view(source, member), member.disagreement, member.opinions)
-            for member in summary.disagreeing.items()
+        to_check=[
+            CheckView(_sample_view(source, rare.member), rare.modality, rare.rate, rare.member.opinions)
+            for rare in summary.rare_choices.ranked()
         ],
-        disagreement_note=_disagreement_note(summary),
+        check_note=_check_note(source, summary),
         curves=curves,
         curves_note=curves_note,
         settings=dump_yaml(source.config),
@@ -373,16 +373,18 @@ def _confusion(index: ShardIndex, summary: ClusterSummary) -> page_figures.Figur
     return page_figures.confusion_figure(counts[:, order], names, summary.clusters[order].tolist())
 
 
-def _disagreement_note(summary: ClusterSummary) -> str:
+def _check_note(source: ReportSource, summary: ClusterSummary) -> str:
     if not summary.num_several_modalities:
         return "No sample has two modalities that could disagree."
     share = summary.num_split_opinions / summary.num_several_modalities
-    return (
+    note = (
         f"The modalities of {summary.num_split_opinions:,} of {summary.num_several_modalities:,} samples "
-        f"({share:.1%}) choose different clusters. Those that disagree most come first: wrong pairs, wrong "
-        "entries and borderline cases. Disagreement is the Jensen–Shannon divergence of p(c|z) from each "
-        "modality, divided by its maximum."
+        f"({share:.1%}) choose different clusters. First come those for which a modality chooses what it "
+        "rarely chooses for samples of this cluster: wrong pairs, wrong entries and borderline cases."
     )
+    if "train" in source.splits and len(source.splits) > 1:
+        note += " The model may have learned wrong pairs of the train split by heart; it has not seen others."
+    return note
 
 
 def _curves(run_dir: Path) -> tuple[page_figures.Figure | None, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -27,6 +27,8 @@ Item = TypeVar("Item")
 
 # Pixels of the longer side of the images that are kept.
 THUMBNAIL_SIZE = 64
+# Candidates for each sample in the list of rare choices.
+_KEPT_PER_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class SummaryLimits:
 
     members: int
     """Per cluster: nearest to its mean, and least sure."""
-    disagreements: int
-    """Samples whose modalities disagree most."""
+    rare_choices: int
+    """Samples for which a modality makes its rarest choices."""
     map_samples: int
     """Random samples."""
     histogram_samples: int
@@ -83,9 +85,81 @@ class LowestScored(Generic[Item]):
         elif self._heap and score < -self._heap[0][0]:
             heapq.heapreplace(self._heap, (-score, -next(self._count), make()))
 
+    def __len__(self) -> int:
+        return len(self._heap)
+
     def items(self) -> list[Item]:
         """The items, lowest score first."""
         return [item for _, _, item in sorted(self._heap, key=lambda entry: (-entry[0], -entry[1]))]
+
+
+@dataclass(frozen=True)
+class RareChoice:
+    """A sample for which a modality chooses a cluster that it rarely chooses for others of its cluster."""
+
+    member: Member
+    modality: str
+    rate: float
+    """Share of the samples of its cluster for which the modality chooses the same."""
+
+
+class RareChoices:
+    """The samples for which a modality makes its rarest choices, from one pass.
+
+    A modality that cannot tell two clusters apart confuses them often, which says little about a sample. So
+    samples are collected by modality, cluster and choice; when there are too many, those of the most frequent
+    choice are dropped.
+
+    Args:
+        names: the M modalities.
+        num_clusters: K.
+        limit: number of samples in the result.
+    """
+
+    def __init__(self, names: Sequence[str], num_clusters: int, limit: int) -> None:
+        self._names, self._limit = names, limit
+        self._counts = np.zeros((len(names), num_clusters, num_clusters), dtype=np.int64)
+        self._kept: dict[tuple[int, int, int], LowestScored[Member]] = {}
+        self._dropped: set[tuple[int, int, int]] = set()
+        self._num_kept = 0
+
+    def count(self, places: IntArray, choices: IntArray, present: BoolArray) -> None:
+        """Count choices.
+
+        Args:
+            places: (B,) cluster of each sample, from 0 to K − 1.
+            choices: (B, M) cluster that each modality chooses, from 0 to K − 1.
+            present: (B, M) bool, the modalities that a sample has.
+        """
+        for m, there in enumerate(present.T):
+            np.add.at(self._counts[m], (places[there], choices[there, m]), 1)
+
+    def offer(self, m: int, place: int, choice: int, score: float, make: Callable[[], Member]) -> None:
+        """Keep a counted sample whose modality m chooses another cluster; low scores are kept first."""
+        cell = (m, place, choice)
+        if cell in self._dropped:
+            return
+        kept = self._kept.setdefault(cell, LowestScored[Member](self._limit))
+        before = len(kept)
+        kept.offer(score, make)
+        self._num_kept += len(kept) - before
+        while self._num_kept > _KEPT_PER_LISTED * self._limit and len(self._kept) > 1:
+            frequent = max(self._kept, key=self._rate)
+            self._num_kept -= len(self._kept.pop(frequent))
+            self._dropped.add(frequent)
+
+    def ranked(self) -> list[RareChoice]:
+        """Each sample once, with its rarest choice; the rarest choices first."""
+        found: dict[tuple[str, str], RareChoice] = {}
+        for cell in sorted(self._kept, key=self._rate):
+            for member in self._kept[cell].items():
+                choice = RareChoice(member, self._names[cell[0]], self._rate(cell))
+                found.setdefault((member.split, member.key), choice)
+        return list(found.values())[: self._limit]
+
+    def _rate(self, cell: tuple[int, int, int]) -> float:
+        m, place, choice = cell
+        return float(self._counts[m, place, choice] / self._counts[m, place].sum())
 
 
 class ModalityStatistics:
@@ -201,8 +275,8 @@ class ClusterSummary:
         """Per cluster the samples with the lowest p(c|z)."""
         self.random = [LowestScored[Member](limits.histogram_samples) for _ in self.clusters]
         """Per cluster random samples, without images."""
-        self.disagreeing = LowestScored[Member](limits.disagreements)
-        """The samples whose modalities disagree most."""
+        self.rare_choices = RareChoices(model.modality_names, number, limits.rare_choices)
+        """The samples for which a modality makes its rarest choices."""
         self.map = LowestScored[Member](limits.map_samples)
         """Random samples of all clusters."""
 
@@ -230,6 +304,7 @@ class ClusterSummary:
         locations = joint_location(shared_loc, present)
         distances = np.linalg.norm(locations - self._means[clusters], axis=1)
         places = np.searchsorted(self.clusters, clusters)
+        chosen = np.searchsorted(self.clusters, choices)
         labels = raw["label"].numpy()[kept]
 
         np.add.at(self.sizes, places, 1)
@@ -241,6 +316,7 @@ class ClusterSummary:
         differ = (present & (choices != first)).any(1)
         self.num_several_modalities += int(several.sum())
         self.num_split_opinions += int(differ.sum())
+        self.rare_choices.count(places, chosen, present)
         for m, (name, statistics) in enumerate(self.modalities.items()):
             there = present[:, m]
             if there.any():
@@ -272,8 +348,10 @@ class ClusterSummary:
             self.least_sure[place].offer(confidence[row], member)
             self.map.offer(drawn[row, 0], member)
             self.random[place].offer(drawn[row, 1], lambda member=member: member(images=False))
-            if differ[row]:
-                self.disagreeing.offer(-disagreements[row], member)
+            if several[row]:
+                for odd in np.flatnonzero(present[row] & (choices[row] != clusters[row])).tolist():
+                    choice = int(chosen[row, odd])
+                    self.rare_choices.offer(odd, place, choice, -disagreements[row], member)
 
 
 def _statistics_of(modality: Modality, num_clusters: int) -> ModalityStatistics:

@@ -79,11 +79,14 @@ class ClusterView:
 
 
 @dataclass(frozen=True)
-class DisagreementView:
+class CheckView:
     """A sample whose modalities choose different clusters."""
 
     sample: SampleView
-    score: float
+    modality: str
+    """The modality that makes the rarest choice."""
+    rate: float
+    """How often this modality chooses the same for samples of the cluster."""
     opinions: Mapping[str, tuple[int, float]]
     """Modality → the cluster that it chooses, and its probability."""
 
@@ -108,8 +111,8 @@ class ClusterPage:
     tree: Figure | None
     criteria: Figure | None
     confusion: Figure | None
-    disagreements: Sequence[DisagreementView]
-    disagreement_note: str
+    to_check: Sequence[CheckView]
+    check_note: str
     curves: Figure | None
     curves_note: str
     settings: str
