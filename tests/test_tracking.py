@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
 from cmvae.config import CMVAEExperiment, RefinerExperiment, flatten
-from cmvae.tracking import NullTracker, Tracker, open_tracker, resume_tracker
+from cmvae.tracking import NullTracker, Tracker, open_tracker, read_curve, read_curves, resume_tracker
+from cmvae.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +87,11 @@ def test_a_training_can_be_read_back(tmp_path: Path, run_dir: Path) -> None:
     assert run.data.params == {key: str(value) for key, value in flatten(config).items()}
     history = reader.get_metric_history(run.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(1, 3.5), (2, 2.5)]
+    assert read_curve(run_dir, "train/loss") == {1: 3.5, 2: 2.5}
+    curves = read_curves(run_dir, ("train/", "validation/"))
+    assert curves == {"train/loss": {1: 3.5, 2: 2.5}, "validation/loss": {1: 4.0}}
+    with pytest.raises(UserError, match="no metric 'train/nonsense'"):
+        read_curve(run_dir, "train/nonsense")
     assert run.data.metrics["validation/loss"] == 4.0
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "trial"
@@ -105,6 +111,16 @@ def test_a_training_can_be_read_back(tmp_path: Path, run_dir: Path) -> None:
     ]
     pixels = mlflow.Image(str(artifacts / "images" / images[0])).to_array()
     assert pixels.shape == (50, 100, 3)
+
+
+def test_curves_of_a_run_without_a_record_or_a_database(tmp_path: Path, run_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"mlflow.json: missing.*tracking.enabled=true"):
+        read_curves(run_dir, ("train/",))
+    open_tracker(make_config(), run_dir, is_main=True).end("FINISHED")
+    (tmp_path / "mlflow.db").rename(tmp_path / "elsewhere.db")
+    with pytest.raises(UserError, match=r"database sqlite:.*mlflow.db does not exist"):
+        read_curves(run_dir, ("train/",))
+    assert not (tmp_path / "mlflow.db").exists(), "SQLite would create it"
 
 
 def test_the_source_commit_is_a_tag(tmp_path: Path, run_dir: Path) -> None:

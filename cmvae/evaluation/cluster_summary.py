@@ -143,10 +143,8 @@ class RareChoices:
         before = len(kept)
         kept.offer(score, make)
         self._num_kept += len(kept) - before
-        while self._num_kept > _KEPT_PER_LISTED * self._limit and len(self._kept) > 1:
-            frequent = max(self._kept, key=self._rate)
-            self._num_kept -= len(self._kept.pop(frequent))
-            self._dropped.add(frequent)
+        if self._num_kept > _KEPT_PER_LISTED * self._limit:
+            self._drop_frequent(self._num_kept // 2)
 
     def ranked(self) -> list[RareChoice]:
         """Each sample once, with its rarest choice; the rarest choices first."""
@@ -156,6 +154,14 @@ class RareChoices:
                 choice = RareChoice(member, self._names[cell[0]], self._rate(cell))
                 found.setdefault((member.split, member.key), choice)
         return list(found.values())[: self._limit]
+
+    def _drop_frequent(self, num_kept: int) -> None:
+        """Drop the most frequent choices until at most `num_kept` samples are left, or one choice."""
+        for cell in sorted(self._kept, key=self._rate)[:0:-1]:
+            if self._num_kept <= num_kept:
+                break
+            self._num_kept -= len(self._kept.pop(cell))
+            self._dropped.add(cell)
 
     def _rate(self, cell: tuple[int, int, int]) -> float:
         m, place, choice = cell
