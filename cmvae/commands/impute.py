@@ -75,7 +75,7 @@ def main() -> int:
     modalities = load_modalities(arguments.run)
     report_unknown(result.unknown, modalities)
     for name, number in result.left.items():
-        note(f"{name}: missing in {number:,} rows. Images are not written into a table")
+        note(f"{name}: missing in {number:,} rows, and not imputed: images are not written into a table")
     total = sum(result.filled.values())
     print(f"{total:,} cells filled in {result.num_rows:,} rows: {arguments.out}")
     for column, number in result.filled.items():
