@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,14 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from cmvae.clustering import joint_location
-from cmvae.config import CMVAEExperiment, load_config, save_config
+from cmvae.config import (
+    TABLE_NAME,
+    CMVAEExperiment,
+    load_cmvae_run,
+    load_config,
+    load_run_table,
+    save_config,
+)
 from cmvae.data.batch import stack_values, to_device
 from cmvae.data.index import TableSchema
 from cmvae.datasets.columns import ColumnSource, read_row
@@ -282,6 +289,46 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
             loaded.model_ = CMVAE.from_pretrained(folder, num_clusters=num_clusters)
             loaded._clusters = load_clusters(folder)
             loaded._kinds = dict(loaded.kinds or {})
+        loaded._set_clusters()
+        return loaded
+
+    @classmethod
+    def from_run(cls, run_dir: str | Path, num_clusters: int | None = None) -> MultimodalClusterer:
+        """Use the model of a training by `cmvae train`.
+
+        Where the run was trained on a table, data is a data frame with columns of that table; otherwise a
+        dict with the modalities of the run.
+
+        Args:
+            run_dir: folder of the run.
+            num_clusters: another number of clusters, from the same model; None keeps the number.
+
+        Raises:
+            ValueError: the folder is no run of a CMVAE that was trained to its end, or is damaged.
+        """
+        run_dir = Path(run_dir)
+        with _errors_as_value_errors():
+            config = load_cmvae_run(run_dir)
+            model = CMVAE.from_pretrained(run_dir / "export", num_clusters=num_clusters)
+            kinds = {name: cast(Kind, modality.kind) for name, modality in model.modalities.items()}
+            columns: dict[str, str | Sequence[str]] | None = None
+            if (run_dir / TABLE_NAME).is_file():
+                of_table = load_run_table(run_dir).columns
+                # One column is a list of its cells, several are a matrix.
+                columns = {
+                    name: list(of_table[name]) if kinds[name] in ("vector", "binary") else of_table[name][0]
+                    for name in kinds
+                }
+            sizes = [modality.shape[1] for modality in model.modalities.values() if modality.kind == "image"]
+            loaded = cls(
+                config.clusters.num_clusters,
+                kinds=kinds,
+                columns=columns,
+                seed=config.seed,
+                image_size=sizes[0] if sizes else 64,
+            )
+            loaded.config_, loaded.model_, loaded._kinds = config, model, kinds
+            loaded._clusters = load_clusters(run_dir / "export")
         loaded._set_clusters()
         return loaded
 

@@ -16,9 +16,12 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from filelock import FileLock
 
 from cmvae.config import ExperimentConfig, RefinerExperiment, dump_yaml, flatten
 from cmvae.data.index import ShardIndex
@@ -40,8 +43,11 @@ _SQLITE = "sqlite:///"
 _FIRST_PAUSE = 60.0
 # MLflow's pages treat an experiment without a kind as one of language models, and open another page for it.
 _EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
+_MODEL_ARTIFACT = "mlflow_model"
 # MLflow accepts digests of up to 36 characters.
 _DIGEST_LENGTH = 36
+# Seconds to wait for another training that creates the same database.
+_MAX_WAIT = 120.0
 # Prefix of the tags that hold the last step of an image series.
 _LAST_STEP_TAG = "last_step."
 
@@ -272,6 +278,39 @@ def read_curve(run_dir: Path, metric: str) -> dict[int, float]:
     return {point.step: point.value for point in points}
 
 
+def register_model(run_dir: Path, folder: Path, name: str) -> int:
+    """Log an MLflow model to the run of a training, and register it.
+
+    Args:
+        run_dir: folder of the run.
+        folder: the MLflow model.
+        name: name in the registry, which gets a new version.
+
+    Returns:
+        The number of the version.
+
+    Raises:
+        UserError: the run was not tracked, or MLflow refuses or does not answer.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    path = run_dir / RUN_RECORD_NAME
+    record = _read_record(path)
+    if record is None:
+        raise UserError(f"{path}: missing, because the run was not tracked. Train with tracking.enabled=true")
+    uri = _absolute(os.environ.get("MLFLOW_TRACKING_URI") or record.tracking_uri)
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        client.log_artifacts(record.run_id, str(folder), _MODEL_ARTIFACT)
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        source = f"{client.get_run(record.run_id).info.artifact_uri}/{_MODEL_ARTIFACT}"
+        return int(client.create_model_version(name, source, record.run_id).version)
+    except MlflowException as error:
+        raise UserError(f"--name {name}: cannot be registered in {uri}: {_first_line(error)}") from error
+
+
 def _guarded(config: ExperimentConfig, is_main: bool, opened: Callable[[], Tracker]) -> Tracker:
     if not (config.tracking.enabled and is_main):
         return NullTracker()
@@ -347,8 +386,9 @@ def _continue_or_create_run(config: ExperimentConfig, run_dir: Path) -> tuple[Ml
             uri,
         )
     uri = _absolute(wanted_uri or f"{_SQLITE}mlflow.db")
-    client = MlflowClient(tracking_uri=uri)
-    run_id = _create_run(client, config)
+    with _creating_database(uri):
+        client = MlflowClient(tracking_uri=uri)
+        run_id = _create_run(client, config)
     _write_record(run_dir, _RunRecord(uri, run_id))
     return client, run_id, True
 
@@ -357,6 +397,12 @@ def _create_run(client: MlflowClient, config: ExperimentConfig) -> str:
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is None:
         experiment_id = client.create_experiment(config.tracking.experiment, tags=_EXPERIMENT_KIND)
+    elif experiment.lifecycle_stage != "active":
+        raise UserError(
+            f"the experiment {config.tracking.experiment!r} was deleted in MLflow. Set "
+            "tracking.experiment=NAME, or restore it with `mlflow experiments restore -x "
+            f"{experiment.experiment_id}`"
+        )
     else:
         experiment_id = experiment.experiment_id
     return client.create_run(experiment_id, run_name=config.name).info.run_id
@@ -436,6 +482,14 @@ def _absolute(uri: str) -> str:
 def _database_is_missing(uri: str) -> bool:
     # SQLite would create an empty database.
     return uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE).partition("?")[0]).is_file()
+
+
+def _creating_database(uri: str) -> AbstractContextManager[object]:
+    """Wait for another training that creates the same SQLite database: MLflow fails if two do so at once."""
+    if not uri.startswith(_SQLITE):
+        return nullcontext()
+    path = uri.removeprefix(_SQLITE).partition("?")[0]
+    return FileLock(f"{path}.lock", timeout=_MAX_WAIT)
 
 
 def _render(figure: Figure) -> Image:

@@ -41,7 +41,7 @@ def find_cluster_means(shared_loc: FloatArray, present: BoolArray, num_clusters:
     from sklearn.cluster import KMeans
 
     points = shared_loc[present]
-    num_pieces = math.ceil(CENTRES_PER_COMPONENT * num_clusters)
+    num_pieces = min(math.ceil(CENTRES_PER_COMPONENT * num_clusters), len(points))
     pieces = np.full(present.shape, -1)
     pieces[present] = KMeans(num_pieces, n_init=_STARTS, random_state=0).fit(points).labels_
     # Renumbered without gaps: k-means finds fewer pieces if points are equal.

@@ -23,6 +23,7 @@ COMMANDS = {
     "baselines": "k-means on each modality of packed data",
     "classifiers": "train the classifiers that evaluation needs for coherence",
     "frechet": "Fréchet distance between two folders of images",
+    "register": "write a model for MLflow, to serve it",
     "push": "upload a model to the Hugging Face Hub, with a model card",
 }
 """Name of a command, a module of this package, and what it does."""

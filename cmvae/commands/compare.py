@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import json
 import math
 import statistics
@@ -23,6 +24,7 @@ from typing import Any
 from cmvae.config import flatten, load_run_config
 from cmvae.data.index import ShardIndex
 from cmvae.utils.arguments import command_parser
+from cmvae.utils.attempts import attempt
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
 from cmvae.utils.tables import markdown_table
@@ -280,7 +282,7 @@ def main() -> int:
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_whole(arguments.out / "comparison.md", comparison.encode())
-        figure.savefig(arguments.out / "comparison.png")
+        attempt("comparison.png", functools.partial(figure.savefig, arguments.out / "comparison.png"))
     except OSError as error:
         raise UserError(f"--out {arguments.out}: cannot be written: {error}") from error
     print(comparison)

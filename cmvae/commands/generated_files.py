@@ -30,6 +30,7 @@ from cmvae.distributed import run_on_main, start_evaluation_accelerator
 from cmvae.modalities import Modality
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.export import weights_sha256
+from cmvae.utils.attempts import attempt
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import holds_earlier_output, publish_folder, sync_file, whole_file, write_whole
 from cmvae.utils.progress import progress_bar
@@ -377,7 +378,8 @@ class GenerationFolder:
             for name in self._targets:
                 if self._modalities[name].table_columns:
                     self._join_table(name)
-            _draw_grid(self._staging / GRID_NAME, self._read_shown(), self._modalities)
+            shown = self._read_shown()
+            attempt(GRID_NAME, partial(_draw_grid, self._staging / GRID_NAME, shown, self._modalities))
             text = json.dumps({**record, "num_samples": num_samples}, indent=2, ensure_ascii=False)
             (self._staging / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
             shutil.rmtree(self._parts)

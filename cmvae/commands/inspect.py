@@ -10,6 +10,7 @@ the index, and draws a contact sheet.
 from __future__ import annotations
 
 import argparse
+import functools
 import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from pathlib import Path
 from cmvae.data.index import ShardIndex, ShardSchema
 from cmvae.data.remote import Location, is_remote
 from cmvae.utils.arguments import command_parser
+from cmvae.utils.attempts import attempt
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import sha256_of
 
@@ -135,6 +137,9 @@ def describe_tallies(index: ShardIndex, tallies: dict[str, Tally]) -> str:
         for label, class_name in enumerate(index.class_names):
             counts = (tally.labels[label] for tally in tallies.values())
             lines.append(f"{class_name:<{width}}" + "".join(f"{count:>12,}" for count in counts))
+        if index.partly_labelled:
+            unlabelled = "".join(f"{tally.labels[-1]:>12,}" for tally in tallies.values())
+            lines.append(f"{'(no label)':<{width}}" + unlabelled)
     optional = [name for name, modality in index.modalities.items() if modality.optional]
     if optional:
         lines.append(f"{'without':<12}" + "".join(f"{name:>12}" for name in tallies))
@@ -159,17 +164,13 @@ def check_sum(folder: Path, shard: ShardSchema) -> None:
         )
 
 
-def draw_sheet(location: Location, index: ShardIndex, path: Path) -> None:
-    """Draw the first samples of every split: a column a sample, a row a modality, labels below."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
+def draw_sheet(location: Location, index: ShardIndex, path: Path) -> Path:
+    """Draw the first samples of every split: one column per sample, one row per modality, labels below."""
     from cmvae.data.reader import EvaluationLoader
+    from cmvae.visualize.style import Figure
 
     height = _CELL * len(index.modalities) + 0.7
-    figure = plt.figure(figsize=(SHEET_COLUMNS * _CELL + _LABELS, len(index.splits) * height))
+    figure = Figure(figsize=(SHEET_COLUMNS * _CELL + _LABELS, len(index.splits) * height))
     panels = figure.subfigures(len(index.splits), squeeze=False)[:, 0]
     for panel, split in zip(panels, index.splits, strict=True):
         loader = EvaluationLoader(
@@ -199,9 +200,10 @@ def draw_sheet(location: Location, index: ShardIndex, path: Path) -> None:
                 else:
                     ax.set_facecolor("#dee2e6")
         for ax, label, key in zip(rows[-1], batch["label"].tolist(), batch["key"], strict=True):
-            text = index.class_names[label] if index.class_names is not None else key
+            text = index.class_names[label] if index.class_names is not None and label >= 0 else key
             ax.set_xlabel(text if len(text) <= 24 else f"{text[:23]}…", fontsize=6)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
+    return path
 
 
 def main() -> int:
@@ -214,6 +216,6 @@ def main() -> int:
     if not arguments.no_verify:
         print(describe_tallies(index, verify(location, index)))
         print("All shards have the checksums and sample counts of the index.")
-    draw_sheet(location, index, sheet)
-    print(f"Contact sheet: {sheet}")
+    if attempt(str(sheet), functools.partial(draw_sheet, location, index, sheet)):
+        print(f"Contact sheet: {sheet}")
     return 0

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import tempfile
 import time
 from pathlib import Path
 
 from cmvae.commands.new_rows import load_modalities
 from cmvae.config import load_run_table
-from cmvae.data.index import ShardIndex
+from cmvae.data.index import OnError, ShardIndex
 from cmvae.datasets import SOURCES
 from cmvae.datasets.columns import ColumnSource
-from cmvae.datasets.table import open_new_rows
+from cmvae.datasets.table import check_report, open_new_rows
 from cmvae.utils.arguments import command_parser, non_negative_integer, positive_integer
 from cmvae.utils.errors import UserError
 
@@ -65,19 +67,29 @@ def main() -> int:
     """Pack, print a summary and the next command."""
     arguments = parse_arguments()
     # Slow to import; after the flags, so that a mistake in them shows at once.
-    from cmvae.datasets.writer import write_shards
+    from cmvae.datasets.writer import SKIPPED_NAME, write_shards
     from cmvae.training.starter_config import write_starter_config
+    from cmvae.training.trial import try_starter_config
     from cmvae.utils.files import write_whole
     from cmvae.utils.progress import progress_bar
 
     started = time.perf_counter()
     module = SOURCES[arguments.source]
     like: Path | None = getattr(arguments, "like", None)
+    on_error: OnError = getattr(arguments, "on_error", "error")
     known_config = module.config_for(arguments)
     config = known_config if known_config is not None else arguments.config
-    if known_config is None and config is not None and config.exists() and not arguments.force:
-        raise UserError(f"--config {config}: is there already. Choose another, or add --force")
+    checks = getattr(arguments, "check", False)
+    if checks:
+        print(check_report(arguments))
+    elif known_config is None and config is not None:
+        check_config_path(config, arguments.force)
     source = module.from_arguments(arguments) if like is None else open_like(arguments, like)
+    if known_config is None and like is None:
+        try_starter_config(source, arguments.out, on_error)
+    if checks:
+        print("Nothing is wrong. Pack the table without --check")
+        return 0
     with progress_bar(desc=str(arguments.out), unit=" samples") as bar:
 
         def report(done: int, total: int) -> None:
@@ -92,6 +104,7 @@ def main() -> int:
             num_workers=arguments.workers,
             limit=arguments.limit,
             force=arguments.force,
+            on_error=on_error,
             table=source.table if isinstance(source, ColumnSource) else None,
             report=report,
         )
@@ -100,17 +113,33 @@ def main() -> int:
         if config is None:
             print(f"A config to start from; --config PATH writes it:\n\n{starter}")
         else:
-            config.parent.mkdir(parents=True, exist_ok=True)
             write_whole(config, starter.encode())
     print_summary(index, time.perf_counter() - started)
-    print(f"Look at it: cmvae inspect {arguments.out}")
+    if (arguments.out / SKIPPED_NAME).is_file():
+        print(f"Samples with a missing or damaged file were left out: {arguments.out / SKIPPED_NAME}")
+    print(f"Look at it: cmvae inspect {shlex.quote(str(arguments.out))}")
     if like is not None:
         print(f"Assign it: cmvae cluster {like} {arguments.out} --out clusters.csv")
     if known_config is not None:
         print(f"Train on it: cmvae train {known_config.stem} data.shards={arguments.out}")
     elif config is not None:
-        print(f"Train on it: cmvae train {config}")
+        print(f"Train on it: cmvae train {shlex.quote(str(config))}")
     return 0
+
+
+def check_config_path(path: Path, force: bool) -> None:
+    """Check before anything is packed that the starter config can be written.
+
+    Raises:
+        UserError: it is there already and not to be replaced, or its folder cannot be written.
+    """
+    if path.exists() and not force:
+        raise UserError(f"--config {path}: is there already. Choose another, or add --force")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be written: {error}. Choose another folder") from error
 
 
 def open_like(arguments: argparse.Namespace, run: Path) -> ColumnSource:

@@ -27,7 +27,7 @@ TABLE_NAME = "table.json"
 CLASSIFIERS_FOLDER = "classifiers"
 FORMAT_VERSION: Final = 1
 # Fields of a modality that may differ between the data of a model and other data.
-_FREE_FIELDS = {"optional", "mean", "std"}
+_FREE_FIELDS = {"optional", "mean", "std", "dtype"}
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 _CLASSIFIER_FILE = re.compile(rf"{CLASSIFIERS_FOLDER}/{NAME_PATTERN}\.safetensors")
 
@@ -110,6 +110,8 @@ class TableSchema(_Schema):
     """Separator of a CSV file; None finds it in the file."""
     decimal: Literal[".", ","] = "."
     """Decimal separator of numbers."""
+    dates: dict[ModalityName, str | None] = {}
+    """Modalities that are dates, and their form as `datetime.strptime` takes it; None is ISO 8601."""
 
 
 class ShardIndex(_Schema):
@@ -122,6 +124,8 @@ class ShardIndex(_Schema):
     modalities: dict[ModalityName, AnyModality]
     class_names: tuple[str, ...] | None
     """Names of the labels 0, 1, …; null if the data has no labels."""
+    partly_labelled: bool = False
+    """Whether samples may lack a label."""
     splits: dict[SplitName, SplitSchema]
     classifiers: dict[ModalityName, ClassifierSchema] = {}
     """By modality; `cmvae classifiers` adds them to an existing index."""

@@ -88,12 +88,14 @@ class SplitReader:
         self.modalities = {name: self.index.modalities[name] for name in modalities}
         suffixes = {name: member_suffix(name, modality) for name, modality in self.index.modalities.items()}
         labels = set() if self.index.class_names is None else {"cls"}
+        required_labels = set() if self.index.partly_labelled else labels
         # Suffixes of members: those that may occur, those that are read, those that every sample must have.
         self._known = {*suffixes.values(), "cls", "group"}
         self._wanted = {suffixes[name] for name in modalities} | labels
         if self.has_groups:
             self._wanted.add("group")
-        self._required = {suffixes[n] for n in modalities if not self.modalities[n].optional} | labels
+        self._required = {suffixes[n] for n in modalities if not self.modalities[n].optional}
+        self._required |= required_labels
         self.sizes = [shard.num_samples for shard in self.shards]
         self.num_bytes = sum(self.sizes) * sum(
             math.prod(modality.shape) * np.dtype(modality.dtype).itemsize
@@ -163,12 +165,12 @@ class SplitReader:
             return self._raise_or_keep(error)
 
     def label(self, sample: RawSample) -> int:
-        """The class of a sample, -1 if the data has no labels.
+        """The class of a sample, -1 if it has no label.
 
         Raises:
             UserError: the member is not the number of a class.
         """
-        if self.index.class_names is None:
+        if self.index.class_names is None or "cls" not in sample:
             return -1
         text = sample["cls"]
         if not text.isdigit() or int(text) >= len(self.index.class_names):

@@ -12,6 +12,12 @@ import numpy as np
 
 from cmvae.data.index import SplitName
 from cmvae.modalities import Modality
+from cmvae.utils.errors import UserError
+
+
+class DamagedSampleError(UserError):
+    """A file of one sample is missing or damaged; with `--on-error skip` the sample is left out."""
+
 
 SPLIT_NUMBERS: dict[SplitName, int] = {"train": 0, "validation": 1, "test": 2}
 """Number of each split in the keys of random streams."""
@@ -24,7 +30,7 @@ class Sample:
     values: Mapping[str, np.ndarray]
     """Stored value of each modality that the sample has; see `cmvae.modalities`."""
     label: int | None
-    """Number of its class; None if the data has no labels."""
+    """Number of its class; None if it has no label."""
     key: str | None = None
     """Its key in the shards, without dots and slashes; None makes one from split and index."""
     group: str | None = None

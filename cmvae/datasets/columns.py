@@ -17,8 +17,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cmvae.data.index import SplitName, TableSchema
-from cmvae.datasets.base import Sample
+from cmvae.data.index import OnError, SplitName, TableSchema
+from cmvae.datasets.base import DamagedSampleError, Sample
 from cmvae.datasets.splits import Splits
 from cmvae.modalities import (
     BinaryModality,
@@ -29,17 +29,20 @@ from cmvae.modalities import (
     VectorModality,
 )
 from cmvae.modalities.tokenizer import Tokenizer, build_vocabulary, split_words
-from cmvae.utils.errors import UserError
+from cmvae.utils.errors import UserError, raise_all
 
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 LENGTH_STEP = 8
 """Number of tokens of a text is a multiple of this: caption networks halve the length three times."""
 MAX_NUMBER = float(np.finfo(np.float32).max)
-"""Vectors are stored in single precision."""
-_CONSTANT = 1e-5
-"""A dimension is constant if its standard deviation is at most this share of its mean. In single precision,
-such deviations are lost."""
+"""Standardised numbers are in single precision."""
+_MAX_DEVIATIONS = 1e6
+"""Numbers of other splits this many standard deviations from the mean of the train split are refused."""
+_ROUNDING_ERROR = 1e-3
+"""Vectors are stored in double precision if single precision has a larger error, in standard deviations."""
+_MAX_SINGLE = 1e30
+"""... or if numbers are larger than this, so that generated ones would overflow."""
 
 
 class Column(Protocol):
@@ -56,7 +59,7 @@ class Column(Protocol):
         """The stored value of a row that has this modality.
 
         Raises:
-            UserError: the file that the row names is missing or damaged.
+            DamagedSampleError: the file that the row names is missing or damaged.
         """
 
 
@@ -95,17 +98,25 @@ class ImageColumn:
         paths: (N,) file of each row, None where it is missing.
         places: (N,) name of each row for messages: file, row and column.
         modality: size and number of channels.
+        on_error: `skip` finds missing files when they are read.
 
     Raises:
         UserError: a file does not exist.
     """
 
-    def __init__(self, paths: Sequence[Path | None], places: Sequence[str], modality: ImageModality) -> None:
-        for path, place in zip(paths, places, strict=True):
-            if path is not None and not path.is_file():
-                raise UserError(
-                    f"{place}: {path}: no such file. Fix the path, or leave the cell empty: no image"
-                )
+    def __init__(
+        self,
+        paths: Sequence[Path | None],
+        places: Sequence[str],
+        modality: ImageModality,
+        on_error: OnError = "error",
+    ) -> None:
+        if on_error == "error":
+            raise_all(
+                f"{place}: {path}: no such file. Fix the path, or leave the cell empty: no image"
+                for path, place in zip(paths, places, strict=True)
+                if path is not None and not path.is_file()
+            )
         self.paths, self.places, self.modality = paths, places, modality
 
     def has(self, row: int) -> bool:
@@ -119,7 +130,29 @@ class ImageColumn:
         try:
             return read_image(path, self.modality)
         except ValueError as error:
-            raise UserError(f"{self.places[row]}: {path}: {error}") from error
+            raise DamagedSampleError(f"{self.places[row]}: {path}: {error}") from error
+
+
+class DamagedColumn:
+    """A column of which some values could not be read from their files.
+
+    Args:
+        column: the column.
+        damaged: what is wrong, by row.
+    """
+
+    def __init__(self, column: Column, damaged: Mapping[int, str]) -> None:
+        self._column, self._damaged, self.modality = column, damaged, column.modality
+
+    def has(self, row: int) -> bool:
+        """Whether the row has a value, damaged or not."""
+        return row in self._damaged or self._column.has(row)
+
+    def read(self, row: int) -> np.ndarray:
+        """The shape and dtype of the modality."""
+        if row in self._damaged:
+            raise DamagedSampleError(self._damaged[row])
+        return self._column.read(row)
 
 
 def fit_image(paths: Sequence[Path | None], size: int, channels: int = 3) -> ImageModality:
@@ -228,16 +261,17 @@ def number_column(values: np.ndarray, modality: VectorModality | BinaryModality)
 
 
 def fit_vector(
-    values: np.ndarray, names: Sequence[str] | None, train: np.ndarray
-) -> tuple[VectorModality, tuple[str, ...]]:
-    """Means and standard deviations of the train split, and the dimensions that are constant there.
+    values: np.ndarray, names: Sequence[str] | None, train: np.ndarray, *, exact: bool = False
+) -> VectorModality:
+    """A vector with the means and standard deviations of the train split.
 
-    A constant dimension is not scaled: its standard deviation is stored as 1.
+    A constant dimension, equal up to rounding errors, is not scaled: its standard deviation is stored as 1.
 
     Args:
         values: (N, D) float64; a row with NaN lacks the modality.
         names: (D,) names of the dimensions, if they have names.
         train: rows of the train split.
+        exact: store double precision whatever the numbers.
 
     Raises:
         UserError: no row of the train split has all of its numbers.
@@ -248,15 +282,50 @@ def fit_vector(
         what = ", ".join(names) if names is not None else "a vector"
         raise UserError(f"{what}: no row of the train split has all of its numbers; leave it out")
     mean, std = of_train.mean(axis=0), of_train.std(axis=0)
-    constant = std <= _CONSTANT * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
-    modality = VectorModality(
+    largest = np.abs(of_train).max(axis=0)
+    # The squares of tiny deviations are 0.
+    std = np.where(std > 0, std, np.ptp(of_train, axis=0))
+    std = np.where(is_constant(of_train), 1.0, std)
+    single = np.finfo(np.float32)
+    fits = (single.eps * largest <= _ROUNDING_ERROR * std) & (std >= single.tiny) & (largest <= _MAX_SINGLE)
+    return VectorModality(
         shape=values.shape[1:],
         optional=not bool(has.all()),
+        dtype="float32" if fits.all() and not exact else "float64",
         columns=None if names is None else tuple(names),
         mean=tuple(mean.tolist()),
-        std=tuple(np.where(constant, 1.0, std).tolist()),
+        std=tuple(std.tolist()),
     )
-    return modality, tuple(modality.column_names[index] for index in np.flatnonzero(constant).tolist())
+
+
+def is_constant(values: np.ndarray) -> np.ndarray:
+    """(D,) bool: the columns of (N, D) whose numbers are equal up to rounding errors; NaN is ignored."""
+    there = values[~np.isnan(values).any(axis=1)]
+    return np.ptp(there, axis=0) <= 8 * np.finfo(np.float64).eps * np.abs(there).max(axis=0)
+
+
+def find_outlier(values: np.ndarray, modality: VectorModality) -> tuple[int, int, str] | None:
+    """The first number that no training can standardise, because it is far from those of the train split.
+
+    Args:
+        values: (N, D) float64; a row with NaN lacks the modality.
+        modality: the statistics of the train split.
+
+    Returns:
+        Its row, its dimension, and what is wrong.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        deviations = np.abs(values - np.array(modality.mean)) / np.array(modality.std)
+    far = np.argwhere((deviations > _MAX_DEVIATIONS) & ~np.isnan(values).any(axis=1, keepdims=True))
+    if len(far) == 0:
+        return None
+    row, dimension = far[0].tolist()
+    return (
+        row,
+        dimension,
+        f"{values[row, dimension]:g} is {deviations[row, dimension]:.1g} standard deviations from the mean "
+        "of the train split. Fix it, or make it a missing value",
+    )
 
 
 def fit_binary(values: np.ndarray, names: Sequence[str]) -> BinaryModality:
@@ -301,7 +370,7 @@ class ColumnSource:
     """By modality, N rows each."""
     splits: Splits
     labels: np.ndarray | None
-    """(N,) class of each row."""
+    """(N,) class of each row, −1 for none; None if the data has no labels."""
     class_names: tuple[str, ...] | None
     keys: Sequence[str]
     """(N,) key of each row in the shards."""
@@ -326,7 +395,7 @@ class ColumnSource:
         row = int(self.splits[split][index])
         return Sample(
             read_row(self.columns, row),
-            label=None if self.labels is None else int(self.labels[row]),
+            label=None if self.labels is None or self.labels[row] < 0 else int(self.labels[row]),
             key=self.keys[row],
             group=None if self.groups is None else self.groups[row],
         )
@@ -363,13 +432,13 @@ def read_image(path: Path, modality: Modality) -> np.ndarray:
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def number_classes(names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+def number_classes(names: Sequence[str | None]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Number class names in alphabetical order, or by value if all names are numbers.
 
     Returns:
-        (N,) int64 number of each name, and the name of each number.
+        (N,) int64 number of each name, −1 for None, and the name of each number.
     """
-    found = set(names)
+    found = {name for name in names if name is not None}
 
     def value(name: str) -> tuple[float, str]:
         number = float(name)
@@ -381,16 +450,20 @@ def number_classes(names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
         class_names = tuple(sorted(found, key=value))
     except ValueError:
         class_names = tuple(sorted(found))
-    numbers = {name: number for number, name in enumerate(class_names)}
-    return np.array([numbers[name] for name in names], dtype=np.int64), class_names
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(class_names)}
+    return np.array([numbers.get(name, -1) for name in names], dtype=np.int64), class_names
 
 
 def resolve_inside(folder: Path, text: str) -> Path:
     """A path from a data file: absolute, or relative to the folder of that file.
 
+    Backslashes, as Windows writes them, separate folders if there is no file of that name.
+
     Raises:
         ValueError: a relative path leads out of the folder.
     """
+    if "\\" in text and not (folder / text).exists():
+        text = text.replace("\\", "/")
     inside = os.path.normpath(text)
     if inside == os.pardir or inside.startswith(os.pardir + os.sep):
         raise ValueError(f"{text} leads out of {folder}. Write an absolute path if this is intended")

@@ -81,7 +81,7 @@ class DigitsMixedSource:
         self.partners = {split: partners[:2] for split, partners in self._digits.partners.items()}
         """By split, (2, number of samples): the originals of the images and of the statistics."""
         statistics = pixel_statistics(self._digits.grey)
-        modality, _ = fit_vector(statistics, STATISTICS, self.partners["train"][1])
+        modality = fit_vector(statistics, STATISTICS, self.partners["train"][1])
         self._statistics = number_column(statistics, modality)
         # One row per sample, split after split.
         self._first_row: dict[SplitName, int] = {}

@@ -3,44 +3,55 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from cmvae.data.index import INDEX_NAME
 from cmvae.datasets.base import random_stream
 from cmvae.datasets.columns import (
     IMAGE_SUFFIXES,
     MAX_NUMBER,
     Column,
     ColumnSource,
+    DamagedColumn,
     ImageColumn,
     TextColumn,
+    find_outlier,
     fit_image,
     fit_text,
     fit_vector,
-    number_classes,
     number_column,
 )
 from cmvae.datasets.splits import draw_splits, fractions_text
 from cmvae.datasets.table_file import read_table
 from cmvae.datasets.user_data import (
+    MAX_KEY_LENGTH,
     add_shared_arguments,
     check_columns,
     check_keys,
     make_name,
+    read_labels,
     warn_of_constant,
+    warn_of_cut,
+    warn_of_unknown,
 )
-from cmvae.utils.errors import UserError
+from cmvae.datasets.values import Values, count_cut, count_unknown
+from cmvae.utils.errors import UserError, raise_all
 
 DESCRIPTION = "your own folder: one subfolder per modality (images, .txt or .npy), files paired by name"
 
 LABELS_NAME = "labels.csv"
 _KINDS = {**dict.fromkeys(IMAGE_SUFFIXES, "image"), ".txt": "text", ".npy": "vector"}
 _SPLIT_STREAM = 0
+T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,22 +93,31 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
             )
         paths = [of_subfolder.get(stem) for stem in stems]
         if kind == "image":
-            columns[name] = ImageColumn(
-                paths, places, fit_image(paths, arguments.image_size, arguments.channels)
-            )
-        elif kind == "text":
-            texts = [None if path is None else _read_text(path) for path in paths]
-            columns[name] = TextColumn(
-                texts, fit_text(texts, splits["train"], arguments.min_count, arguments.text_length)
-            )
+            image = fit_image(paths, arguments.image_size, arguments.channels)
+            columns[name] = ImageColumn(paths, places, image, arguments.on_error)
+            continue
+        damaged: dict[int, str] = {}
+        if kind == "text":
+            texts = _read_all(paths, _read_text, damaged)
+            text = fit_text(texts, splits["train"], arguments.min_count, arguments.text_length)
+            warn_of_cut(name, count_cut(Values("text", texts), text), text.shape[0])
+            train_texts = Values("text", texts).at(splits["train"])
+            warn_of_unknown(name, count_unknown(train_texts, text), arguments.min_count)
+            columns[name] = TextColumn(texts, text)
         else:
-            values = _read_vectors(paths)
-            modality, constant = fit_vector(values, None, splits["train"])
-            warn_of_constant(name, constant)
+            values = _stack_vectors(paths, _read_all(paths, _read_vector, damaged))
+            modality = fit_vector(values, None, splits["train"])
+            warn_of_constant(name, modality.column_names, values[splits["train"]])
+            outlier = find_outlier(values, modality)
+            if outlier is not None:
+                row, dimension, problem = outlier
+                raise UserError(f"{paths[row]}: number {dimension}: {problem}")
             columns[name] = number_column(values, modality)
+        if arguments.on_error == "error":
+            raise_all(damaged.values())
+        columns[name] = DamagedColumn(columns[name], damaged)
     check_columns(columns, places)
-    # A key ends at the first dot of a member's name, and plain names are safest in a tar.
-    keys = [re.sub(r"[^A-Za-z0-9_-]", "_", stem) for stem in stems]
+    keys = _make_keys(stems)
     check_keys(keys, places)
     return ColumnSource(
         name=arguments.name or arguments.out.name,
@@ -114,6 +134,19 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
     )
 
 
+def _make_keys(stems: Sequence[str]) -> list[str]:
+    """Keys like the names of the files; a part of the SHA-256 tells apart those that would be equal."""
+    # A key ends at the first dot of a member's name, and plain names are safest in a tar.
+    plain = [re.sub(r"[^A-Za-z0-9_-]", "_", stem) for stem in stems]
+    counts = Counter(plain)
+    return [
+        key
+        if counts[key] == 1 and len(key) <= MAX_KEY_LENGTH
+        else f"{key[: MAX_KEY_LENGTH - 17]}-{hashlib.sha256(stem.encode()).hexdigest()[:16]}"
+        for key, stem in zip(plain, stems, strict=True)
+    ]
+
+
 def _list_files(folder: Path) -> dict[str, dict[str, Path]]:
     """Files of each subfolder by stem; hidden files are ignored, and other suffixes reported and ignored.
 
@@ -123,7 +156,9 @@ def _list_files(folder: Path) -> dict[str, dict[str, Path]]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder. Give one with a subfolder for each modality")
     files: dict[str, dict[str, Path]] = {}
-    for subfolder in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
+    subfolders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    # Shards may be packed into the folder of the data.
+    for subfolder in sorted(path for path in subfolders if not (path / INDEX_NAME).is_file()):
         found: dict[str, Path] = {}
         ignored: Counter[str] = Counter()
         for path in sorted(subfolder.iterdir()):
@@ -132,9 +167,11 @@ def _list_files(folder: Path) -> dict[str, dict[str, Path]]:
             if path.suffix.lower() not in _KINDS:
                 ignored[path.suffix or path.name] += 1
                 continue
-            if path.stem in found:
-                raise UserError(f"{path}: {found[path.stem].name} has the same name. Keep one of them")
-            found[path.stem] = path
+            # Some systems write é as one character, others as two.
+            stem = unicodedata.normalize("NFC", path.stem)
+            if stem in found:
+                raise UserError(f"{path}: {found[stem].name} has the same name. Keep one of them")
+            found[stem] = path
         if ignored:
             shown = ", ".join(f"{count} {suffix}" for suffix, count in ignored.items())
             print(f"note: {subfolder}: ignored: {shown}", file=sys.stderr)
@@ -160,40 +197,58 @@ def _kind_of(subfolder: Path, files: Mapping[str, Path]) -> str:
     return next(iter(kinds))
 
 
+def _read_all(
+    paths: Sequence[Path | None], read: Callable[[Path], T | None], damaged: dict[int, str]
+) -> list[T | None]:
+    """Contents of the files, None where there is none or it is damaged; adds what is wrong to `damaged`."""
+    contents: list[T | None] = []
+    for row, path in enumerate(paths):
+        contents.append(None)
+        if path is not None:
+            try:
+                contents[row] = read(path)
+            except ValueError as error:
+                damaged[row] = f"{path}: {error}"
+    return contents
+
+
 def _read_text(path: Path) -> str | None:
     """The text of a file; None if it is empty."""
     try:
         return path.read_text(encoding="utf-8").strip() or None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text in UTF-8: {error}. Save it in UTF-8") from error
+        raise ValueError(f"cannot be read as text in UTF-8: {error}. Save it in UTF-8") from error
 
 
-def _read_vectors(paths: Sequence[Path | None]) -> np.ndarray:
-    """(N, D) float64, NaN where there is no file; arrays of more dimensions are flattened."""
-    rows: list[np.ndarray | None] = []
-    first: Path | None = None
-    for path in paths:
-        if path is None:
-            rows.append(None)
-            continue
-        try:
-            array = np.load(path, allow_pickle=False)
-            row = np.asarray(array, dtype=np.float64).reshape(-1)
-        except (OSError, ValueError, TypeError, EOFError) as error:
-            raise UserError(
-                f"{path}: cannot be read as an array of numbers ({error}). Save it again"
-            ) from error
-        if len(row) == 0 or not (np.abs(row) <= MAX_NUMBER).all():
-            raise UserError(
-                f"{path}: is empty, or has numbers that are not finite in single precision. Fix or remove it"
-            )
-        if first is None:
-            first, size = path, len(row)
-        elif len(row) != size:
-            raise UserError(
-                f"{path}: has {len(row)} numbers, but {first} has {size}. All files need as many numbers"
-            )
-        rows.append(row)
+def _read_vector(path: Path) -> np.ndarray:
+    """(D,) float64; arrays of more dimensions are flattened."""
+    try:
+        array = np.load(path, allow_pickle=False)
+        row = np.asarray(array, dtype=np.float64).reshape(-1)
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise ValueError(f"cannot be read as an array of numbers ({error}). Save it again") from error
+    if len(row) == 0 or not (np.abs(row) <= MAX_NUMBER).all():
+        raise ValueError("is empty, or has numbers that are not finite in single precision. Fix or remove it")
+    return row
+
+
+def _stack_vectors(paths: Sequence[Path | None], rows: Sequence[np.ndarray | None]) -> np.ndarray:
+    """(N, D) float64, NaN where there is no vector.
+
+    Raises:
+        UserError: vectors have different sizes, or there are none.
+    """
+    known = [(path, row) for path, row in zip(paths, rows, strict=True) if row is not None]
+    if not known:
+        raise UserError(
+            f"{next(path for path in paths if path is not None)}: this file and all others are damaged"
+        )
+    first, size = known[0][0], len(known[0][1])
+    raise_all(
+        f"{path}: has {len(row)} numbers, but {first} has {size}. All files need as many numbers"
+        for path, row in known
+        if len(row) != size
+    )
     return np.stack([np.full(size, np.nan) if row is None else row for row in rows])
 
 
@@ -202,11 +257,12 @@ def _read_labels(path: Path, stems: Sequence[str]) -> tuple[np.ndarray | None, t
     if not path.is_file():
         return None, None
     table = read_table(path)
-    label_of = dict(zip(table.filled("name"), table.filled("label"), strict=True))
+    names = [unicodedata.normalize("NFC", name) for name in table.filled("name")]
+    label_of = dict(zip(names, table.column("label"), strict=True))
     lacking = [stem for stem in stems if stem not in label_of]
     if lacking:
         raise UserError(
             f"{path}: no row with the name {lacking[0]!r}, which has files, and {len(lacking) - 1} more such "
             "names. A name is that of a file without its suffix"
         )
-    return number_classes([label_of[stem] for stem in stems])
+    return read_labels([label_of[stem] for stem in stems], str(path))

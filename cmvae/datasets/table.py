@@ -5,21 +5,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from cmvae.data.index import SplitName, TableSchema
 from cmvae.datasets.base import SPLIT_NUMBERS, random_stream
-from cmvae.datasets.columns import Column, ColumnSource, ImageColumn, fit_vector, number_classes
+from cmvae.datasets.columns import Column, ColumnSource, ImageColumn
 from cmvae.datasets.splits import Splits, draw_splits, fractions_text
+from cmvae.datasets.table_check import are_ids, describe_columns
 from cmvae.datasets.table_file import Table, read_table
 from cmvae.datasets.table_rows import (
     add_form_arguments,
     find_lacking,
     read_cells,
+    read_dates,
     read_rows,
     row_keys,
     with_columns_of,
@@ -32,24 +35,29 @@ from cmvae.datasets.user_data import (
     check_keys,
     fit_settings,
     make_name,
+    read_labels,
     read_split,
     shorten_list,
     warn_of_constant,
+    warn_of_cut,
+    warn_of_unknown,
 )
 from cmvae.datasets.values import (
     Kind,
+    count_cut,
     count_unknown,
     describe_unknown,
     fit_modality,
     make_column,
 )
-from cmvae.modalities import Modality, check_name
-from cmvae.utils.errors import UserError
+from cmvae.modalities import Modality, TextModality, VectorModality, check_name
+from cmvae.utils.errors import Problems, UserError
 
 DESCRIPTION = "your own table, CSV or Parquet: columns of values, texts and paths of images"
 
 _SPLIT_STREAM = 0
 _OF_SEVERAL_COLUMNS = {"vector", "binary"}
+RequestKind = Kind | Literal["date"]
 _NEW_ROWS: SplitName = "test"
 """Split of the rows of `--like`, which are for a model that is already trained."""
 
@@ -57,14 +65,16 @@ _NEW_ROWS: SplitName = "test"
 class ModalityRequest(NamedTuple):
     """One flag such as `--vector size=length,width`."""
 
-    kind: Kind
+    kind: RequestKind
     name: str | None
     """Name that the user gives; None makes one from the columns."""
     columns: tuple[str, ...]
     """Names of columns, or patterns with `*`."""
+    text: str = ""
+    """The flag as it was given: a name of a column may contain a comma or `=`."""
 
 
-def _request(kind: Kind, text: str) -> ModalityRequest:
+def _request(kind: RequestKind, text: str) -> ModalityRequest:
     """Type of the flags for modalities: `[NAME=]COLUMN[,COLUMN…]`."""
     name, separator, columns = text.rpartition("=")
     names = tuple(column.strip() for column in columns.split(","))
@@ -77,18 +87,20 @@ def _request(kind: Kind, text: str) -> ModalityRequest:
             check_name(name)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
-    return ModalityRequest(kind, name or None, names)
+    return ModalityRequest(kind, name or None, names, text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `cmvae pack table`."""
     parser.add_argument("table", type=Path, help="a .csv, .tsv or .parquet file with column names")
-    helps: dict[Kind, str] = {
+    helps: dict[RequestKind, str] = {
         "image": "a column of paths of images, relative to the table's folder",
         "text": "a column of sentences",
         "vector": "columns of numbers that form one modality; 'pixel_*' selects all that match",
         "binary": "columns of 0 and 1, true and false, or yes and no",
         "categorical": "a column of names, or of numbers that stand for names",
+        "date": "a column of dates, which becomes a vector: seconds since 1970, and the place in the day, "
+        "the week and the year",
     }
     for kind, text in helps.items():
         several = kind in _OF_SEVERAL_COLUMNS
@@ -120,6 +132,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="new rows for a trained run: its modalities, read from the columns of the same names, with its "
         "vocabulary, categories and standardisation; all rows are in the test split, or as --split says",
     )
+    parser.add_argument(
+        "--date-format",
+        metavar="FORM",
+        help="form of the dates, such as %%d.%%m.%%Y (default: ISO 8601, or seconds since 1970)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing: say what each column was taken for and why, what is wrong, and what is lost",
+    )
     add_shared_arguments(parser)
 
 
@@ -134,27 +156,65 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
         UserError: the table or a flag is wrong; the message gives row and column.
     """
     if not arguments.modalities:
-        raise UserError("no modality is given. Add --image, --text, --vector, --binary or --categorical")
+        raise UserError(
+            "no modality is given. Add --image, --text, --vector, --binary, --categorical or --date"
+        )
     form = with_form(TableSchema(columns={}, group=arguments.group), arguments)
     table = _read(arguments.table, form)
-    # Patterns do not select columns that have another purpose.
-    excluded = {arguments.label, arguments.split, arguments.group, arguments.key}
-    names = _name_modalities(arguments.modalities, table, excluded)
-    schema = form.model_copy(update={"columns": {name: request.columns for name, request in names.items()}})
-    if arguments.label is not None and arguments.label in {c for r in names.values() for c in r.columns}:
-        raise UserError(
-            f"--label {arguments.label}: is also a modality, so the model would see the classes that it is "
-            "evaluated with. Remove the column from one of them"
-        )
-    rows = _read_purposes(table, schema, arguments)
-    splits = _draw_missing_splits(table, _named_splits(table, arguments.split, "train"), rows, arguments)
-    columns = {
-        name: _fit_column(request, table, splits["train"], form.decimal, arguments)
-        for name, request in names.items()
-    }
+    problems = Problems()
+    names = _name_modalities(arguments.modalities, table, _excluded(arguments), problems)
+    schema = form.model_copy(
+        update={
+            "columns": {name: request.columns for name, request in names.items()},
+            "dates": {n: arguments.date_format for n, request in names.items() if request.kind == "date"},
+        }
+    )
+    with problems.collecting():
+        _refuse_label_as_modality(arguments.label, names)
+    rows = _read_purposes(table, schema, arguments, problems)
+    splits = _named_splits(table, None, "train")
+    with problems.collecting():
+        splits = _named_splits(table, arguments.split, "train")
+        splits = _draw_missing_splits(table, splits, rows, arguments)
+    columns: dict[str, Column] = {}
+    for name, request in names.items():
+        with problems.collecting():
+            columns[name] = _fit_column(request, table, splits["train"], form.decimal, arguments)
+    problems.raise_all()
     check_columns(columns, table.places)
     _warn_of_shared_images(columns, splits)
     return _make_source(arguments, schema, columns, splits, rows)
+
+
+def check_report(arguments: argparse.Namespace) -> str:
+    """What each column of the table was taken for and why, and what the flags use it for.
+
+    Raises:
+        UserError: the table cannot be read.
+    """
+    table = _read(arguments.table, with_form(TableSchema(columns={}), arguments))
+    uses = {
+        column: f"--{purpose} {column}"
+        for purpose in ("label", "split", "group", "key")
+        if (column := getattr(arguments, purpose)) is not None
+    }
+    with suppress(UserError):
+        names = _name_modalities(arguments.modalities or (), table, _excluded(arguments), Problems())
+        uses |= {c: f"--{request.kind} {name}" for name, request in names.items() for c in request.columns}
+    return describe_columns(table, uses)
+
+
+def _excluded(arguments: argparse.Namespace) -> set[str | None]:
+    """Columns that patterns do not select, because they have another purpose."""
+    return {arguments.label, arguments.split, arguments.group, arguments.key}
+
+
+def _refuse_label_as_modality(label: str | None, names: Mapping[str, ModalityRequest]) -> None:
+    if label is not None and label in {column for r in names.values() for column in r.columns}:
+        raise UserError(
+            f"--label {label}: is also a modality, so the model would see the classes that it is evaluated "
+            "with. Remove the column from one of them"
+        )
 
 
 def open_new_rows(
@@ -185,15 +245,17 @@ def open_new_rows(
     found = {name: modality for name, modality in modalities.items() if name not in lacking}
     columns = {}
     for name, values in read_rows(table, schema, found).items():
-        column = make_column(name, values, modalities[name])
+        column = make_column(name, values, modalities[name], arguments.on_error)
         has_all = all(map(column.has, range(len(table.rows))))
         modality = modalities[name].model_copy(update={"optional": not has_all})
-        columns[name] = make_column(name, values, modality)
+        columns[name] = make_column(name, values, modality, arguments.on_error)
         unknown = describe_unknown(name, count_unknown(values, modality), modality)
         if unknown is not None:
             print(f"note: {unknown}", file=sys.stderr)
     check_columns(columns, table.places)
-    rows = _read_purposes(table, schema, arguments)
+    problems = Problems()
+    rows = _read_purposes(table, schema, arguments, problems)
+    problems.raise_all()
     return _make_source(arguments, schema, columns, _named_splits(table, arguments.split, _NEW_ROWS), rows)
 
 
@@ -210,13 +272,22 @@ def _read(path: Path, schema: TableSchema) -> Table:
     return read_table(path, schema.separator, frozenset(["", *schema.na]))
 
 
-def _read_purposes(table: Table, schema: TableSchema, arguments: argparse.Namespace) -> _Purposes:
-    labels, class_names = None, None
-    if arguments.label is not None:
-        labels, class_names = number_classes(table.filled(arguments.label))
-    keys = row_keys(table, schema.key)
-    check_keys(keys, table.places)
-    return _Purposes(keys, labels, class_names, None if schema.group is None else table.filled(schema.group))
+def _read_purposes(
+    table: Table, schema: TableSchema, arguments: argparse.Namespace, problems: Problems
+) -> _Purposes:
+    labels, class_names, groups = None, None, None
+    with problems.collecting():
+        if arguments.label is not None:
+            labels, class_names = read_labels(
+                table.column(arguments.label), f"{table.path}: column {arguments.label}"
+            )
+    keys = row_keys(table, None)
+    with problems.collecting():
+        keys = row_keys(table, schema.key)
+        check_keys(keys, table.places)
+    with problems.collecting():
+        groups = None if schema.group is None else table.filled(schema.group)
+    return _Purposes(keys, labels, class_names, groups)
 
 
 def _make_source(
@@ -251,40 +322,67 @@ def _make_source(
 
 
 def _name_modalities(
-    requests: Sequence[ModalityRequest], table: Table, excluded: Set[str | None]
+    requests: Sequence[ModalityRequest], table: Table, excluded: Set[str | None], problems: Problems
 ) -> dict[str, ModalityRequest]:
     """Resolve names and patterns; patterns do not select the columns `excluded`."""
     named: dict[str, ModalityRequest] = {}
     for request in requests:
-        columns = tuple(column for name in request.columns for column in table.matching(name, excluded))
-        if len(columns) > 1 and request.kind not in _OF_SEVERAL_COLUMNS:
-            raise UserError(
-                f"--{request.kind} {request.columns[0]}: selects {', '.join(columns)}. Give one column, and "
-                "repeat the flag for others"
-            )
-        made = make_name(columns[0] if len(columns) == 1 else request.kind, request.kind)
-        name = request.name or made
-        if name in named:
-            raise UserError(
-                f"--{request.kind} {','.join(request.columns)}: there is already a modality {name!r}. Give "
-                f"another name: --{request.kind} NAME={','.join(request.columns)}"
-            )
-        named[name] = ModalityRequest(request.kind, name, columns)
+        with problems.collecting():
+            _name_modality(request, table, excluded, named)
     return named
+
+
+def _name_modality(
+    request: ModalityRequest, table: Table, excluded: Set[str | None], named: dict[str, ModalityRequest]
+) -> None:
+    if request.text in table.columns:
+        request = ModalityRequest(request.kind, None, (request.text,))
+    columns = tuple(column for name in request.columns for column in table.matching(name, excluded))
+    if len(columns) > 1 and request.kind not in _OF_SEVERAL_COLUMNS:
+        raise UserError(
+            f"--{request.kind} {request.columns[0]}: selects {', '.join(columns)}. Give one column, and "
+            "repeat the flag for others"
+        )
+    made = make_name(columns[0] if len(columns) == 1 else request.kind, request.kind)
+    name = request.name or made
+    if name in named:
+        raise UserError(
+            f"--{request.kind} {','.join(request.columns)}: there is already a modality {name!r}. Give "
+            f"another name: --{request.kind} NAME={','.join(request.columns)}"
+        )
+    named[name] = ModalityRequest(request.kind, name, columns)
 
 
 def _fit_column(
     request: ModalityRequest, table: Table, train: np.ndarray, decimal: str, arguments: argparse.Namespace
 ) -> Column:
-    values = read_cells(request.kind, request.columns, table, decimal)
-    modality: Modality
-    if request.kind == "vector":
-        modality, constant = fit_vector(np.asarray(values.data), request.columns, train)
-        warn_of_constant(str(request.name), constant)
+    name = str(request.name)
+    if request.kind == "date":
+        values = read_dates(table, request.columns[0], arguments.date_format)
     else:
-        what = f"{table.path}: column {request.columns[0]}"
-        modality = fit_modality(what, values, train, fit_settings(arguments))
-    return make_column(str(request.name), values, modality)
+        if request.kind == "vector":
+            for column in request.columns:
+                _refuse_ids(table, column)
+        values = read_cells(request.kind, request.columns, table, decimal)
+    what = f"{table.path}: column {request.columns[0]}"
+    modality = fit_modality(what, values, train, fit_settings(arguments))
+    if isinstance(modality, VectorModality):
+        warn_of_constant(name, modality.column_names, np.asarray(values.data)[train])
+    if isinstance(modality, TextModality):
+        warn_of_cut(name, count_cut(values, modality), modality.shape[0])
+        texts = values.at(train)
+        warn_of_unknown(name, count_unknown(texts, modality), arguments.min_count)
+    return make_column(name, values, modality, arguments.on_error)
+
+
+def _refuse_ids(table: Table, column: str) -> None:
+    """Refuse integers that only count the rows."""
+    if are_ids([cell for cell in table.column(column) if cell is not None]):
+        raise UserError(
+            f"{table.path}: column {column}: its integers all differ and are in order, as ids are, which "
+            f"say nothing about a sample. Leave it out, or use it as --key {column} (for times, --date "
+            f"{column}). If it is a measurement, sort the rows by another column"
+        )
 
 
 def _named_splits(table: Table, column: str | None, default: SplitName) -> Splits:

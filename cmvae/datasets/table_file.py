@@ -19,11 +19,15 @@ from typing import cast
 
 import numpy as np
 
-from cmvae.utils.errors import UserError
+from cmvae.utils.errors import UserError, raise_all
 
 _SEPARATORS = (",", ";", "\t", "|")
 MAX_CELL = 2**31 - 1
 """Characters of a cell; Python's default of 131,072 is less than some texts have."""
+
+
+NO_TEXT = "<binary or nested data>"
+"""Stands for cells of a Parquet file that have no text."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,11 @@ class Table:
             UserError: a cell is empty.
         """
         cells = self.column(name)
-        if None in cells:
-            place = self.places[cells.index(None)]
-            raise UserError(f"{place}, column {name}: empty. Fill the cell, or do not use this column")
+        raise_all(
+            f"{self.path}: row {number}, column {name}: empty. Fill the cell, or do not use this column"
+            for number, cell in zip(self.row_numbers, cells, strict=True)
+            if cell is None
+        )
         return cast("Sequence[str]", cells)
 
     def convert(self, name: str, read: Callable[[str], float]) -> np.ndarray:
@@ -112,13 +118,14 @@ class Table:
         Raises:
             UserError: a cell cannot be converted.
         """
-        values = np.full(len(self.row_numbers), np.nan)
+        values, problems = np.full(len(self.row_numbers), np.nan), []
         for row, cell in enumerate(self.column(name)):
             if cell is not None:
                 try:
                     values[row] = read(cell)
                 except ValueError as error:
-                    raise UserError(f"{self.places[row]}, column {name}: {error}") from error
+                    problems.append(f"{self.path}: row {self.row_numbers[row]}, column {name}: {error}")
+        raise_all(problems)
         return values
 
 
@@ -151,6 +158,8 @@ def read_table_parts(path: Path, separator: str | None, empty: Set[str], part_si
     Raises:
         UserError: the file is missing, damaged or has no rows; also while reading.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder. Give one .csv, .tsv or .parquet file with all rows")
     if not path.is_file():
         raise UserError(f"{path}: no such file. Give the path of a .csv, .tsv or .parquet file")
     is_parquet = path.suffix.lower() == ".parquet"
@@ -180,6 +189,7 @@ def _read_csv(path: Path, separator: str | None, empty: Set[str], part_size: int
             header: list[str] = []
             rows: list[list[str]] = []
             row_numbers: list[int] = []
+            problems: list[str] = []
             for number, row in enumerate(reader, first):
                 if not any(cell.strip() for cell in row):
                     continue  # spreadsheets save blank rows, too
@@ -187,15 +197,18 @@ def _read_csv(path: Path, separator: str | None, empty: Set[str], part_size: int
                     header = _check_names(path, number, row)
                     continue
                 if len(row) != len(header):
-                    raise UserError(
+                    problems.append(
                         f"{path}: row {number} has {len(row)} cells, but there are {len(header)} column "
                         "names. Fix the row; a cell with a separator or a line break in it must be quoted"
                     )
+                if problems:
+                    continue
                 row_numbers.append(number)
                 rows.append(row)
                 if len(rows) == part_size:
                     yield Table(path, header, rows, row_numbers, empty, separator)
                     rows, row_numbers = [], []
+            raise_all(problems)
             if rows:
                 yield Table(path, header, rows, row_numbers, empty, separator)
     except UnicodeDecodeError as error:
@@ -229,6 +242,8 @@ def _read_parquet(path: Path, empty: Set[str], part_size: int) -> Iterator[Table
 
     def as_text(value: object) -> str:
         is_nan = value != value
+        if isinstance(value, (bytes, dict, list)):
+            return NO_TEXT
         return "" if value is None or is_nan else str(value)
 
     first = 1

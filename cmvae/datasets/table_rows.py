@@ -12,10 +12,11 @@ import numpy as np
 
 from cmvae.data.index import TableSchema
 from cmvae.datasets.columns import MAX_NUMBER, resolve_inside
-from cmvae.datasets.table_file import Table
+from cmvae.datasets.dates import date_parts, read_date, varying_parts
+from cmvae.datasets.table_file import NO_TEXT, Table
 from cmvae.datasets.values import Kind, Values
-from cmvae.modalities import Modality
-from cmvae.utils.errors import UserError
+from cmvae.modalities import Modality, VectorModality
+from cmvae.utils.errors import Problems, UserError
 
 TRUE_AND_FALSE = (("1", "0"), ("1.0", "0.0"), ("true", "false"), ("yes", "no"))
 """Cells of binary columns, in lower case."""
@@ -99,10 +100,34 @@ def read_rows(table: Table, schema: TableSchema, modalities: Mapping[str, Modali
     Raises:
         UserError: a cell cannot be read; the message gives row and column.
     """
-    return {
-        name: read_cells(modality.kind, schema.columns[name], table, schema.decimal)
-        for name, modality in modalities.items()
-    }
+    values = {}
+    for name, modality in modalities.items():
+        columns = schema.columns[name]
+        if isinstance(modality, VectorModality) and name in schema.dates:
+            values[name] = read_dates(table, columns[0], schema.dates[name], modality.columns)
+        else:
+            values[name] = read_cells(modality.kind, columns, table, schema.decimal)
+    return values
+
+
+def read_dates(table: Table, column: str, form: str | None, names: Sequence[str] | None = None) -> Values:
+    """Values of dates, see `date_parts`.
+
+    Args:
+        table: the rows.
+        column: name of the column.
+        form: form of the dates, see `read_date`.
+        names: the numbers of a model, in its order; None makes those that fit the dates.
+
+    Raises:
+        UserError: a cell is no date; the message gives row and column.
+    """
+    parts = date_parts(column, table.convert(column, partial(read_date, form=form)))
+    if names is None:
+        names = varying_parts(parts)
+    return Values(
+        "vector", np.stack([parts[name] for name in names], axis=1), tuple(names), table.places, exact=True
+    )
 
 
 def read_cells(kind: str, columns: Sequence[str], table: Table, decimal: str) -> Values:
@@ -120,19 +145,27 @@ def read_cells(kind: str, columns: Sequence[str], table: Table, decimal: str) ->
     first = columns[0]
     if kind == "image":
         places = [f"{place}, column {first}" for place in table.places]
-        paths = [
-            None if cell is None else _resolve(table.path.parent, cell, place)
-            for cell, place in zip(table.column(first), places, strict=True)
-        ]
+        problems = Problems()
+        paths: list[Path | None] = []
+        for cell, row in zip(table.column(first), places, strict=True):
+            paths.append(None)
+            with problems.collecting():
+                paths[-1] = None if cell is None else _resolve(table.path.parent, cell, row)
+        problems.raise_all()
         return Values("image", paths, places=places)
     if kind == "text":
         return Values("text", table.column(first))
     if kind == "categorical":
         return Values("categorical", table.column(first))
     of_numbers: Kind = "vector" if kind == "vector" else "binary"
-    read = partial(_read_number, decimal) if of_numbers == "vector" else _read_yes_or_no
-    values = np.stack([table.convert(column, read) for column in columns], axis=1)
-    return Values(of_numbers, values, tuple(columns))
+    read = partial(read_number, decimal) if of_numbers == "vector" else read_yes_or_no
+    problems = Problems()
+    values = np.full((len(table.row_numbers), len(columns)), np.nan)
+    for place, column in enumerate(columns):
+        with problems.collecting():
+            values[:, place] = table.convert(column, read)
+    problems.raise_all()
+    return Values(of_numbers, values, tuple(columns), table.places)
 
 
 def row_keys(table: Table, key: str | None) -> list[str]:
@@ -147,13 +180,20 @@ def row_keys(table: Table, key: str | None) -> list[str]:
 
 
 def _resolve(folder: Path, text: str, place: str) -> Path:
+    if text == NO_TEXT:
+        raise UserError(f"{place}: binary or nested data. Save the pictures as files, and give their paths")
     try:
         return resolve_inside(folder, text)
     except ValueError as error:
         raise UserError(f"{place}: {error}") from error
 
 
-def _read_number(decimal: str, text: str) -> float:
+def read_number(decimal: str, text: str) -> float:
+    """A number, with a decimal separator.
+
+    Raises:
+        ValueError: the text is none, or out of range.
+    """
     # `float` accepts 12_34, too. Neither an underscore nor a separator of thousands is guessed away.
     is_plain = re.fullmatch(rf"[^_.,]*({re.escape(decimal)}[^_.,]*)?", text) is not None
     try:
@@ -170,7 +210,12 @@ def _read_number(decimal: str, text: str) -> float:
     raise ValueError(f"{text!r} is {wrong}. Fix it; {remedy}")
 
 
-def _read_yes_or_no(text: str) -> float:
+def read_yes_or_no(text: str) -> float:
+    """1 for yes and 0 for no.
+
+    Raises:
+        ValueError: the text is neither.
+    """
     if text.lower() in _TRUE | _FALSE:
         return float(text.lower() in _TRUE)
     raise ValueError(

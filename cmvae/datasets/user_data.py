@@ -10,12 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cmvae.datasets.columns import LENGTH_STEP, Column
+import numpy as np
+
+from cmvae.datasets.columns import LENGTH_STEP, Column, is_constant, number_classes
 from cmvae.datasets.splits import DEFAULT_FRACTIONS, fractions
-from cmvae.datasets.values import FitSettings
+from cmvae.datasets.values import FitSettings, Unknown
 from cmvae.modalities import RESERVED_NAMES
 from cmvae.utils.arguments import positive_integer
-from cmvae.utils.errors import UserError
+from cmvae.utils.errors import UserError, raise_all
 
 _SPLIT_NAMES = {
     "train": "train",
@@ -34,7 +36,8 @@ SETTINGS: Mapping[str, Any] = {
     "config": None,
 }
 """Flags about training data and their defaults."""
-_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
+MAX_KEY_LENGTH = 80
+_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}")
 _MAX_EXAMPLES = 5
 """Number of examples in a message."""
 
@@ -75,6 +78,13 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         f"{LENGTH_STEP} (default: 32)",
     )
     parser.add_argument(
+        "--on-error",
+        choices=("error", "skip"),
+        default="error",
+        help="skip: leave out samples with a missing or damaged file, and list them in skipped.txt beside "
+        "the shards (default: error)",
+    )
+    parser.add_argument(
         "--config",
         type=Path,
         metavar="PATH",
@@ -112,6 +122,28 @@ def make_name(text: str, kind: str) -> str:
     return name if name[:1].isalpha() and name not in RESERVED_NAMES else f"{kind}_{name}".rstrip("_")
 
 
+def read_labels(names: Sequence[str | None], what: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Class (N,) of each row, −1 for none, and the names of the classes; reports rows without one on stderr.
+
+    Args:
+        names: (N,) class of each row, None where it has none.
+        what: file and column, for messages.
+
+    Raises:
+        UserError: no row has a class.
+    """
+    labels, class_names = number_classes(names)
+    num_lacking = int((labels < 0).sum())
+    if num_lacking == len(labels):
+        raise UserError(f"{what}: no row has a label. Fill in some, or do not use it")
+    if num_lacking:
+        print(
+            f"note: {num_lacking:,} of {len(labels):,} samples have no label; metrics count the others",
+            file=sys.stderr,
+        )
+    return labels, class_names
+
+
 def check_keys(keys: Sequence[str], places: Sequence[str]) -> None:
     """Check that keys are valid in a shard and differ.
 
@@ -123,14 +155,17 @@ def check_keys(keys: Sequence[str], places: Sequence[str]) -> None:
         UserError: a key is invalid or occurs twice.
     """
     seen: dict[str, str] = {}
+    problems = []
     for key, place in zip(keys, places, strict=True):
         if not _KEY.fullmatch(key):
-            raise UserError(
-                f"{place}: the key {key!r} is not valid. Use at most 80 ASCII letters, digits, '_' and '-'"
+            problems.append(
+                f"{place}: the key {key!r} is not valid. Use at most {MAX_KEY_LENGTH} ASCII letters, "
+                "digits, '_' and '-'"
             )
-        if key in seen:
-            raise UserError(f"{place}: the key {key!r} is also that of {seen[key]}. Keys must differ")
+        elif key in seen:
+            problems.append(f"{place}: the key {key!r} is also that of {seen[key]}. Keys must differ")
         seen[key] = place
+    raise_all(problems)
 
 
 def check_columns(columns: Mapping[str, Column], places: Sequence[str]) -> None:
@@ -156,12 +191,30 @@ def check_columns(columns: Mapping[str, Column], places: Sequence[str]) -> None:
             print(f"note: {name} is missing in {lacking:,} of {len(places):,} samples", file=sys.stderr)
 
 
-def warn_of_constant(name: str, constant: Sequence[str]) -> None:
-    """Report on stderr the dimensions of a vector that are constant in the train split."""
+def warn_of_constant(name: str, columns: Sequence[str], values: np.ndarray) -> None:
+    """Report on stderr the columns (D,) of a vector that are constant in the train split, (N, D)."""
+    constant = [columns[place] for place in np.flatnonzero(is_constant(values)).tolist()]
     if constant:
         print(
             f"warning: {name}: {shorten_list(constant)} never vary in the train split and carry no "
             "information. Leave them out",
+            file=sys.stderr,
+        )
+
+
+def warn_of_cut(name: str, num_cut: int, length: int) -> None:
+    """Report on stderr how many texts are longer than the tokens of the modality."""
+    if num_cut:
+        print(f"note: {name}: {num_cut:,} texts are cut after {length - 1} words", file=sys.stderr)
+
+
+def warn_of_unknown(name: str, unknown: Unknown, min_count: int) -> None:
+    """Report on stderr if most words of the train split are too rare for the vocabulary."""
+    if 2 * unknown.number > unknown.total:
+        print(
+            f"warning: {name}: {unknown.number:,} of {unknown.total:,} words of the train split occur less "
+            f"than {min_count} times and become <unk>, for example "
+            f"{', '.join(map(repr, unknown.examples))}. Lower --min-count, or leave the texts out",
             file=sys.stderr,
         )
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from cmvae.data.index import OnError
 from cmvae.datasets.columns import (
     ArrayImageColumn,
     Column,
@@ -17,6 +18,7 @@ from cmvae.datasets.columns import (
     TextColumn,
     categorical_column,
     channels_first,
+    find_outlier,
     fit_binary,
     fit_categorical,
     fit_image,
@@ -51,7 +53,9 @@ class Values:
     names: tuple[str, ...] | None = None
     """Names of the D dimensions."""
     places: Sequence[str] | None = None
-    """N names of the samples in messages about images."""
+    """N names of the samples in messages."""
+    exact: bool = False
+    """Whether numbers are stored in double precision whatever they are."""
 
     def __len__(self) -> int:
         return len(self.data)
@@ -62,6 +66,11 @@ class Values:
         if isinstance(self.data, np.ndarray):
             return ~np.isnan(self.data).any(axis=1)
         return np.array([value is not None for value in self.data])
+
+    def at(self, rows: np.ndarray) -> Values:
+        """The values of some rows; without their places."""
+        data = self.data[rows] if isinstance(self.data, np.ndarray) else [self.data[row] for row in rows]
+        return replace(self, data=data, places=None)
 
     @property
     def are_files(self) -> bool:
@@ -97,7 +106,7 @@ def fit_modality(name: str, values: Values, train: np.ndarray, settings: FitSett
     """
     data: Any = values.data
     if values.kind == "vector":
-        return fit_vector(data, values.names, train)[0]
+        return _fit_vector(name, values, train)
     if values.kind == "binary":
         return fit_binary(data, values.names or tuple(str(index) for index in range(data.shape[1])))
     if values.kind == "text":
@@ -114,7 +123,18 @@ def fit_modality(name: str, values: Values, train: np.ndarray, settings: FitSett
     )
 
 
-def make_column(name: str, values: Values, modality: Modality) -> Column:
+def _fit_vector(name: str, values: Values, train: np.ndarray) -> VectorModality:
+    data = np.asarray(values.data)
+    modality = fit_vector(data, values.names, train, exact=values.exact)
+    outlier = find_outlier(data, modality)
+    if outlier is not None:
+        row, dimension, problem = outlier
+        place = f"{name}: sample {row}" if values.places is None else values.places[row]
+        raise UserError(f"{place}, column {modality.column_names[dimension]}: {problem}")
+    return modality
+
+
+def make_column(name: str, values: Values, modality: Modality, on_error: OnError = "error") -> Column:
     """The values as a column of a modality, which may come from other data.
 
     Words that the modality does not know become `<unk>`, categories that it does not know are missing; see
@@ -139,7 +159,7 @@ def make_column(name: str, values: Values, modality: Modality) -> Column:
     assert isinstance(modality, ImageModality)  # noqa: S101 (there are no other kinds)
     places = values.places or [f"{name}: sample {row}" for row in range(len(data))]
     if values.are_files:
-        return ImageColumn(data, places, modality)
+        return ImageColumn(data, places, modality, on_error)
     return ArrayImageColumn(data, places, modality)
 
 
@@ -173,6 +193,11 @@ def count_unknown(values: Values, modality: Modality) -> Unknown:
         del counts[known]
     examples = tuple(word for word, _ in counts.most_common(_MAX_EXAMPLES))
     return Unknown(counts.total(), total, examples)
+
+
+def count_cut(values: Values, modality: TextModality) -> int:
+    """Number of texts with more words than the modality has tokens."""
+    return sum(len(split_words(text)) >= modality.shape[0] for text in values.data if text is not None)
 
 
 def describe_unknown(name: str, unknown: Unknown, modality: Modality) -> str | None:

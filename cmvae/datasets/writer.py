@@ -22,17 +22,20 @@ from cmvae.data.groups import check_group_names
 from cmvae.data.index import (
     CLASSIFIERS_FOLDER,
     INDEX_NAME,
+    OnError,
     ShardIndex,
     ShardSchema,
     SplitName,
     SplitSchema,
     TableSchema,
 )
-from cmvae.datasets.base import SPLIT_NUMBERS, Sample, Source, random_stream
+from cmvae.datasets.base import SPLIT_NUMBERS, DamagedSampleError, Sample, Source, random_stream
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
 
-_OWN_FILE = re.compile(rf"({'|'.join(SPLIT_NUMBERS)})-\d{{6}}\.tar|\..+\.partial")
+SKIPPED_NAME = "skipped.txt"
+"""Lists the damaged samples that were left out, one per line."""
+_OWN_FILE = re.compile(rf"{re.escape(SKIPPED_NAME)}|({'|'.join(SPLIT_NUMBERS)})-\d{{6}}\.tar|\..+\.partial")
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,14 @@ class _ShardTask:
 class _WrittenShard:
     """One written shard."""
 
-    schema: ShardSchema
+    schema: ShardSchema | None
+    """None if all of its samples were left out."""
+    skipped: tuple[str, ...]
+    """What is wrong with each sample that was left out."""
     groups: frozenset[str]
     """Names of the groups of its samples."""
+    is_labelled: bool
+    """Whether all samples have a label."""
 
 
 def write_shards(
@@ -64,6 +72,7 @@ def write_shards(
     limit: int | None = None,
     force: bool = False,
     table: TableSchema | None = None,
+    on_error: OnError = "error",
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> ShardIndex:
     """Pack `source` into `folder`.
@@ -80,6 +89,7 @@ def write_shards(
         limit: maximum number of train samples; the other splits are reduced by the same factor.
         force: replace a data set in `folder`.
         table: how the rows of the table that is packed are read; None for other sources.
+        on_error: `skip` leaves out samples with a missing or damaged file, and lists them in `SKIPPED_NAME`.
         report: called after each shard with the number of samples written and in total.
 
     Returns:
@@ -92,22 +102,28 @@ def write_shards(
     folder = Path(folder)
     _clear(folder, force)
     tasks = _deal(source, folder, seed, shard_size, limit)
-    shards = _run(source, tasks, num_workers, report)
+    shards = _run(source, tasks, num_workers, on_error, report)
     check_group_names(sorted(frozenset().union(*(shard.groups for shard in shards))))
     splits = {}
     for split in source.split_sizes:
         of_split = [shard for task, shard in zip(tasks, shards, strict=True) if task.split == split]
-        schemas = tuple(shard.schema for shard in of_split)
+        schemas = tuple(shard.schema for shard in of_split if shard.schema is not None)
+        if not schemas:
+            raise UserError(f"{folder}: all samples of the {split} split are damaged. Replace their files")
         splits[split] = SplitSchema(
             num_samples=sum(schema.num_samples for schema in schemas),
             shards=schemas,
             num_groups=len(frozenset().union(*(shard.groups for shard in of_split))),
         )
+    skipped = [problem for shard in shards for problem in shard.skipped]
+    if skipped:
+        write_whole(folder / SKIPPED_NAME, "".join(f"{problem}\n" for problem in skipped).encode())
     index = ShardIndex(
         name=source.name,
         source={**source.settings, "seed": seed, "shard_size": shard_size, "limit": limit},
         modalities=dict(source.modalities),
         class_names=source.class_names,
+        partly_labelled=source.class_names is not None and not all(shard.is_labelled for shard in shards),
         splits=splits,
         table=table,
     )
@@ -150,15 +166,22 @@ def _deal(source: Source, folder: Path, seed: int, shard_size: int, limit: int |
 
 
 def _run(
-    source: Source, tasks: list[_ShardTask], num_workers: int, report: Callable[[int, int], None]
+    source: Source,
+    tasks: list[_ShardTask],
+    num_workers: int,
+    on_error: OnError,
+    report: Callable[[int, int], None],
 ) -> list[_WrittenShard]:
     """Write all shards; the first failure cancels those that have not started."""
-    pool = ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(source,))
+    pool = ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(source, on_error))
     try:
-        futures: list[Future[_WrittenShard]] = [pool.submit(_write_shard, task) for task in tasks]
+        futures: dict[Future[_WrittenShard], _ShardTask] = {
+            pool.submit(_write_shard, task): task for task in tasks
+        }
         done, total = 0, sum(len(task.indices) for task in tasks)
         for future in as_completed(futures):
-            done += future.result().schema.num_samples
+            future.result()
+            done += len(futures[future].indices)
             report(done, total)
         return [future.result() for future in futures]
     except BrokenProcessPool as error:
@@ -172,11 +195,12 @@ def _run(
 
 _source: Source
 """The data set of this writer process; set once by `_start_worker`, so it is not part of every task."""
+_on_error: OnError
 
 
-def _start_worker(source: Source) -> None:
-    global _source
-    _source = source
+def _start_worker(source: Source, on_error: OnError) -> None:
+    global _source, _on_error
+    _source, _on_error = source, on_error
     # Ctrl-C reaches every process of the terminal; the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -192,15 +216,25 @@ def _die_with_parent() -> None:
 
 def _write_shard(task: _ShardTask) -> _WrittenShard:
     buffer = io.BytesIO()
-    groups = set()
+    groups, skipped = set(), []
+    is_labelled = True
     # Owner, mode and time are constant, so equal samples make equal bytes.
     with webdataset.TarWriter(buffer, user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
         for index in task.indices.tolist():
-            sample = _source.sample(task.split, index)
+            try:
+                sample = _source.sample(task.split, index)
+            except DamagedSampleError as error:
+                if _on_error == "error":
+                    raise
+                skipped.append(str(error))
+                continue
             key = sample.key if sample.key is not None else f"{task.split}-{index:06d}"
             tar.write({"__key__": key, **_encode(_source, sample)})
+            is_labelled &= sample.label is not None
             if sample.group is not None:
                 groups.add(sample.group)
+    if len(skipped) == len(task.indices):
+        return _WrittenShard(None, tuple(skipped), frozenset(), is_labelled)
     content = buffer.getvalue()
     try:
         write_whole(task.path, content)
@@ -210,11 +244,11 @@ def _write_shard(task: _ShardTask) -> _WrittenShard:
         ) from error
     schema = ShardSchema(
         name=task.path.name,
-        num_samples=len(task.indices),
+        num_samples=len(task.indices) - len(skipped),
         num_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
     )
-    return _WrittenShard(schema, frozenset(groups))
+    return _WrittenShard(schema, tuple(skipped), frozenset(groups), is_labelled)
 
 
 def _encode(source: Source, sample: Sample) -> dict[str, bytes]:

@@ -334,11 +334,11 @@ def _load_classifier(
 
 
 def _read_split(folder: Path, split: str, modality: str) -> tuple[Tensor, Tensor]:
-    """Read all images (N, C, H, W) uint8 of a modality in a split, and their labels (N,)."""
+    """Read the labelled images (N, C, H, W) uint8 of a modality in a split, and their labels (N,)."""
     loader = EvaluationLoader(folder, split=split, modalities=[modality], batch_size=_EVALUATION_BATCH_SIZE)
     images, labels = [], []
     for batch in loader:
-        there = batch["valid"] & batch["mask"][:, 0]
+        there = batch["valid"] & batch["mask"][:, 0] & (batch["label"] >= 0)
         images.append(batch[modality][there])
         labels.append(batch["label"][there])
     return torch.cat(images), torch.cat(labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -135,9 +136,9 @@ def _compare_numbers(model: CMVAE, export: Path, encoded: EncodedSplit, result: 
         f"clustering/selected/{name}": float(curve.selected) for name, curve in record.curves.items()
     }
     result.protocol["clustering.criterion"] = record.criterion if record.told is None else "told"
-    result.figures["cluster_numbers"] = plots.criterion_curves(record)
+    result.draw("cluster_numbers", partial(plots.criterion_curves, record))
     if not hierarchy.is_pruned:
-        result.figures["cluster_tree"] = plots.cluster_tree(hierarchy, record.num_clusters)
+        result.draw("cluster_tree", partial(plots.cluster_tree, hierarchy, record.num_clusters))
     if (encoded.label >= 0).any():
         whole = copy.deepcopy(model)
         whole.cluster_prior.take(hierarchy, int(hierarchy.num_clusters[0]))
@@ -199,16 +200,17 @@ def _draw(
     """Add the figures, or the reasons why one is left out."""
     settings, class_names = context.settings, context.index.class_names
     generator = torch.Generator(context.device).manual_seed(settings.seed)
-    result.figures["cluster_samples"] = draw_cluster_samples(context.model, CLUSTER_SAMPLES, generator)
+    result.draw("cluster_samples", partial(draw_cluster_samples, context.model, CLUSTER_SAMPLES, generator))
     if min(len(encoded.label), settings.map_samples) >= _MIN_MAP_SAMPLES:
-        result.figures["latent_map"] = draw_latent_map(
-            encoded, assignments, settings.map_samples, settings.seed
+        result.draw(
+            "latent_map",
+            partial(draw_latent_map, encoded, assignments, settings.map_samples, settings.seed),
         )
     else:
         result.left_out["figures/latent_map"] = f"takes at least {_MIN_MAP_SAMPLES} samples"
     labelled = encoded.label >= 0
     if class_names is not None and labelled.any():
         counts, cluster_ids = confusion(assignments[labelled], encoded.label[labelled], len(class_names))
-        result.figures["confusion_matrix"] = plots.confusion_matrix(counts, class_names, cluster_ids)
+        result.draw("confusion_matrix", partial(plots.confusion_matrix, counts, class_names, cluster_ids))
     else:
         result.left_out["figures/confusion_matrix"] = "there are no labels"

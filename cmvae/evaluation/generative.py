@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -119,9 +120,18 @@ def read_reference(
     if coherent and len(context.model.modality_names) < 2:
         coherent = False
         left_out["coherence"] = "takes at least two modalities"
+    elif coherent and (unlabelled := _sources_without_labels(real)):
+        coherent = False
+        left_out["coherence"] = f"no labelled sample of the split has {', '.join(unlabelled)}"
     elif coherent and len(networks.classified) < 2:
         left_out["coherence/unconditional"] = "takes at least two modalities with a classifier"
     return Reference(networks, real, comparisons, coherent, left_out)
+
+
+def _sources_without_labels(real: Mapping[str, np.ndarray]) -> list[str]:
+    """Modalities that some samples have, but none with a label."""
+    sources = {key.removeprefix("has/"): there for key, there in real.items() if key.startswith("has/")}
+    return [name for name, there in sources.items() if there.any() and not (real["label"][there] >= 0).any()]
 
 
 def measure_floor(context: EvaluationContext, reference: Reference, split: str) -> dict[str, float]:
@@ -230,8 +240,8 @@ def measure_generated(
             result.metrics |= {f"{version}{name}": value for name, value in metrics.items()}
         if coherent and source_sets:
             shares = coherence_matrix(metrics, names, networks.classified)
-            figure = plots.coherence_matrix(shares, names, networks.classified)
-            result.figures[f"{version.replace('/', '_')}coherence_matrix"] = figure
+            draw = partial(plots.coherence_matrix, shares, names, networks.classified)
+            result.draw(f"{version.replace('/', '_')}coherence_matrix", draw)
     return result
 
 
@@ -262,13 +272,16 @@ class _Tally:
     def add_conditional(
         self, extracted: Mapping[str, np.ndarray], sources: Sources, labels: np.ndarray
     ) -> None:
-        """Add what was generated from the sources of n samples with `labels` (n,)."""
+        """Add what was generated from the sources of n samples with `labels` (n,), −1 for none."""
         _check_finite(extracted, f"from {', '.join(sources)}")
         if len(sources) == 1:
             for comparison in self._comparisons:
                 features = _features(extracted, comparison.space)
                 comparison.add_conditional(features, sources[0], self._compared)
-        self._classes[sources], self._labels[sources] = _classes(extracted), labels
+        labelled = labels >= 0
+        if labelled.any():
+            self._classes[sources] = {name: found[labelled] for name, found in _classes(extracted).items()}
+            self._labels[sources] = labels[labelled]
 
     def distances(self) -> dict[str, float]:
         """Means of distances, precision, recall and so on, by metric."""

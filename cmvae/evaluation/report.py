@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cmvae.utils.attempts import attempt
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import whole_folder
 
 if TYPE_CHECKING:  # slow to import
     from matplotlib.figure import Figure
 
+_NOT_DRAWN = "could not be drawn, see the warning"
 REFINED = "refined/"
 """Prefix of metrics of generated samples after refinement."""
 RELEASED = "released/"
@@ -35,6 +38,14 @@ class GroupResult:
     """Metric, or common prefix of metrics → why it was not computed."""
     texts: dict[str, str] = field(default_factory=dict)
     """File name without suffix → text."""
+
+    def draw(self, name: str, draw: Callable[[], Figure]) -> None:
+        """Add a figure; if drawing fails, it is left out with a warning."""
+        figure = attempt(f"figure {name}", draw)
+        if figure is None:
+            self.left_out[f"figures/{name}"] = _NOT_DRAWN
+        else:
+            self.figures[name] = figure
 
     def add(self, other: GroupResult) -> None:
         """Add the results of another group."""
@@ -66,7 +77,9 @@ def write_report(folder: Path, result: GroupResult) -> None:
         with whole_folder(folder) as partial:
             (partial / "figures").mkdir()
             for name, figure in result.figures.items():
-                figure.savefig(partial / "figures" / f"{name}.png")
+                draw = functools.partial(_save, figure, partial / "figures" / f"{name}.png")
+                if attempt(f"figure {name}", draw, raised=(OSError,)) is None:
+                    result.left_out[f"figures/{name}"] = _NOT_DRAWN
             for name, text in result.texts.items():
                 (partial / "texts").mkdir(exist_ok=True)
                 (partial / "texts" / f"{name}.txt").write_text(text, encoding="utf-8")
@@ -77,6 +90,15 @@ def write_report(folder: Path, result: GroupResult) -> None:
             f"{folder}: cannot be written ({error.strerror or error}); an earlier evaluation there is "
             "unchanged. Free some space or fix the permissions, then evaluate again"
         ) from error
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    try:
+        figure.savefig(path)
+    except Exception:
+        path.unlink(missing_ok=True)
+        raise
+    return path
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -21,7 +21,8 @@ from cmvae.evaluation.report import GroupResult, write_report
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.export import weights_sha256
 from cmvae.tracking import resume_tracker
-from cmvae.visualize.previews import draw_refinements, generate_cross_modal
+from cmvae.utils.attempts import attempt
+from cmvae.visualize.previews import generate_cross_modal, generate_refinements
 
 # Groups that share one pass of generated samples.
 GENERATIVE_GROUPS = frozenset({"coherence", "frechet", "fidelity"})
@@ -134,14 +135,16 @@ def _show_generations(context: EvaluationContext) -> GroupResult:
     inputs = {name: batch[name][shown] for name in context.model.modality_names}
     mask = batch["mask"][shown]
     generator = torch.Generator(context.device).manual_seed(context.settings.seed)
+    result = GroupResult()
     if context.dcmvae is not None:
-        figure = draw_refinements(context.dcmvae, inputs, mask, generator)
-        return GroupResult(figures={"refinements": figure})
+        result.draw("refinements", generate_refinements(context.dcmvae, inputs, mask, generator).draw)
+        return result
     made = generate_cross_modal(context.model, inputs, mask, generator)
-    text = made.write()
-    return GroupResult(
-        figures={"cross_modal": made.draw()}, texts={} if text is None else {"cross_modal": text}
-    )
+    result.draw("cross_modal", made.draw)
+    text = attempt("text cross_modal", made.write)
+    if text is not None:
+        result.texts["cross_modal"] = text
+    return result
 
 
 def _track(config: ExperimentConfig, run_dir: Path, result: GroupResult) -> None:

@@ -21,6 +21,8 @@ SPECIAL_TOKENS = (PAD, EOS, UNKNOWN)
 
 # Of a drawing: characters of a line, points of the type, and inches that a line and a character take.
 _LINE_LENGTH, _FONT_SIZE = 24, 6
+_MAX_DRAWN = 480
+"""Characters of a text in a drawing."""
 _LINE_HEIGHT, _CHARACTER_WIDTH = 0.105, 0.052
 
 
@@ -42,7 +44,10 @@ class TextModality(CategoriesModality):
 
     @override
     def draw(self, ax: Axes, stored: np.ndarray) -> None:
-        words = textwrap.fill(self.describe(stored), _LINE_LENGTH)
+        words = self.describe(stored)
+        if len(words) > _MAX_DRAWN:
+            words = f"{words[: _MAX_DRAWN - 1]}…"
+        words = textwrap.fill(words, _LINE_LENGTH)
         ax.text(0.5, 0.5, words, ha="center", va="center", fontsize=_FONT_SIZE, transform=ax.transAxes)
 
     @property
@@ -50,7 +55,7 @@ class TextModality(CategoriesModality):
     def drawn_size(self) -> tuple[float, float]:
         """Room for a text of the full length, in words of average length."""
         usual = 1 + float(np.mean([len(word) for word in self.categories]))
-        characters = self.shape[0] * usual
+        characters = min(self.shape[0] * usual, _MAX_DRAWN)
         # Where lines break between words, the last sixth of them stays empty.
         num_lines = math.ceil(characters / _LINE_LENGTH * 6 / 5)
         width = min(characters, _LINE_LENGTH) * _CHARACTER_WIDTH

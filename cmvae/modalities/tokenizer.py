@@ -1,26 +1,38 @@
 """Sentences as tokens: split words, build a vocabulary, encode.
 
 A word consists of letters, digits and inner apostrophes, in lower case. Other punctuation separates words and
-is dropped: the words of "Long-tailed, isn't it?" are long, tailed, isn't, it.
+is dropped: the words of "Long-tailed, isn't it?" are long, tailed, isn't, it. Where a script has no spaces
+between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese), each character with its marks is a token, and so
+is each emoji.
 """
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import regex
 
 from cmvae.modalities.text import EOS, PAD, SPECIAL_TOKENS, UNKNOWN
 
-_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+_WITHOUT_SPACES = r"\p{Script=Han}\p{Script=Hiragana}\p{Line_Break=Complex_Context}"
+# Words do not begin with a mark, but contain marks: the vowels of Hindi.
+_WORD = (
+    rf"[\w\p{{N}}--[\p{{Connector_Punctuation}}\p{{Mark}}\p{{Join_Control}}{_WITHOUT_SPACES}]]"
+    rf"[\w\p{{N}}--[\p{{Connector_Punctuation}}{_WITHOUT_SPACES}]]*"
+)
+_EMOJI = r"(?:\p{Emoji_Presentation}|\p{Extended_Pictographic}\uFE0F)"
+# \X is a character as people see it, such as a letter with its marks or a family of emoji.
+_TOKEN = regex.compile(
+    rf"(?V1)(?=[[\p{{L}}\p{{M}}\p{{N}}]&&[{_WITHOUT_SPACES}]]|{_EMOJI})\X|{_WORD}(?:'{_WORD})*"
+)
 
 
 def split_words(sentence: str) -> list[str]:
     """The words of a sentence; different Unicode forms of a letter are the same letter."""
-    return _WORD.findall(unicodedata.normalize("NFKC", sentence).replace("’", "'").lower())
+    return _TOKEN.findall(unicodedata.normalize("NFKC", sentence).replace("’", "'").lower())
 
 
 def build_vocabulary(sentences: Iterable[Sequence[str]], min_count: int) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,12 +19,15 @@ if TYPE_CHECKING:
 
 
 class VectorModality(ColumnsModality):
-    """(dimensions,) float32 in the units of the data; as data fp32 with mean 0 and deviation 1 on train."""
+    """(dimensions,) in the units of the data; as data fp32 with mean 0 and deviation 1 on train.
+
+    Stored as float64 where float32 would lose the differences, such as those of seconds since 1970.
+    """
 
     likelihoods = ("normal", "laplace")
 
     kind: Literal["vector"] = "vector"
-    dtype: Literal["float32"] = "float32"
+    dtype: Literal["float32", "float64"] = "float32"
     mean: tuple[FiniteFloat, ...]
     """(dimensions,) means of the train split."""
     std: tuple[Annotated[FiniteFloat, Field(gt=0)], ...]
@@ -41,12 +45,12 @@ class VectorModality(ColumnsModality):
 
     @override
     def to_data(self, stored: Tensor) -> Tensor:
-        mean, std = _statistics(self, stored.device)
-        return (stored - mean) / std
+        mean, std = _statistics(self, stored.device, stored.dtype)
+        return ((stored - mean) / std).float()
 
     @override
     def to_stored(self, data: Tensor | np.ndarray) -> np.ndarray:
-        return (as_array(data) * np.array(self.std) + np.array(self.mean)).astype(np.float32)
+        return (as_array(data) * np.array(self.std) + np.array(self.mean)).astype(self.dtype)
 
     @override
     def draw(self, ax: Axes, stored: np.ndarray) -> None:
@@ -58,14 +62,21 @@ class VectorModality(ColumnsModality):
 
     @override
     def describe(self, stored: np.ndarray) -> str:
-        named = zip(self.column_names, stored, strict=True)
-        return ", ".join(f"{column}: {value:.4g}" for column, value in named)
+        named = zip(self.column_names, stored, self.mean, self.std, strict=True)
+        return ", ".join(
+            f"{column}: {value:.{_num_digits(mean, std)}g}" for column, value, mean, std in named
+        )
+
+
+def _num_digits(mean: float, std: float) -> int:
+    """Number of significant digits that shows a hundredth of a deviation, at least 4."""
+    return max(4, 3 + math.ceil(math.log10(max(1.0, abs(mean) / std))))
 
 
 @lru_cache(maxsize=256)
-def _statistics(modality: VectorModality, device: torch.device) -> tuple[Tensor, Tensor]:
+def _statistics(modality: VectorModality, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean and deviation (dimensions,), copied to a device once: a copy from Python makes a GPU wait."""
     import torch
 
-    mean = torch.tensor(modality.mean, dtype=torch.float32, device=device)
-    return mean, torch.tensor(modality.std, dtype=torch.float32, device=device)
+    mean = torch.tensor(modality.mean, dtype=dtype, device=device)
+    return mean, torch.tensor(modality.std, dtype=dtype, device=device)

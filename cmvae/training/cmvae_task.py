@@ -410,8 +410,7 @@ class CMVAETask(Task):
         inputs = {name: batch[name][:num_samples] for name in self.model.modality_names}
         mask = batch["mask"][:num_samples]
         made = generate_cross_modal(self.model, inputs, mask, generator)
-        text = made.write()
-        return Preview({"cross_modal": made.draw()}, {} if text is None else {"cross_modal": text})
+        return Preview({"cross_modal": made.draw}, {"cross_modal": made.write})
 
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:

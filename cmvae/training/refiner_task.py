@@ -230,12 +230,12 @@ class RefinerTask(Task):
     def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Preview:
         """The first samples of a batch: input, CMVAE and D-CMVAE for every pair of modalities."""
         # matplotlib is imported when something is drawn.
-        from cmvae.visualize.previews import draw_refinements
+        from cmvae.visualize.previews import generate_refinements
 
         inputs = {name: batch[name][:num_samples] for name in self.modality_names}
         mask = batch["mask"][:num_samples]
-        figure = draw_refinements(DCMVAE(self.cmvae, self.refiner), inputs, mask, generator)
-        return Preview({"refinements": figure})
+        made = generate_refinements(DCMVAE(self.cmvae, self.refiner), inputs, mask, generator)
+        return Preview({"refinements": made.draw})
 
     def export(
         self,

@@ -6,6 +6,8 @@ import math
 import re
 from pathlib import Path
 
+import yaml
+
 from cmvae.data.index import ShardIndex
 from cmvae.modalities import Modality
 from cmvae.models.networks import network_family
@@ -64,7 +66,7 @@ def write_starter_config(index: ShardIndex, shards: Path) -> str:
 # If you know the number of clusters, set clusters.num_clusters, or use cmvae cluster … --num-clusters K after
 # the training. If one modality is generated badly, increase its likelihood.weight. Compare several seeds:
 # seed=1 name=…. cmvae/config.py explains every key.
-name: {name}
+name: {_scalar(name)}
 seed: 0
 
 data:
@@ -126,7 +128,7 @@ def _describe_alignment(index: ShardIndex) -> str:
         for name, modality in index.modalities.items()
         if modality.kind == "image" and min(modality.shape[1:]) >= _LARGE_IMAGE
     ]
-    augment = ", ".join(f"{name}: [flip, crop]" for name in photographs)
+    augment = ", ".join(f"{_scalar(name)}: [flip, crop]" for name in photographs)
     return f"""\
   alignment:                # learns first, without decoders, what modalities share
     weight: {_ALIGNMENT["weight"]:g}
@@ -150,7 +152,7 @@ def _describe(name: str, modality: Modality) -> str:
     shape = "×".join(str(size) for size in modality.shape) or f"one of {modality.num_categories}"
     network = _network(modality)
     return f"""\
-    {name}:  # {modality.kind}, {shape}{f"{chr(10)}      network: {network}" if network else ""}
+    {_scalar(name)}:  # {modality.kind}, {shape}{f"{chr(10)}      network: {network}" if network else ""}
       width: {_WIDTHS.get(modality.kind, _WIDTH)}
       likelihood: {{family: {family}{scale}, weight: {likelihood_weight(modality):g}}}"""
 
@@ -167,6 +169,15 @@ def _network(modality: Modality) -> str | None:
     return name
 
 
-def _quote(path: Path) -> str:
-    """A path as a YAML string."""
-    return "'" + str(path).replace("'", "''") + "'"
+def _scalar(name: str) -> str:
+    """A name as a YAML string, quoted if YAML reads something else, such as 2024, 2024-05-01 or no."""
+    try:
+        is_plain = yaml.safe_load(name) == name
+    except (ValueError, yaml.YAMLError):
+        is_plain = False
+    return name if is_plain else _quote(name)
+
+
+def _quote(text: object) -> str:
+    """A text as a quoted YAML string."""
+    return "'" + str(text).replace("'", "''") + "'"

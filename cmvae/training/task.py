@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preview:
-    """Figures and texts of a validation."""
+    """Figures and texts of a validation, which are drawn and written when they are called."""
 
-    figures: dict[str, Figure]
+    figures: dict[str, Callable[[], Figure]]
     """By name."""
-    texts: dict[str, str] = field(default_factory=dict)
-    """By name."""
+    texts: dict[str, Callable[[], str | None]] = field(default_factory=dict)
+    """By name; None where no modality has words."""
 
 
 Measure = Callable[["Task", Accelerator], Mapping[str, float]]
@@ -117,7 +117,7 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def show(self, batch: Mapping[str, Any], num_samples: int, generator: torch.Generator) -> Preview:
-        """Draw what the model generates from the first samples of a batch; must be called on all ranks."""
+        """Generate from the first samples of a batch; must be called on all ranks."""
 
     @abstractmethod
     def export(

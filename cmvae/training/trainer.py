@@ -37,9 +37,10 @@ from cmvae.training.step_checks import (
     all_reduce_step_check,
     reads_late,
 )
-from cmvae.training.task import Measure, Task
+from cmvae.training.task import Measure, Preview, Task
 from cmvae.training.validation import collect_records, evaluation_mode, save_validation
 from cmvae.training.watchdog import Heartbeat
+from cmvae.utils.attempts import attempt
 from cmvae.utils.progress import progress_bar
 from cmvae.utils.seeds import derive_seed
 
@@ -253,11 +254,19 @@ class Trainer:
         generator = torch.Generator(self.accelerator.device).manual_seed(self.config.seed)
         with evaluation_mode(self.module):
             preview = self.task.show(batch, SHOWN_SAMPLES, generator)
-        for name, figure in preview.figures.items():
-            self.tracker.log_image(figure, name, self.state.step)
-        for name, text in preview.texts.items():
-            self.tracker.log_text(text, name, self.state.step)
+        if self.accelerator.is_main_process:
+            self._log_preview(preview)
         return metrics
+
+    def _log_preview(self, preview: Preview) -> None:
+        for name, draw in preview.figures.items():
+            figure = attempt(f"figure {name}", draw)
+            if figure is not None:
+                self.tracker.log_image(figure, name, self.state.step)
+        for name, write in preview.texts.items():
+            text = attempt(f"text {name}", write)
+            if text is not None:
+                self.tracker.log_text(text, name, self.state.step)
 
     def _collect_records(self, max_batches: int | None = None) -> dict[str, np.ndarray]:
         """The report over the validation split, or over its first `max_batches` batches."""

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from cmvae.clustering import FloatArray
-from cmvae.visualize.style import ACCENT, DPI, INK, MUTED, lighten
+from cmvae.visualize.style import ACCENT, INK, MUTED, Figure, lighten
 
 # Drawn by default, as far as the experiments have them.
 MAIN_METRICS = (
@@ -92,7 +91,7 @@ def _panels(
     names = list(metrics or ()) or [name for name in MAIN_METRICS if name in known] or sorted(known)
     num_columns = min(3, len(names))
     num_rows = -(-len(names) // num_columns)
-    figure = Figure(figsize=(1.2 + 3.4 * num_columns, height * num_rows), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(1.2 + 3.4 * num_columns, height * num_rows), layout="constrained")
     axes = figure.subplots(num_rows, num_columns, squeeze=False, sharey=sharey).ravel()
     for ax, name in zip(axes, names, strict=False):
         ax.set_title(name, fontsize=9, color=INK, loc="left")

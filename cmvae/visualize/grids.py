@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cmvae.clustering import BoolArray
 from cmvae.modalities import ImageModality, Modality
-from cmvae.visualize.style import ACCENT, DPI, GRID, INK, clear_axes
+from cmvae.visualize.style import ACCENT, GRID, INK, Figure, clear_axes
 
 # Margin around a drawn value, as a share of its cell.
 _CELL_GAP = 0.02
@@ -58,7 +57,6 @@ def cross_modal_grid(
             0.9 + sum(num_samples * width + 0.15 for width in widths),
             0.45 + len(rows) * (height + 0.06),
         ),
-        dpi=DPI,
     )
     figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.0)
     axes = figure.subplots(len(rows), len(names), squeeze=False, width_ratios=widths)
@@ -100,7 +98,6 @@ def sample_rows(
             1.2 + sum(num_samples * width + 0.15 for width in widths),
             0.45 + num_rows * height * 1.02,
         ),
-        dpi=DPI,
         layout="constrained",
     )
     axes = figure.subplots(1, len(values), squeeze=False, width_ratios=widths)[0]

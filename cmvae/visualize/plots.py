@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cmvae.clustering import ClusterHierarchy, FloatArray, IntArray
 from cmvae.models.export import ClusterRecord
-from cmvae.visualize.style import ACCENT, DPI, GRID, INK, MUTED, lighten
+from cmvae.visualize.style import ACCENT, GRID, INK, MUTED, Figure, lighten
 
 # More colours than this are hard to tell apart, and are taken from a continuous map.
 _MAX_CATEGORIES_BY_COLOUR = 20
+# Inches of a heat map; cells of more rows or columns are smaller, below these sizes without texts and names.
+_MAX_HEAT_MAP, _MIN_TEXT, _MIN_NAME = 60.0, 0.2, 0.1
+_MAX_NAME = 40
 
 
 def criterion_curves(record: ClusterRecord) -> Figure:
@@ -25,7 +27,7 @@ def criterion_curves(record: ClusterRecord) -> Figure:
         record: the cluster record of an export. The criterion that decided comes first, in colour.
     """
     names = sorted(record.curves, key=lambda name: name != record.criterion)
-    figure = Figure(figsize=(3.4 * len(names), 3.2), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(3.4 * len(names), 3.2), layout="constrained")
     for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         curve = record.curves[name]
         decides = name == record.criterion
@@ -52,7 +54,7 @@ def cluster_tree(hierarchy: ClusterHierarchy, num_clusters: int) -> Figure:
     from scipy.cluster.hierarchy import dendrogram
 
     joins, names = hierarchy.linkage(num_clusters)
-    figure = Figure(figsize=(2 + 0.4 * num_clusters, 3.4), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(2 + 0.4 * num_clusters, 3.4), layout="constrained")
     ax = figure.subplots()
     dendrogram(
         joins, ax=ax, labels=[f"{name}" for name in names], color_threshold=0, above_threshold_color=INK
@@ -73,7 +75,7 @@ def pruning_curves(
         num_clusters: number of clusters per step.
         selected: the number that was selected.
     """
-    figure = Figure(figsize=(4.6, 3.2), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(4.6, 3.2), layout="constrained")
     ax = figure.subplots()
     for name, values in curves.items():
         ax.plot(num_clusters, values, "o-", markersize=3, linewidth=1.3, label=name.upper())
@@ -98,8 +100,9 @@ def confusion_matrix(counts: IntArray, class_names: Sequence[str], cluster_ids: 
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     texts = [[str(count) if count else "" for count in row] for row in counts]
     figure, ax = _heat_map(shares, texts, class_names, [str(cluster) for cluster in cluster_ids], cell=0.42)
-    ax.set_xticks(np.arange(1, counts.shape[1]) - 0.5, minor=True)
-    ax.set_yticks(np.arange(1, counts.shape[0]) - 0.5, minor=True)
+    if max(counts.shape) * _MIN_TEXT <= _MAX_HEAT_MAP:
+        ax.set_xticks(np.arange(1, counts.shape[1]) - 0.5, minor=True)
+        ax.set_yticks(np.arange(1, counts.shape[0]) - 0.5, minor=True)
     ax.grid(which="minor", color=GRID, linewidth=0.8)
     ax.tick_params(which="minor", length=0)
     ax.set_xlabel("cluster", fontsize=9, color=INK)
@@ -130,22 +133,30 @@ def _heat_map(
     columns: Sequence[str],
     cell: float,
 ) -> tuple[Figure, Axes]:
-    """Cells of `cell` inches, coloured by shares in [0, 1], with a text in each where it is not empty."""
+    """Cells of at most `cell` inches, coloured by shares in [0, 1], with a text in each; it may be empty."""
+    cell = min(cell, _MAX_HEAT_MAP / max(len(rows), len(columns)))
     size = (1.8 + cell * len(columns), 1.3 + cell * len(rows))
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     ax = figure.add_subplot()
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(*shares.shape):
+    for row, column in np.ndindex(*shares.shape) if cell >= _MIN_TEXT else ():
         if texts[row][column]:
             colour = "white" if shares[row, column] > 0.5 else INK
             ax.text(
                 column, row, texts[row][column], ha="center", va="center", fontsize=15 * cell, color=colour
             )
-    ax.set_xticks(range(len(columns)), columns)
-    ax.set_yticks(range(len(rows)), rows)
-    ax.tick_params(length=0, labelsize=8, labelcolor=INK)
+    ax.set_xticks([], [])
+    ax.set_yticks([], [])
+    if cell >= _MIN_NAME:
+        ax.set_xticks(range(len(columns)), [_shorten(name) for name in columns])
+        ax.set_yticks(range(len(rows)), [_shorten(name) for name in rows])
+    ax.tick_params(length=0, labelsize=min(8, 60 * cell), labelcolor=INK)
     ax.spines[:].set_visible(False)
     return figure, ax
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
 
 
 def latent_map(points: FloatArray, assignments: IntArray, labels: IntArray | None) -> Figure:
@@ -154,16 +165,18 @@ def latent_map(points: FloatArray, assignments: IntArray, labels: IntArray | Non
     Args:
         points: (N, 2), from `project_2d`.
         assignments: (N,) cluster ids.
-        labels: (N,) class ids; None draws the first panel only.
+        labels: (N,) class ids, −1 for samples without one, which the second panel leaves out; None draws the
+            first panel only.
     """
-    panels = [("clusters found", assignments)]
+    panels = [("clusters found", points, assignments)]
     if labels is not None:
-        panels.append(("classes, which the model never saw", labels))
-    figure = Figure(figsize=(5.2 * len(panels), 5.2), dpi=DPI, layout="constrained")
+        known = labels >= 0
+        panels.append(("classes, which the model never saw", points[known], labels[known]))
+    figure = Figure(figsize=(5.2 * len(panels), 5.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (title, categories) in zip(axes, panels, strict=True):
+    for ax, (title, places, categories) in zip(axes, panels, strict=True):
         ax.set_title(title, fontsize=10, color=INK, loc="left")
-        _scatter(ax, points, categories)
+        _scatter(ax, places, categories)
         ax.set_xticks([])
         ax.set_yticks([])
         ax.spines[:].set_color("#dee2e6")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from cmvae.modalities import Modality
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.encoding import EncodedSplit
 from cmvae.visualize import grids, plots
+from cmvae.visualize.style import Figure
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from cmvae.models.dcmvae import DCMVAE
@@ -34,11 +34,13 @@ class CrossModal:
     """Modality → (N,) bool, the samples that have it."""
     modalities: Mapping[str, Modality]
     """The modalities by name."""
+    refined: Mapping[tuple[str, str], np.ndarray] | None = None
+    """(source, target) → (N, *shape) after refinement, of the targets that are refined."""
 
     def draw(self) -> Figure:
         """The samples as a figure, see `grids.cross_modal_grid`."""
         return grids.cross_modal_grid(
-            self.inputs, self.generated, modalities=self.modalities, present=self.present
+            self.inputs, self.generated, self.refined, modalities=self.modalities, present=self.present
         )
 
     def write(self) -> str | None:
@@ -95,10 +97,10 @@ def generate_cross_modal(
     )
 
 
-def draw_refinements(
+def generate_refinements(
     dcmvae: DCMVAE, inputs: Mapping[str, Tensor], mask: Tensor, generator: torch.Generator
-) -> Figure:
-    """Draw inputs, what the CMVAE generates from every modality (itself included), and its images refined.
+) -> CrossModal:
+    """Inputs, what the CMVAE generates from every modality (itself included), and its images refined.
 
     Args:
         dcmvae: the CMVAE and its refiner.
@@ -116,12 +118,12 @@ def draw_refinements(
             generated[source, target] = model.modalities[target].to_stored(blurred[target])
         for target in dcmvae.refiner.modality_names:
             refined[source, target] = model.modalities[target].to_stored(sharp[target])
-    return grids.cross_modal_grid(
+    return CrossModal(
         {name: model.modalities[name].to_stored(x) for name, x in inputs.items()},
         generated,
+        _by_modality(model, mask),
+        model.modalities,
         refined,
-        modalities=model.modalities,
-        present=_by_modality(model, mask),
     )
 
 

@@ -1,4 +1,5 @@
 import argparse
+import re
 from pathlib import Path
 
 import numpy as np
@@ -111,8 +112,66 @@ def test_mistakes_are_named(root, tmp_path):
         read(root)
 
 
-def test_names_that_become_one_key_are_refused(root):
-    (root / "labels.csv").unlink()
-    (root / "notes" / "s_1.txt").write_text("x")
-    with pytest.raises(UserError, match=r"s_1: the key 's_1' is also that of .*s\.1"):
+def test_names_that_become_one_key_are_told_apart(tmp_path):
+    """Names in scripts that keys cannot hold, of any length."""
+    (tmp_path / "notes").mkdir()
+    names = ["\u732b1", "\u72ac1", "a.b", "a_b", "x" * 200, "x" * 201, *(f"n{n}" for n in range(20))]
+    for name in names:
+        (tmp_path / "notes" / f"{name}.txt").write_text(f"this is {name[:1]}")
+    keys = list(read(tmp_path).keys)
+    assert len(set(keys)) == len(names)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,80}", key) for key in keys)
+    assert {f"n{n}" for n in range(20)} < set(keys)
+    assert list(read(tmp_path).keys) == keys
+
+
+def test_two_spellings_of_a_file_name_are_one_sample(tmp_path):
+    """macOS writes \u00e9 as two characters."""
+    for folder_name, letter in (("notes", "\u00e9"), ("spectra", "e\u0301")):
+        (tmp_path / folder_name).mkdir()
+        for number in range(20):
+            path = tmp_path / folder_name / f"{letter}{number}"
+            if folder_name == "notes":
+                path.with_suffix(".txt").write_text("a text")
+            else:
+                np.save(path, [number % 7])
+    source = read(tmp_path)
+    assert len(source.keys) == 20
+    assert not any(modality.optional for modality in source.modalities.values())
+
+
+def test_damaged_files_are_left_out_and_listed(root, tmp_path):
+    (root / "notes" / "s.1.txt").write_bytes(b"\xff\xfe\x00")
+    (root / "spectra" / "s.2.npy").write_bytes(b"\x93NUMPY")
+    (root / "Photos" / "s.3.bmp").write_bytes(b"BM nothing")
+    with pytest.raises(UserError, match=r"s\.1\.txt: cannot be read as text"):
         read(root)
+    index = write_shards(
+        read(root, "--on-error", "skip", "--image-size", "8"), root / "out", on_error="skip", num_workers=2
+    )
+    assert sum(split.num_samples for split in index.splits.values()) == 37
+    skipped = (root / "out" / "skipped.txt").read_text().splitlines()
+    assert sorted(re.findall(r"s\.\d\.(?:txt|npy|bmp): ", "\n".join(skipped))) == [
+        "s.1.txt: ", "s.2.npy: ", "s.3.bmp: "
+    ]  # fmt: skip
+    loaders = [
+        EvaluationLoader(root / "out", split=split, modalities=["spectra"], batch_size=40)
+        for split in index.splits
+    ]
+    keys = [key for loader in loaders for batch in loader for key in batch["key"]]
+    assert {"s_1", "s_2", "s_3"}.isdisjoint(keys)
+    # Packed again without damage, the list is gone.
+    for name in ("notes/s.1.txt", "spectra/s.2.npy", "Photos/s.3.bmp"):
+        (root / name).unlink()
+    write_shards(read(root, "--image-size", "8"), root / "out", force=True)
+    assert not (root / "out" / "skipped.txt").exists()
+
+
+def test_half_of_the_labels_are_enough(root):
+    lines = (root / "labels.csv").read_text().splitlines()
+    (root / "labels.csv").write_text(
+        "\n".join([lines[0], *(line if n % 2 else f"s.{n}," for n, line in enumerate(lines[1:]))])
+    )
+    source = read(root)
+    assert source.class_names == ("odd",)
+    assert (source.labels == -1).sum() == 20

@@ -1,13 +1,19 @@
+import calendar
 import itertools
+import math
+import re
+from datetime import datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from packing import read, write_csv
+import torch
+from packing import parse, read, write_csv
 from PIL import Image
 from pyarrow import parquet
 
 from cmvae.data.reader import EvaluationLoader
+from cmvae.datasets import table
 from cmvae.datasets.columns import number_classes
 from cmvae.datasets.writer import write_shards
 from cmvae.utils.errors import UserError
@@ -145,7 +151,8 @@ def test_parquet_reads_as_csv_does(tmp_path):
 
 
 def numbers(count: int, **more) -> list[dict[str, object]]:
-    return [{"x": number, "y": -number, **more} for number in range(count)]
+    """Rows of measurements; integers in order would be ids."""
+    return [{"x": float(number), "y": -float(number), **more} for number in range(count)]
 
 
 def test_what_the_split_column_never_names_is_drawn_from_train(tmp_path):
@@ -156,7 +163,7 @@ def test_what_the_split_column_never_names_is_drawn_from_train(tmp_path):
 
 
 def test_groups_and_classes_are_respected_where_splits_are_drawn(tmp_path):
-    rows = [{"x": n, "bird": n // 10, "kind": n // 10 % 2} for n in range(400)]
+    rows = [{"x": float(n), "bird": n // 10, "kind": n // 10 % 2} for n in range(400)]
     path = write_csv(tmp_path / "t.csv", rows)
     source = read(path, "--vector x --group bird --label kind")
     birds = {split: set((found // 10).tolist()) for split, found in source.splits.items()}
@@ -166,7 +173,7 @@ def test_groups_and_classes_are_respected_where_splits_are_drawn(tmp_path):
 
 def test_an_image_of_two_splits_is_reported(tmp_path, capsys):
     Image.new("L", (8, 8)).save(tmp_path / "one.png")
-    path = write_csv(tmp_path / "t.csv", [{"p": "one.png", "x": n} for n in range(30)])
+    path = write_csv(tmp_path / "t.csv", [{"p": "one.png", "x": n % 9} for n in range(30)])
     read(path, "--image p --vector x")
     assert "1 images are in train and in another split" in capsys.readouterr().err
 
@@ -178,9 +185,102 @@ def test_a_constant_column_is_reported_and_harmless(tmp_path, capsys):
     assert "all: z never vary" in capsys.readouterr().err
 
 
+def test_large_offsets_are_standardised(tmp_path):
+    """Seconds since 1970 as a measurement: single precision would round them to 128 seconds."""
+    seconds = [1_700_000_000 + 37 * n % 1000 for n in range(60)]
+    source = read(write_csv(tmp_path / "t.csv", [{"a": s} for s in seconds]), "--vector a")
+    index = write_shards(source, tmp_path / "o")
+    modality = index.modalities["a"]
+    batches = [next(iter(EvaluationLoader(tmp_path / "o", split=s, modalities=["a"], batch_size=60)))
+               for s in index.splits]  # fmt: skip
+    stored = {key: x.item() for b in batches for key, x in zip(b["key"], b["a"], strict=True)}
+    assert [stored[f"row-{n + 2:06d}"] for n in range(60)] == seconds
+    data = modality.to_data(batches[0]["a"][batches[0]["valid"]])
+    assert data.dtype == torch.float32
+    assert data.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert modality.to_stored(data) == pytest.approx(batches[0]["a"][batches[0]["valid"]].numpy(), abs=1e-3)
+    assert f"a: {seconds[1]}" == modality.describe(np.array([seconds[1]], dtype=np.float64))
+
+
+def test_a_column_is_constant_only_if_it_does_not_vary(tmp_path, capsys):
+    rows = [{"same": 0.1 + 0.2, "nearly": 1e9 + n % 2, "tiny": n % 2 * 1e-200} for n in range(40)]
+    modality = read(write_csv(tmp_path / "t.csv", rows), "--vector all=*").modalities["all"]
+    assert "all: same never vary" in capsys.readouterr().err
+    assert modality.std[0] == 1
+    assert modality.std[1] == pytest.approx(0.5, abs=0.05)
+    assert 0 < modality.std[2] < 1e-199
+
+
+def test_a_number_far_from_those_of_train_is_refused(tmp_path):
+    rows = [*numbers(40, s="train"), {"x": 1e30, "y": 0, "s": "test"}, {"x": 1, "y": 1, "s": "val"}]
+    with pytest.raises(UserError, match=r"row 42, column x: 1e\+30 is \de\+\d+ standard deviations"):
+        read(write_csv(tmp_path / "t.csv", rows), "--vector all=x,y --split s")
+
+
+@pytest.mark.parametrize("step", [1, -3])
+def test_ids_are_no_measurement(tmp_path, step):
+    path = write_csv(tmp_path / "t.csv", [{"id": 100_000_000 + step * n, "x": n % 7} for n in range(40)])
+    with pytest.raises(UserError, match=r"column id: its integers all differ and are in order.*--key id"):
+        read(path, "--vector x --vector id")
+    assert read(path, "--vector x --key id").split_sizes["train"] == 32
+    shuffled = [{"n": n * 7 % 40} for n in range(40)]
+    assert "n" in read(write_csv(tmp_path / "u.csv", shuffled), "--vector n").modalities
+
+
+DATES = [datetime(2024, 2, 27, 6) + timedelta(hours=31 * n) for n in range(50)]
+
+
+@pytest.mark.parametrize(
+    ("form", "flags"),
+    [
+        ("%Y-%m-%d %H:%M:%S", ()),
+        ("%Y-%m-%dT%H:%M:%SZ", ()),
+        ("%d.%m.%Y %H:%M", ("--date-format", "%d.%m.%Y %H:%M")),
+        ("seconds", ()),
+    ],
+)
+def test_dates_are_seconds_and_parts_of_day_week_and_year(tmp_path, form, flags):
+    def text(date):
+        return f"{calendar.timegm(date.timetuple())}" if form == "seconds" else date.strftime(form)
+
+    source = read(write_csv(tmp_path / "t.csv", [{"when": text(d)} for d in DATES]), "--date when", *flags)
+    modality = source.modalities["when"]
+    assert modality.columns == (
+        "when seconds", "when day sine", "when day cosine", "when week sine", "when week cosine",
+        "when year sine", "when year cosine",
+    )  # fmt: skip
+    found = {sample.key: sample.values["when"] for sample in samples(source)}
+    for row, date in enumerate(DATES):
+        seconds, *parts = found[f"row-{row + 2:06d}"].tolist()
+        assert np.datetime64(round(seconds), "s") == np.datetime64(date)
+        day = (date.hour + date.minute / 60) / 24
+        week = (date.weekday() + day) / 7
+        year = (date.timetuple().tm_yday - 1 + day) / 366
+        wanted = [f(2 * math.pi * place) for place in (day, week, year) for f in (math.sin, math.cos)]
+        assert parts == pytest.approx(wanted, abs=1e-9)
+
+
+def test_dates_without_a_time_have_no_place_in_the_day(tmp_path):
+    rows = [{"when": f"2024-01-{1 + n % 28:02d}" if n else ""} for n in range(40)]
+    rows[0]["x"] = rows[1]["x"] = 1
+    source = read(
+        write_csv(tmp_path / "t.csv", [{"x": 1.0, **row} for row in rows]), "--date when --vector x"
+    )
+    assert len(source.modalities["when"].columns) == 5
+    assert source.modalities["when"].optional
+
+
+@pytest.mark.parametrize("cell", ["2024-02-30", "31.12.2024", "yesterday", "1714570200000", "12"])
+def test_what_is_no_date_is_refused(tmp_path, cell):
+    path = write_csv(tmp_path / "t.csv", [{"d": "2024-05-01"}] * 20 + [{"d": cell}])
+    with pytest.raises(UserError, match=rf"row 22, column d: '{cell}' is not"):
+        read(path, "--date d")
+
+
 def test_a_pattern_leaves_out_columns_with_another_purpose(tmp_path):
     rows = [
-        {**row, "kind": row["x"] % 2, "bird": row["x"], "id": row["x"]} for row in numbers(40, part="train")
+        {**row, "kind": row["x"] % 2, "bird": row["x"], "id": int(row["x"])}
+        for row in numbers(40, part="train")
     ]
     path = write_csv(tmp_path / "t.csv", rows)
     source = read(path, "--vector all=* --label kind --split part --group bird --key id")
@@ -191,14 +291,14 @@ def test_a_pattern_leaves_out_columns_with_another_purpose(tmp_path):
 
 
 def test_patterns_names_and_keys(tmp_path):
-    rows = [{"px_1": n, "px_2": 2 * n, "px_10": 3 * n, "id": f"bird_{n}"} for n in range(30)]
+    rows = [{"px_1": n / 2, "px_2": n % 3, "px_10": n % 4, "id": f"bird_{n}"} for n in range(30)]
     source = read(write_csv(tmp_path / "t.csv", rows), "--vector", "px_*", "--key", "id")
     assert source.modalities["vector"].columns == ("px_1", "px_2", "px_10")
     assert source.sample("train", 0).key.startswith("bird_")
 
 
 def test_other_separators_and_empty_cells(tmp_path):
-    rows = [{"a": "NA" if n == 3 else n, "b": n} for n in range(30)]
+    rows = [{"a": "NA" if n == 3 else n / 2, "b": n / 2} for n in range(30)]
     path = write_csv(tmp_path / "t.csv", rows, delimiter=";")
     for separator in ("", "--separator ;"):  # found in the column names, or given
         source = read(path, f"{separator} --vector a --vector b --na NA")
@@ -238,14 +338,14 @@ def test_with_a_decimal_comma_a_point_is_not_guessed_away(tmp_path):
 
 
 def test_blank_rows_are_ignored_and_counted(tmp_path):
-    rows = "".join(f"{n},x\n\n , \n" for n in range(30))
+    rows = "".join(f"{n}.0,x\n\n , \n" for n in range(30))
     source = read(write(tmp_path / "t.csv", "\na,b\n" + rows + ",\n\n"), "--vector a")
     found = {sample.key: int(sample.values["a"][0]) for sample in samples(source)}
     assert found == {f"row-{3 * n + 3:06d}": n for n in range(30)}
 
 
 def test_columns_without_a_name_are_ignored(tmp_path):
-    rows = "".join(f"{n},{n + 1},,\n" for n in range(30))
+    rows = "".join(f"{n},{n % 7},,\n" for n in range(30))
     source = read(write(tmp_path / "t.csv", ",a,,\n" + rows), "--vector", "all=*")
     assert source.modalities["all"].columns == ("a",)
 
@@ -282,7 +382,7 @@ def test_classes_are_in_the_same_order_whatever_the_hashes(tmp_path):
         ("--vector caption", r"birds\.csv: row 3, column caption: .A green bird.*is not a number.*--na"),
         ("--binary colour", r"row 2, column colour: 'red' is none of"),
         ("--vector wieght", r"no column 'wieght'. Did you mean 'weight'\?"),
-        ("--vector weight --label caption", r"row 2, column caption: empty"),
+        ("--text caption --group caption", r"row 2, column caption: empty"),
         ("--vector weight --split colour", r"row 2, column colour: 'red' is not a split"),
         ("--vector weight", r"birds\.csv: row 2, .*row 9, .*and 4 more: has no value in any modality"),
         ("--text colour --label colour", "--label colour: is also a modality"),
@@ -371,3 +471,106 @@ def test_sixteen_bits_are_refused_rather_than_clipped(tmp_path):
     source = read(write_csv(tmp_path / "t.csv", [{"p": "deep.png"}] * 30), "--image p")
     with pytest.raises(UserError, match="more than 8 bits per channel"):
         source.sample("train", 0)
+
+
+def test_half_of_the_labels_are_enough(tmp_path):
+    """Samples without a label keep their place, and metrics count the others."""
+    rows = [{"x": n / 2, "kind": ("", "a", "b")[n % 3]} for n in range(60)]
+    source = read(write_csv(tmp_path / "t.csv", rows), "--vector x --label kind")
+    index = write_shards(source, tmp_path / "out")
+    assert index.class_names == ("a", "b")
+    assert index.partly_labelled
+    for split in index.splits:
+        for batch in EvaluationLoader(tmp_path / "out", split=split, modalities=["x"], batch_size=60):
+            for key, label in zip(batch["key"], batch["label"].tolist(), strict=True):
+                assert label == (int(key.removeprefix("row-")) - 2) % 3 - 1
+    empty = write_csv(tmp_path / "u.csv", [{"x": n / 2, "kind": ""} for n in range(60)])
+    with pytest.raises(UserError, match="column kind: no row has a label"):
+        read(empty, "--vector x --label kind")
+
+
+def test_all_mistakes_are_named_at_once(tmp_path):
+    rows = [
+        {"x": "a" if n in (3, 7) else n / 2, "y": "?" if n == 9 else 0.5 + n % 3, "k": n // 2}
+        for n in range(60)
+    ]
+    path = write_csv(tmp_path / "t.csv", rows)
+    with pytest.raises(UserError) as caught:
+        read(path, "--vector xy=x,y --key k --text none")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 21
+    assert sum("no column 'none'" in line for line in lines) == 1
+    assert lines[-1] == "... and 14 more"
+    with pytest.raises(UserError) as caught:
+        read(path, "--vector xy=x,y")
+    places = re.findall(r"row (\d+), column (\w)", str(caught.value))
+    assert places == [("5", "x"), ("9", "x"), ("11", "y")]
+
+
+def test_all_ragged_rows_are_named(tmp_path):
+    path = write(tmp_path / "t.csv", "a,b\n1,2,3\n" + "1,2\n" * 20 + "1\n")
+    with pytest.raises(UserError, match=r"(?s)row 2 has 3 cells.*row 23 has 1 cells"):
+        read(path, "--vector a")
+
+
+def test_names_of_columns_may_have_commas_and_equals_signs(tmp_path):
+    rows = [{"a,b": n / 2, "c=d": n % 5, "x": n % 3} for n in range(40)]
+    source = read(write_csv(tmp_path / "t.csv", rows), "--vector a,b --vector c=d --vector e=x")
+    assert {name: m.columns for name, m in source.modalities.items()} == {
+        "a_b": ("a,b",), "c_d": ("c=d",), "e": ("x",)
+    }  # fmt: skip
+
+
+def test_pictures_in_parquet_cells_are_explained(tmp_path):
+    table = pa.table({"p": [b"\x89PNG"] * 30, "q": [{"bytes": b"x", "path": "a"}] * 30})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    for column in ("p", "q"):
+        with pytest.raises(UserError, match=rf"row 1, column {column}: binary or nested data. Save the"):
+            read(tmp_path / "t.parquet", f"--image {column}")
+
+
+def test_words_that_are_mostly_unknown_are_reported(tmp_path, capsys):
+    texts = [{"t": f"w{n} v{n} the", "u": "a red bird " * 20} for n in range(40)]
+    read(write_csv(tmp_path / "t.csv", texts), "--text t --text u")
+    reported = capsys.readouterr().err
+    assert "warning: t: 64 of 96 words of the train split occur less than 3 times" in reported
+    assert "note: u: 40 texts are cut after 31 words" in reported
+    assert "warning: u" not in reported
+
+
+def test_a_column_is_taken_for_what_its_cells_are(tmp_path):
+    rows = [
+        {
+            "id": 100 + n, "size": n % 7 / 2, "ok": ("yes", "no")[n % 2], "day": f"2024-01-{1 + n % 28:02d}",
+            "photo": f"p/{n}.JPG", "kind": "ab"[n % 2] * 2, "note": f"a text of {n} words",
+            "name": f"n{n * 7 % 40}",
+            "same": "x", "none": "", "mixed": n / 2 if n % 9 else "oops",
+        }
+        for n in range(40)
+    ]  # fmt: skip
+    path = write_csv(tmp_path / "t.csv", rows)
+    report = table.check_report(parse(path, "--vector size --label kind"))
+    found = {
+        cells[0]: cells[1:] for line in report.splitlines()[2:] if (cells := re.split(r" *\| *", line)[1:-1])
+    }
+    assert {name: form for name, (_, form, _) in found.items()} == {
+        "id": "key", "size": "numbers", "ok": "yes or no", "day": "dates", "photo": "images",
+        "kind": "categories",
+        "note": "text", "name": "key", "same": "nothing", "none": "nothing", "mixed": "numbers",
+    }  # fmt: skip
+    assert found["size"][0] == "--vector size"
+    assert found["kind"][0] == "--label kind"
+    assert found["photo"][0] == "not used; --image photo"
+    assert "not 'oops' in row 2 and 4 more" in found["mixed"][2]
+
+
+def test_missing_images_can_be_left_out(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    rows = [{"p": "gone.png" if n == 4 else "one.png", "x": n % 9} for n in range(30)]
+    path = write_csv(tmp_path / "t.csv", rows)
+    with pytest.raises(UserError, match=r"row 6, column p: .*gone\.png: no such file"):
+        read(path, "--image p")
+    source = read(path, "--image p --on-error skip --image-size 8")
+    index = write_shards(source, tmp_path / "out", on_error="skip")
+    assert sum(split.num_samples for split in index.splits.values()) == 29
+    assert "row 6, column p" in (tmp_path / "out" / "skipped.txt").read_text()

@@ -84,3 +84,22 @@ def test_the_table_is_sorted_and_aligned() -> None:
 def test_what_was_left_out_is_told_with_its_reason() -> None:
     report = format_report(GroupResult({"clustering/acc": 0.5}, left_out={"fid": "no weights"}))
     assert report.splitlines() == ["clustering/acc      0.5000", "left out: fid: no weights"]
+
+
+def test_a_figure_that_cannot_be_drawn_is_left_out_with_a_warning(tmp_path, caplog):
+    class Broken(Figure):
+        def savefig(self, path, **settings):
+            path.write_bytes(b"half of it")
+            raise ValueError("$ is no formula")
+
+    result = GroupResult({"clustering/acc": 0.5}, {"map": draw(1), "tree": Broken()})
+    result.draw("curves", lambda: 1 / 0)
+    write_report(tmp_path / "evaluation", result)
+    assert [path.name for path in (tmp_path / "evaluation" / "figures").iterdir()] == ["map.png"]
+    assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text()) == {"clustering/acc": 0.5}
+    left_out = json.loads((tmp_path / "evaluation" / "protocol.json").read_text())["left_out"]
+    assert set(left_out) == {"figures/tree", "figures/curves"}
+    assert [("tree" in r.message, "curves" in r.message) for r in caplog.records] == [
+        (False, True),
+        (True, False),
+    ]

@@ -14,13 +14,18 @@ from cmvae.datasets.base import Sample
 from cmvae.modalities import ImageModality
 
 
-def read(path: Path, flags: str, *more: str):
-    """The table source for the arguments of a command line."""
+def parse(path: Path, flags: str, *more: str) -> argparse.Namespace:
+    """The arguments of a command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("shards/mine"))
     parser.add_argument("--seed", type=int, default=0)
     table.add_arguments(parser)
-    return table.from_arguments(parser.parse_args([str(path), *flags.split(), *more]))
+    return parser.parse_args([str(path), *flags.split(), *more])
+
+
+def read(path: Path, flags: str, *more: str):
+    """The table source for the arguments of a command line."""
+    return table.from_arguments(parse(path, flags, *more))
 
 
 def write_csv(path: Path, rows: list[dict[str, object]], **settings) -> Path:

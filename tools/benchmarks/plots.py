@@ -9,10 +9,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from cmvae.visualize.style import ACCENT, DPI, INK, lighten
+from cmvae.visualize.style import ACCENT, INK, Figure, lighten
 
 # The goal of a refiner: at most this share of the CMVAE's distance, at most this loss of coherence.
 DISTANCE_SHARE, COHERENCE_LOSS = 0.5, 0.03
@@ -41,7 +40,7 @@ def curve_comparison(
         metric: name of the metric.
         reference: name of the first run.
     """
-    figure = Figure(figsize=(6.4, 4.8), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     for axes, lines, title in (
         (above, curves, metric),
@@ -72,7 +71,7 @@ def distance_by_steps(
         curves: kind → name of the line → (number of steps, distance), in ascending order.
         references: kind → name → distance that does not depend on steps, drawn as a horizontal line.
     """
-    figure = Figure(figsize=(0.6 + 3.6 * len(curves), 4.0), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(0.6 + 3.6 * len(curves), 4.0), layout="constrained")
     axes = figure.subplots(1, len(curves), squeeze=False)[0]
     for ax, (kind, lines) in zip(axes, curves.items(), strict=True):
         for (name, line), style in zip(lines.items(), _line_styles(), strict=False):
@@ -110,7 +109,7 @@ def distance_by_coherence(
         floors: kind → distance of real images, drawn as a horizontal line.
         names: titles of `unrefined` and `floors`.
     """
-    figure = Figure(figsize=(0.6 + 4.6 * len(points), 4.6), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(0.6 + 4.6 * len(points), 4.6), layout="constrained")
     axes = figure.subplots(1, len(points), squeeze=False)[0]
     for ax, (kind, lines) in zip(axes, points.items(), strict=True):
         for (name, line), style in zip(lines.items(), _line_styles(), strict=False):
@@ -184,7 +183,7 @@ def metric_panels(
     """
     # Panels lie below each other, so that numbers stay legible on a narrow page.
     size = (3.4 + 0.58 * len(columns), 1.3 + len(metrics) * (0.4 + 0.27 * len(rows)))
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(metrics), 1, squeeze=False, sharex=True)[:, 0]
     for ax, metric in zip(axes, metrics, strict=True):
         values = np.array([[cell[metric] if cell else np.nan for cell in cells] for cells in rows.values()])

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from job import now
-from matplotlib.figure import Figure
 from plots import distance_by_coherence, distance_by_steps
 from torch import Tensor
 
@@ -42,6 +41,7 @@ from cmvae.utils.errors import UserError
 from cmvae.utils.files import holds_earlier_output, whole_folder
 from cmvae.utils.process_exit import run_main
 from cmvae.utils.tables import markdown_table
+from cmvae.visualize.style import Figure
 
 FLOOR, UNREFINED = "real train images", "CMVAE alone"
 RECORD_NAME = "samplers.json"
