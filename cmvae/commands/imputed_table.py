@@ -109,9 +109,9 @@ def impute_to_file(
 
 
 def has_cells(modality: Modality, columns: Sequence[str]) -> bool:
-    """Whether values of a modality are texts of cells, one per column; images are not."""
+    """Whether values of a modality are cells of its columns; images and dates are not."""
     if isinstance(modality, ColumnsModality):
-        return len(columns) == modality.shape[0]
+        return modality.columns == tuple(columns)
     return not isinstance(modality, ImageModality)
 
 
