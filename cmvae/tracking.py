@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -262,6 +262,22 @@ def read_curve(run_dir: Path, metric: str) -> dict[int, float]:
     Raises:
         UserError: the run was not tracked, or has no such metric.
     """
+    found = read_curves(run_dir, (metric,))
+    if metric not in found:
+        raise UserError(f"{run_dir}: no metric {metric!r} in MLflow")
+    return found[metric]
+
+
+def read_curves(run_dir: Path, prefixes: Sequence[str]) -> dict[str, dict[int, float]]:
+    """Read the metrics of a run whose names begin with one of `prefixes` from MLflow.
+
+    Returns:
+        Metric → step → value, sorted by both.
+
+    Raises:
+        UserError: the run was not tracked, or MLflow does not have it.
+    """
+    _configure_mlflow()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -269,13 +285,22 @@ def read_curve(run_dir: Path, metric: str) -> dict[int, float]:
     record = _read_record(path)
     if record is None:
         raise UserError(f"{path}: missing, because the run was not tracked. Train with tracking.enabled=true")
+    if _database_is_missing(record.tracking_uri):
+        raise UserError(f"{path}: its database {record.tracking_uri} does not exist. Copy it there")
     try:
-        points = MlflowClient(tracking_uri=record.tracking_uri).get_metric_history(record.run_id, metric)
+        client = MlflowClient(tracking_uri=record.tracking_uri)
+        names = sorted(client.get_run(record.run_id).data.metrics)
+        histories = {
+            name: client.get_metric_history(record.run_id, name)
+            for name in names
+            if name.startswith(tuple(prefixes))
+        }
     except MlflowException as error:
         raise UserError(f"{path}: its run is not in {record.tracking_uri}: {_first_line(error)}") from error
-    if not points:
-        raise UserError(f"{run_dir}: no metric {metric!r} in {record.tracking_uri}")
-    return {point.step: point.value for point in points}
+    return {
+        name: {point.step: point.value for point in sorted(history, key=lambda point: point.step)}
+        for name, history in histories.items()
+    }
 
 
 def register_model(run_dir: Path, folder: Path, name: str) -> int:
@@ -362,12 +387,7 @@ def _open_for_evaluation(config: ExperimentConfig, run_dir: Path) -> MlflowTrack
 
 def _continue_or_create_run(config: ExperimentConfig, run_dir: Path) -> tuple[MlflowClient, str, bool]:
     """A client, the id of the run, and whether the run is new."""
-    # MLflow reads these on import. Its own log prints a traceback per failure, its usage statistics need the
-    # internet, and by default a call to a server takes minutes to fail.
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    _configure_mlflow()
     # Slow to import, and not needed where tracking is off.
     from mlflow import MlflowClient
 
@@ -391,6 +411,16 @@ def _continue_or_create_run(config: ExperimentConfig, run_dir: Path) -> tuple[Ml
         run_id = _create_run(client, config)
     _write_record(run_dir, _RunRecord(uri, run_id))
     return client, run_id, True
+
+
+def _configure_mlflow() -> None:
+    """Set what MLflow reads when it is imported, unless the user has set it."""
+    # Its own log prints a traceback per failure, its usage statistics need the internet, and by default a
+    # call to a server takes minutes to fail.
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 
 def _create_run(client: MlflowClient, config: ExperimentConfig) -> str:

@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 
 from cmvae.config import CMVAEExperiment, RefinerExperiment, flatten
 from cmvae.data.index import ShardIndex
-from cmvae.tracking import NullTracker, Tracker, open_tracker, resume_tracker
+from cmvae.tracking import NullTracker, Tracker, open_tracker, read_curve, read_curves, resume_tracker
+from cmvae.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,11 @@ def test_a_training_can_be_read_back(tmp_path: Path, run_dir: Path) -> None:
     assert run.data.params == {key: str(value) for key, value in flatten(config).items()}
     history = reader.get_metric_history(run.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(1, 3.5), (2, 2.5)]
+    assert read_curve(run_dir, "train/loss") == {1: 3.5, 2: 2.5}
+    curves = read_curves(run_dir, ("train/", "validation/"))
+    assert curves == {"train/loss": {1: 3.5, 2: 2.5}, "validation/loss": {1: 4.0}}
+    with pytest.raises(UserError, match="no metric 'train/nonsense'"):
+        read_curve(run_dir, "train/nonsense")
     assert run.data.metrics["validation/loss"] == 4.0
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "trial"
@@ -138,6 +144,16 @@ def test_the_digest_is_that_of_the_shards(digits_shards: Path) -> None:
     changed = split.shards[0].model_copy(update={"sha256": "0" * 64})
     splits = {**index.splits, "train": split.model_copy(update={"shards": (changed, *split.shards[1:])})}
     assert index.model_copy(update={"splits": splits}).digest != index.digest
+
+
+def test_curves_of_a_run_without_a_record_or_a_database(tmp_path: Path, run_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"mlflow.json: missing.*tracking.enabled=true"):
+        read_curves(run_dir, ("train/",))
+    open_tracker(make_config(), run_dir, is_main=True).end("FINISHED")
+    (tmp_path / "mlflow.db").rename(tmp_path / "elsewhere.db")
+    with pytest.raises(UserError, match=r"database sqlite:.*mlflow.db does not exist"):
+        read_curves(run_dir, ("train/",))
+    assert not (tmp_path / "mlflow.db").exists(), "SQLite would create it"
 
 
 def test_the_source_commit_is_a_tag(tmp_path: Path, run_dir: Path) -> None:

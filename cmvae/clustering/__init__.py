@@ -13,10 +13,16 @@ from cmvae.clustering.assignment import (
     responsibilities,
     vote,
 )
-from cmvae.clustering.criteria import Curve, agreement_curve, silhouette_curve, stability_curve
+from cmvae.clustering.criteria import (
+    Curve,
+    agreement_curve,
+    jaccard_stability,
+    silhouette_curve,
+    stability_curve,
+)
 from cmvae.clustering.hierarchy import ClusterHierarchy, merge_clusters, prune_clusters
 from cmvae.clustering.refit import MEANS_SPREAD, find_cluster_means, merge_pieces
-from cmvae.clustering.scores import clustering_metrics, confusion
+from cmvae.clustering.scores import clustering_metrics, confusion, matched_order
 from cmvae.clustering.selection import Selection, select_clusters
 
 __all__ = [
@@ -32,8 +38,10 @@ __all__ = [
     "confidence",
     "confusion",
     "find_cluster_means",
+    "jaccard_stability",
     "joint_location",
     "label_by_group",
+    "matched_order",
     "mean_by_group",
     "merge_clusters",
     "merge_pieces",

@@ -88,6 +88,21 @@ class ClusterHierarchy:
             node[into], size[into] = num_clusters + index, size[into] + size[gone]
         return np.array(joins, dtype=np.float64), leaves
 
+    def tree_distances(self, num_clusters: int) -> tuple[FloatArray, IntArray]:
+        """Distances in the tree of the set of `num_clusters`: the height at which two clusters are joined.
+
+        Returns:
+            Cophenetic distances (num_clusters, num_clusters), and the cluster id of each row.
+
+        Raises:
+            ValueError: the hierarchy has no such set.
+        """
+        from scipy.cluster.hierarchy import cophenet
+        from scipy.spatial.distance import squareform
+
+        joins, leaves = self.linkage(num_clusters)
+        return squareform(cophenet(joins)), leaves
+
     def assign(self, num_clusters: int, locations: FloatArray) -> IntArray:
         """Assign each location to the nearest mean of the set of `num_clusters`.
 

@@ -54,15 +54,28 @@ def confusion(assignments: IntArray, labels: IntArray, num_classes: int) -> tupl
     Raises:
         ValueError: a label is negative or not below `num_classes`.
     """
-    from scipy.optimize import linear_sum_assignment
-
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"labels must be in 0..{num_classes - 1}; leave out samples without a label")
     cluster_ids, columns = np.unique(assignments, return_inverse=True)
     counts = np.zeros((num_classes, len(cluster_ids)), dtype=np.int64)
     np.add.at(counts, (labels, columns), 1)
-    _, matched = linear_sum_assignment(counts, maximize=True)
-    unmatched = np.setdiff1d(np.arange(len(cluster_ids)), matched)
-    unmatched = unmatched[np.argsort(-counts[:, unmatched].sum(axis=0), kind="stable")]
-    order = np.concatenate([matched, unmatched])
+    order = matched_order(counts)
     return counts[:, order], cluster_ids[order]
+
+
+def matched_order(counts: IntArray) -> IntArray:
+    """Order of the columns of a confusion matrix, see `confusion`.
+
+    Args:
+        counts: (classes, U) number of samples of each class in each cluster.
+
+    Returns:
+        (U,) first the columns of the best one-to-one matching, in the order of the classes, then the others,
+        largest first.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    _, matched = linear_sum_assignment(counts, maximize=True)
+    unmatched = np.setdiff1d(np.arange(counts.shape[1]), matched)
+    unmatched = unmatched[np.argsort(-counts[:, unmatched].sum(axis=0), kind="stable")]
+    return np.concatenate([matched, unmatched])

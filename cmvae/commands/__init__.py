@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a CMVAE, or the refiner of one",
     "restarts": "train from several seeds and choose one run without labels",
     "evaluate": "evaluate a trained run",
+    "report": "write one HTML page that says what the clusters of a run are",
     "cluster": "assign packed data or the rows of a table to clusters, as a CSV table",
     "impute": "fill the missing cells of a table",
     "generate": "generate with a trained run, to files",

@@ -5,8 +5,8 @@
     cmvae evaluate runs/digits --launch ddp --num-processes 4
 
 Starts from the export of the run, writes runs/NAME/evaluation/ (metrics.json, protocol.json,
-figures/) and adds all of it to the run in MLflow. Several ranks share the work; the metrics are the
-same.
+figures/, report.html) and adds all of it to the run in MLflow. Several ranks share the work; the
+metrics are the same.
 """
 
 from __future__ import annotations

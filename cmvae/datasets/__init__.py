@@ -3,7 +3,7 @@
 The modules import slow libraries only when a source is opened.
 """
 
-from cmvae.datasets import cubicc, digits, digits_mixed, folder, polymnist, table
+from cmvae.datasets import cubicc, digits, digits_mixed, folder, polymnist, table, webdataset
 from cmvae.datasets.base import SourceModule
 
 SOURCES: dict[str, SourceModule] = {
@@ -13,4 +13,5 @@ SOURCES: dict[str, SourceModule] = {
     "cubicc": cubicc,
     "table": table,
     "folder": folder,
+    "webdataset": webdataset,
 }

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -401,7 +401,7 @@ class ColumnSource:
         )
 
 
-def read_image(path: Path, modality: Modality) -> np.ndarray:
+def read_image(path: Path | BinaryIO, modality: Modality) -> np.ndarray:
     """Read the largest square, or rectangle of the modality's proportions, in the middle of an image file.
 
     The image is rotated as its EXIF data says, transparent pixels become white.

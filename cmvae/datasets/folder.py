@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import re
 import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
@@ -33,10 +31,10 @@ from cmvae.datasets.columns import (
 from cmvae.datasets.splits import draw_splits, fractions_text
 from cmvae.datasets.table_file import read_table
 from cmvae.datasets.user_data import (
-    MAX_KEY_LENGTH,
     add_shared_arguments,
     check_columns,
     check_keys,
+    make_keys,
     make_name,
     read_labels,
     warn_of_constant,
@@ -105,7 +103,7 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
             warn_of_unknown(name, count_unknown(train_texts, text), arguments.min_count)
             columns[name] = TextColumn(texts, text)
         else:
-            values = _stack_vectors(paths, _read_all(paths, _read_vector, damaged))
+            values = stack_vectors(paths, _read_all(paths, read_vector, damaged))
             modality = fit_vector(values, None, splits["train"])
             warn_of_constant(name, modality.column_names, values[splits["train"]])
             outlier = find_outlier(values, modality)
@@ -117,7 +115,7 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
             raise_all(damaged.values())
         columns[name] = DamagedColumn(columns[name], damaged)
     check_columns(columns, places)
-    keys = _make_keys(stems)
+    keys = make_keys(stems)
     check_keys(keys, places)
     return ColumnSource(
         name=arguments.name or arguments.out.name,
@@ -132,19 +130,6 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
             "fractions": fractions_text(arguments.fractions),
         },
     )
-
-
-def _make_keys(stems: Sequence[str]) -> list[str]:
-    """Keys like the names of the files; a part of the SHA-256 tells apart those that would be equal."""
-    # A key ends at the first dot of a member's name, and plain names are safest in a tar.
-    plain = [re.sub(r"[^A-Za-z0-9_-]", "_", stem) for stem in stems]
-    counts = Counter(plain)
-    return [
-        key
-        if counts[key] == 1 and len(key) <= MAX_KEY_LENGTH
-        else f"{key[: MAX_KEY_LENGTH - 17]}-{hashlib.sha256(stem.encode()).hexdigest()[:16]}"
-        for key, stem in zip(plain, stems, strict=True)
-    ]
 
 
 def _list_files(folder: Path) -> dict[str, dict[str, Path]]:
@@ -220,10 +205,14 @@ def _read_text(path: Path) -> str | None:
         raise ValueError(f"cannot be read as text in UTF-8: {error}. Save it in UTF-8") from error
 
 
-def _read_vector(path: Path) -> np.ndarray:
-    """(D,) float64; arrays of more dimensions are flattened."""
+def read_vector(file: Path | BinaryIO) -> np.ndarray:
+    """(D,) float64 of an .npy file; arrays of more dimensions are flattened.
+
+    Raises:
+        ValueError: the file is damaged, or holds no numbers.
+    """
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(file, allow_pickle=False)
         row = np.asarray(array, dtype=np.float64).reshape(-1)
     except (OSError, ValueError, TypeError, EOFError) as error:
         raise ValueError(f"cannot be read as an array of numbers ({error}). Save it again") from error
@@ -232,8 +221,12 @@ def _read_vector(path: Path) -> np.ndarray:
     return row
 
 
-def _stack_vectors(paths: Sequence[Path | None], rows: Sequence[np.ndarray | None]) -> np.ndarray:
+def stack_vectors(paths: Sequence[Path | str | None], rows: Sequence[np.ndarray | None]) -> np.ndarray:
     """(N, D) float64, NaN where there is no vector.
+
+    Args:
+        paths: (N,) name of the file of each row for messages, None where there is none.
+        rows: (N,) vectors, None where there is none or it is damaged.
 
     Raises:
         UserError: vectors have different sizes, or there are none.

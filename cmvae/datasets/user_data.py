@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -120,6 +122,19 @@ def make_name(text: str, kind: str) -> str:
     """Make a modality's name from that of a column or folder: lower-case letters, digits and `_`."""
     name = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
     return name if name[:1].isalpha() and name not in RESERVED_NAMES else f"{kind}_{name}".rstrip("_")
+
+
+def make_keys(stems: Sequence[str]) -> list[str]:
+    """Keys like the names of files; a part of the SHA-256 tells apart those that would be equal."""
+    # A key ends at the first dot of a member's name, and plain names are safest in a tar.
+    plain = [re.sub(r"[^A-Za-z0-9_-]", "_", stem) for stem in stems]
+    counts = Counter(plain)
+    return [
+        key
+        if counts[key] == 1 and len(key) <= MAX_KEY_LENGTH
+        else f"{key[: MAX_KEY_LENGTH - 17]}-{hashlib.sha256(stem.encode()).hexdigest()[:16]}"
+        for key, stem in zip(plain, stems, strict=True)
+    ]
 
 
 def read_labels(names: Sequence[str | None], what: str) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from cmvae.config import CMVAEExperiment, ExperimentConfig, RefinerExperiment
 from cmvae.data.index import ShardIndex
 from cmvae.distributed import start_evaluation_accelerator
+from cmvae.evaluation.cluster_report import PAGE_NAME, write_cluster_report
 from cmvae.evaluation.clustering import evaluate_clustering
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.likelihood import evaluate_likelihood
@@ -24,6 +26,7 @@ from cmvae.tracking import resume_tracker
 from cmvae.utils.attempts import attempt
 from cmvae.visualize.previews import generate_cross_modal, generate_refinements
 
+_LOGGER = logging.getLogger(__name__)
 # Groups that share one pass of generated samples.
 GENERATIVE_GROUPS = frozenset({"coherence", "frechet", "fidelity"})
 # Samples in the preview.
@@ -56,7 +59,8 @@ def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> 
         if accelerator.is_main_process:
             result.add(_show_generations(context))
             write_report(run_dir / "evaluation", result)
-            _track(config, run_dir, result)
+            page = _write_page(context, config, run_dir)
+            _track(config, run_dir, result, page)
         # A rank that leaves while rank 0 still writes would close its connections.
         accelerator.wait_for_everyone()
         return result if accelerator.is_main_process else None
@@ -147,7 +151,29 @@ def _show_generations(context: EvaluationContext) -> GroupResult:
     return result
 
 
-def _track(config: ExperimentConfig, run_dir: Path, result: GroupResult) -> None:
+def _write_page(context: EvaluationContext, config: ExperimentConfig, run_dir: Path) -> Path | None:
+    """Write the page of the clusters in the evaluated split; None for a refiner, or if it failed."""
+    if not isinstance(config, CMVAEExperiment):
+        return None
+    page = run_dir / "evaluation" / PAGE_NAME
+    try:
+        write_cluster_report(
+            config, context.index, run_dir, [context.settings.split], page, device=context.device
+        )
+    # The metrics, which may have taken hours, are complete without the page.
+    except Exception as error:
+        _LOGGER.warning(
+            "%s: not written (%s: %s). The evaluation is complete without it; cmvae report %s writes it",
+            page,
+            type(error).__name__,
+            error,
+            run_dir,
+        )
+        return None
+    return page
+
+
+def _track(config: ExperimentConfig, run_dir: Path, result: GroupResult, page: Path | None) -> None:
     tracker = resume_tracker(config, run_dir, is_main=True)
     tracker.log_metrics({f"evaluation/{name}": value for name, value in result.metrics.items()}, step=0)
     for name, figure in result.figures.items():
@@ -156,4 +182,6 @@ def _track(config: ExperimentConfig, run_dir: Path, result: GroupResult) -> None
         tracker.log_text(text, name)
     for name in ("metrics.json", "protocol.json"):
         tracker.log_artifact(run_dir / "evaluation" / name)
+    if page is not None:
+        tracker.log_artifact(page)
     tracker.end("FINISHED")

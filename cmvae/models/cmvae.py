@@ -329,8 +329,17 @@ class CMVAE(nn.Module):
             mask: (B, number of inputs) bool, False where a sample lacks a modality; None if all are present.
         """
         shared_loc = stack_shared_locations(self.encode(inputs)).cpu().numpy()
-        probabilities = self.cluster_probabilities(shared_loc)
         present = np.ones(shared_loc.shape[:2], dtype=bool) if mask is None else mask.cpu().numpy()
+        return self.assign_locations(shared_loc, present)
+
+    def assign_locations(self, shared_loc: np.ndarray, present: np.ndarray) -> Assignment:
+        """Assign encoded samples to clusters, as `config.assign_by` says.
+
+        Args:
+            shared_loc: (N, M, D_z) locations of q(z|x_m).
+            present: (N, M) bool, the modalities that a sample has, at least one per sample.
+        """
+        probabilities = self.cluster_probabilities(shared_loc)
         if self.config.assign_by == "joint":
             clusters, certainty = self.assign_jointly(shared_loc, present)
         else:

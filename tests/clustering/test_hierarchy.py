@@ -1,5 +1,7 @@
 """Hierarchies and the criteria for the number of clusters, against known mixtures and libraries."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy.cluster.hierarchy import fcluster, is_valid_linkage
@@ -9,6 +11,7 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from cmvae.clustering import (
     agreement_curve,
+    jaccard_stability,
     joint_location,
     mean_by_group,
     merge_clusters,
@@ -178,3 +181,38 @@ def test_group_means_use_the_samples_with_the_modality():
     assert there.tolist() == [[True, True], [False, True]]
     np.testing.assert_allclose(means[0], [[(0 + 4) / 2, (1 + 5) / 2], [6, 7]])
     np.testing.assert_allclose(means[1], [[0, 0], [10, 11]])
+
+
+def test_jaccard_stability_separates_found_from_invented_clusters():
+    points, labels = mixture(4)
+    stability = jaccard_stability(points, labels)
+    assert list(stability) == [0, 1, 2, 3]
+    assert min(stability.values()) > 0.95
+    # Cluster 0 is split in two at random: k-means finds neither half again.
+    split = np.where(labels == 0, np.random.default_rng(1).choice([0, 9], size=len(labels)), labels)
+    stability = jaccard_stability(points, split)
+    assert max(stability[0], stability[9]) < 0.6 < min(stability[c] for c in (1, 2, 3))
+
+
+def test_jaccard_stability_is_hennigs_definition_where_kmeans_cannot_err():
+    # Two places; cluster 1 has one of five samples at the other place.
+    points = np.repeat([[0.0, 0.0], [9.0, 0.0]], 500, axis=0)
+    clusters = np.r_[np.zeros(500, dtype=int), np.zeros(125, dtype=int), np.ones(375, dtype=int)]
+    stability = jaccard_stability(points, clusters)
+    assert stability[0] == pytest.approx(500 / 625, abs=0.03)
+    assert stability[1] == pytest.approx(375 / 500, abs=0.03)
+
+
+def test_distances_in_the_tree_are_those_at_which_fcluster_joins():
+    points, _ = mixture(6)
+    hierarchy = merge_clusters(points, 12)
+    distances, leaves = hierarchy.tree_distances(5)
+    joins, names = hierarchy.linkage(5)
+    assert leaves.tolist() == names.tolist()
+    assert (distances == distances.T).all()
+    for one, other in itertools.combinations(range(5), 2):
+        height = distances[one, other]
+        together = fcluster(joins, height, criterion="distance")
+        apart = fcluster(joins, height * (1 - 1e-9), criterion="distance")
+        assert together[one] == together[other]
+        assert apart[one] != apart[other]

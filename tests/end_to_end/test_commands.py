@@ -118,7 +118,7 @@ def test_mlflow_holds_one_run_with_settings_curves_and_pictures(demo):
     for name, value in evaluated.items():
         assert run.data.metrics[f"evaluation/{name}"] == value
     artifacts = [artifact.path for artifact in client.list_artifacts(run.info.run_id)]
-    assert {"config.yaml", "figures", "images", "metrics.json"} <= set(artifacts)
+    assert {"config.yaml", "figures", "images", "metrics.json", "report.html"} <= set(artifacts)
 
 
 def test_demo_ends_with_refined_pictures(demo):

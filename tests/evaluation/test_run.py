@@ -1,6 +1,7 @@
 """The whole evaluation on data that has less than it would like: no labels, one sample, other modalities."""
 
 import json
+import sys
 from dataclasses import replace
 from typing import ClassVar
 
@@ -74,6 +75,44 @@ def test_one_sample_without_a_label_gives_what_it_can_and_reasons_for_the_rest(t
     for name in ("clustering/acc", "coherence", "frechet/classifier", "fid", "fidelity/classifier", "probe"):
         assert len(left_out[name]) > 10, name
     assert left_out == result.left_out
+    page = (config.run_dir / "evaluation/report.html").read_text(encoding="utf-8")
+    assert "A map takes at least 4 samples." in page
+    assert "The data has no labels." in page
+
+
+def test_a_page_that_fails_is_one_warning_and_the_evaluation_is_complete(run, monkeypatch, caplog):
+    config = run()
+    config = config.model_copy(
+        update={"evaluation": config.evaluation.model_copy(update={"metrics": ("clustering",)})}
+    )
+    # Whoever installed an earlier version has no Plotly.
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    result = evaluate_run(config, ShardIndex.load(config.data.shards), config.run_dir)
+    written = json.loads((config.run_dir / "evaluation/metrics.json").read_text())
+    assert written == result.metrics
+    assert not (config.run_dir / "evaluation/report.html").exists()
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "plotly" in warning
+    assert f"cmvae report {config.run_dir}" in warning
+
+
+def test_the_page_is_an_artifact_of_the_run(run, monkeypatch, tmp_path):
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = run()
+    config = config.model_copy(
+        update={
+            "evaluation": config.evaluation.model_copy(update={"metrics": ("clustering",)}),
+            "tracking": config.tracking.model_copy(update={"enabled": True}),
+        }
+    )
+    evaluate_run(config, ShardIndex.load(config.data.shards), config.run_dir)
+    record = json.loads((config.run_dir / "mlflow.json").read_text())
+    artifacts = MlflowClient(record["tracking_uri"]).list_artifacts(record["run_id"])
+    (size,) = [artifact.file_size for artifact in artifacts if artifact.path == "report.html"]
+    assert size == (config.run_dir / "evaluation/report.html").stat().st_size
 
 
 def test_other_settings_do_not_change_the_figures(run):

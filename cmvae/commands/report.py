@@ -1,0 +1,56 @@
+"""Write one HTML page that says what the clusters of a trained run are.
+
+    cmvae report runs/digits
+    cmvae report runs/digits --split test --out digits.html
+
+The page needs neither a server nor a network. Per cluster: its size, stability and nearest neighbours
+in the tree, the samples nearest to its mean and the least sure ones, the columns, words and categories
+that set it apart, mean images, and what the model generates from it. Also a map of z, labels against
+clusters, the samples whose modalities disagree, the curves of the training and the settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cmvae.config import check_against_shards, load_cmvae_run
+from cmvae.data.index import ShardIndex
+from cmvae.utils.arguments import command_parser, positive_integer
+from cmvae.utils.errors import UserError
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = command_parser(__doc__)
+    parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/digits")
+    parser.add_argument("--out", type=Path, metavar="FILE.html", help="default: RUN/report.html")
+    parser.add_argument("--split", default="all", help="one split of the data, or all (default)")
+    parser.add_argument(
+        "--num-clusters",
+        type=positive_integer,
+        metavar="K",
+        help="number of clusters, from the same model (default: what its export selected)",
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Check, read the data once, write the page."""
+    arguments = parse_arguments()
+    config = load_cmvae_run(arguments.run)
+    shards = config.data.shards
+    index = ShardIndex.load(shards)
+    check_against_shards(config, index, str(arguments.run / "config.yaml"))
+    if arguments.split != "all":
+        index.split(arguments.split, shards)
+    out = arguments.out or arguments.run / "report.html"
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"--out {out}: not a file in a folder that exists. Give a path such as report.html")
+
+    from cmvae.evaluation.cluster_report import write_cluster_report
+
+    splits = list(index.splits) if arguments.split == "all" else [arguments.split]
+    write_cluster_report(config, index, arguments.run, splits, out, arguments.num_clusters)
+    print(f"{out}: open it in a browser")
+    return 0
