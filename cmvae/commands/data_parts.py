@@ -70,6 +70,15 @@ class DataParts(Protocol):
         """The parts in order."""
 
 
+def index_sha256(location: Location) -> str:
+    """What identifies packed data: a hash of its index, which has those of all shards.
+
+    Raises:
+        UserError: the index is missing or damaged.
+    """
+    return hashlib.sha256(ShardIndex.load(location).model_dump_json().encode()).hexdigest()
+
+
 class ShardParts:
     """Packed data; every shard is a part.
 
@@ -91,9 +100,8 @@ class ShardParts:
         self._batch_size = batch_size
         self._readers = {split: SplitReader(location, split, modalities) for split in splits}
         index = ShardIndex.load(location)
-        content = index.model_dump_json().encode()
         self.identity = {
-            "index": hashlib.sha256(content).hexdigest(),
+            "index": index_sha256(location),
             "splits": list(splits),
             "modalities": list(modalities),
             "batch_size": batch_size,

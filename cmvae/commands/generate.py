@@ -90,7 +90,7 @@ def main() -> int:
     if launch:
         return launch.run("generate")
 
-    from cmvae.commands.generated_files import GenerationRequest, run_generation
+    from cmvae.commands.generation import GenerationRequest, run_generation
 
     out = arguments.out or arguments.run / "generated"
     request = GenerationRequest(

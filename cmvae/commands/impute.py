@@ -10,8 +10,8 @@ gets the mean of numbers, or the most frequent category or text. A number is in 
 table. Columns at the end show how much the draws differ: COLUMN_sd, the standard deviation of
 numbers, and COLUMN_confidence, the share of the draws with this category; they are empty for cells
 that were not missing, which stay as they are. A vector that lacks one of its cells is generated as
-a whole, and only that cell is taken from it. Images are not generated, see cmvae generate. Blank
-rows are left out.
+a whole, and only that cell is taken from it. Images and dates are not filled, see cmvae generate.
+Blank rows are left out.
 
 A command that was interrupted continues where it was if it is started again.
 """
@@ -75,7 +75,7 @@ def main() -> int:
     modalities = load_modalities(arguments.run)
     report_unknown(result.unknown, modalities)
     for name, number in result.left.items():
-        note(f"{name}: missing in {number:,} rows. Images are not written into a table")
+        note(f"{name}: missing in {number:,} rows, and not imputed: images and dates are not written")
     total = sum(result.filled.values())
     print(f"{total:,} cells filled in {result.num_rows:,} rows: {arguments.out}")
     for column, number in result.filled.items():

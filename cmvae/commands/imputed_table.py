@@ -41,7 +41,7 @@ class Imputed(NamedTuple):
     filled: dict[str, int]
     """Number of filled cells by column."""
     left: dict[str, int]
-    """Number of rows that lack an image, by modality."""
+    """Number of rows that lack a modality that is not written into a table, by modality."""
     unknown: dict[str, Unknown]
     """By modality the words and categories that the model does not know."""
 
@@ -71,8 +71,8 @@ def impute_to_file(
     accelerator = start_evaluation_accelerator()
     try:
         model = CMVAE.from_pretrained(export, accelerator.device)
-        targets = {n: m for n, m in model.modalities.items() if not isinstance(m, ImageModality)}
         schema = rows.schema.model_copy(update={"key": None, "group": None})
+        targets = {n: m for n, m in model.modalities.items() if has_cells(m, schema.columns[n])}
         layout = Layout(rows.head, schema, targets)
         pairs = find_pairs(rows.head.path, schema, targets)
         imputer = _Imputer(model, rows.modalities, targets, layout, pairs, schema.decimal, num_draws)
@@ -106,6 +106,13 @@ def impute_to_file(
         return Imputed(num_rows, by_column, {name: n for name, n in left.items() if n}, unknown)
     finally:
         accelerator.end_training()
+
+
+def has_cells(modality: Modality, columns: Sequence[str]) -> bool:
+    """Whether values of a modality are cells of its columns; images and dates are not."""
+    if isinstance(modality, ColumnsModality):
+        return modality.columns == tuple(columns)
+    return not isinstance(modality, ImageModality)
 
 
 class Layout:

@@ -63,7 +63,7 @@ def open_rows(run: Path, path: Path, arguments: argparse.Namespace) -> NewRows:
     Raises:
         UserError: the run was not trained on a table, or the table is missing or has other columns.
     """
-    schema = with_form(load_run_table(run), arguments)
+    schema = with_form(load_run_table(run), path, arguments)
     first = next(read_table_parts(path, schema.separator, frozenset(["", *schema.na]), 1))
     modalities = load_modalities(run)
     lacking = find_lacking(path, first.columns, schema, modalities)

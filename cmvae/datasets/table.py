@@ -159,7 +159,7 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
         raise UserError(
             "no modality is given. Add --image, --text, --vector, --binary, --categorical or --date"
         )
-    form = with_form(TableSchema(columns={}, group=arguments.group), arguments)
+    form = with_form(TableSchema(columns={}, group=arguments.group), arguments.table, arguments)
     table = _read(arguments.table, form)
     problems = Problems()
     names = _name_modalities(arguments.modalities, table, _excluded(arguments), problems)
@@ -192,7 +192,7 @@ def check_report(arguments: argparse.Namespace) -> str:
     Raises:
         UserError: the table cannot be read.
     """
-    table = _read(arguments.table, with_form(TableSchema(columns={}), arguments))
+    table = _read(arguments.table, with_form(TableSchema(columns={}), arguments.table, arguments))
     uses = {
         column: f"--{purpose} {column}"
         for purpose in ("label", "split", "group", "key")
@@ -234,7 +234,7 @@ def open_new_rows(
     given += [f"--{request.kind}" for request in arguments.modalities or ()]
     if given:
         raise UserError(f"{given[0]}: comes from the run with --like. Leave it out")
-    schema = with_form(schema, arguments)
+    schema = with_form(schema, arguments.table, arguments)
     table = _read(arguments.table, schema)
     schema = with_columns_of(schema, table.columns, arguments)
     if arguments.group is not None:

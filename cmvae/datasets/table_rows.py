@@ -43,9 +43,14 @@ def add_form_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decimal", choices=(".", ","), help="decimal separator of numbers (default: .)")
 
 
-def with_form(schema: TableSchema, arguments: argparse.Namespace) -> TableSchema:
-    """The schema with what the flags of `add_form_arguments` say; flags that are not given change nothing."""
+def with_form(schema: TableSchema, path: Path, arguments: argparse.Namespace) -> TableSchema:
+    """The schema for a file, with what the flags of `add_form_arguments` say.
+
+    Flags that are not given change nothing, except that numbers of a Parquet file have a point.
+    """
     given = {name: getattr(arguments, name) for name in ("key", "na", "separator", "decimal")}
+    if given["decimal"] is None and path.suffix.lower() == ".parquet":
+        given["decimal"] = "."
     if given["na"] is not None:
         given["na"] = tuple(given["na"])
     return schema.model_copy(update={name: value for name, value in given.items() if value is not None})
@@ -203,8 +208,11 @@ def read_number(decimal: str, text: str) -> float:
     if abs(value) <= MAX_NUMBER:
         return value
     wrong = "not a number" if np.isnan(value) else f"out of the range of single precision, ±{MAX_NUMBER:.1e}"
-    if decimal == "." and re.fullmatch(r"[-+]?\d*,\d+", text):
-        remedy = "if the comma is the decimal separator, add --decimal ,"
+    other = {".": ",", ",": "."}[decimal]
+    if re.fullmatch(rf"[-+]?\d*{re.escape(other)}\d+", text):
+        remedy = (
+            f"if the {'comma' if other == ',' else 'point'} is the decimal separator, add --decimal {other}"
+        )
     else:
         remedy = f"if it means an empty cell, add --na {text!r}"
     raise ValueError(f"{text!r} is {wrong}. Fix it; {remedy}")

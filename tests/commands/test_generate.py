@@ -11,8 +11,8 @@ import torch
 from commands import run_cmvae, run_without_torch
 from PIL import Image
 
-from cmvae.commands import generated_files
-from cmvae.commands.generated_files import safe_name
+from cmvae.commands import generated_files, generation
+from cmvae.commands.generation import safe_name
 from cmvae.config import SamplerConfig
 from cmvae.data.batch import to_device
 from cmvae.data.index import ShardIndex
@@ -141,7 +141,7 @@ def test_a_full_disk_leaves_earlier_generations_whole(make_run, call, tmp_path, 
 
 def test_what_was_interrupted_continues_with_the_parts_that_are_there(make_run, call, tmp_path, monkeypatch):
     run, out = make_run("m0"), tmp_path / "out"
-    monkeypatch.setattr(generated_files, "PART_SAMPLES", 4)
+    monkeypatch.setattr(generation, "PART_SAMPLES", 4)
     whole = ("generate", run, "--num", 10, "--out")
     assert call(*whole, tmp_path / "whole")[0] == 0
     with monkeypatch.context() as patch:

@@ -55,7 +55,7 @@ def test_missing_cells_are_filled_and_present_cells_stay(run, table, call, tmp_p
     assert list(full[0]) == [*rows[0], "colour_confidence", "a_sd", "b_sd", "ok_confidence"]
     number = check_filled(rows, full)
     assert f"{number} cells filled in 40 rows" in said
-    assert "photo: missing in 1 rows. Images are not written into a table" in err
+    assert "photo: missing in 1 rows, and not imputed: images and dates are not written" in err
     assert "colour: 1 of" in err
     assert "'mauve'" in err
     code, _, err = call("impute", run, path, "--out", tmp_path / "again.csv", "--draws", 5)

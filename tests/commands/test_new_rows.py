@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pyarrow as pa
 import pytest
 from new_rows import FLAGS, make_rows, read
@@ -135,6 +137,26 @@ def test_other_forms_of_the_same_rows(run, table, call, tmp_path):
     assert [{**row, "key": ""} for row in read(tmp_path / "b.csv")] == [
         {**row, "key": ""} for row in read(tmp_path / "a.csv")
     ]
+
+    # A run whose training table had a decimal comma.
+    (tmp_path / "comma").mkdir()
+    shutil.copytree(run, tmp_path / "comma/base")
+    saved = tmp_path / "comma/base/table.json"
+    saved.write_text(saved.read_text().replace('"decimal": "."', '"decimal": ","'))
+    code, _, err = call(
+        "cluster",
+        tmp_path / "comma/base",
+        tmp_path / "new.parquet",
+        "--out",
+        tmp_path / "d.csv",
+        "--num-clusters",
+        3,
+    )
+    assert code == 0, err
+    assert (tmp_path / "d.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    code, _, err = call("cluster", tmp_path / "comma/base", tmp_path / "new.csv", "--out", tmp_path / "e.csv")
+    assert code == 2
+    assert "if the point is the decimal separator, add --decimal ." in err
 
     european = [
         {**row, "a": str(row["a"]).replace(".", ","), "b": str(row["b"]).replace(".", ",")} for row in rows

@@ -51,6 +51,18 @@ def test_memory_does_not_depend_on_the_number_of_rows(run, call, long_table, tmp
         assert peak(command, 6000) < 1.1 * peak(command, 2000)
 
 
+def test_memory_does_not_depend_on_the_number_of_shards(run, call, long_table, tmp_path):
+    def peak(count):
+        shards = tmp_path / f"{count}"
+        like = ("--like", run, "--shard-size", 400, "--workers", 1)
+        code, _, err = call("pack", "table", long_table(count), "--out", shards, *like)
+        assert code == 0, err
+        return peak_memory(call, "cluster", run, shards, "--out", tmp_path / f"{count}.clusters.csv")
+
+    peak(10)  # imports
+    assert peak(2400) < 1.1 * peak(800)
+
+
 def test_parts_are_merged_in_the_order_of_the_keys(make_run, call, digits_shards, tmp_path, monkeypatch):
     arguments = ("cluster", make_run("m0"), digits_shards, "--out")
     assert call(*arguments, tmp_path / "a.csv")[0] == 0
@@ -60,15 +72,18 @@ def test_parts_are_merged_in_the_order_of_the_keys(make_run, call, digits_shards
     assert (tmp_path / "b.csv").read_bytes() == (tmp_path / "a.csv").read_bytes()
 
 
-def test_ranks_share_the_parts(run, call, long_table, tmp_path):
-    path = long_table(2500)
-    assert call("cluster", run, path, "--out", tmp_path / "one.csv")[0] == 0
-    done = run_cmvae(
-        "cluster", run, path, "--out", "two.csv", "--launch", "ddp", "--num-processes", 2, folder=tmp_path
-    )
+@pytest.mark.parametrize(
+    ("command", "flags", "said"),
+    [("cluster", (), "2500 samples in"), ("impute", ("--draws", 2), "cells filled in 2,500 rows")],
+)
+def test_ranks_share_the_parts(run, call, long_table, tmp_path, command, flags, said):
+    arguments = (command, run, long_table(2500), *flags, "--out")
+    assert call(*arguments, tmp_path / "one.csv")[0] == 0
+    ranks = ("--launch", "ddp", "--num-processes", 2)
+    done = run_cmvae(*arguments, "two.csv", *ranks, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
-    assert "2500 samples in" in done.stdout
+    assert said in done.stdout
 
 
 def test_a_killed_command_goes_on_with_the_parts_that_are_there(run, call, long_table, tmp_path):
