@@ -66,6 +66,8 @@ def test_a_model_travels_to_the_hub_and_back(hub, tmp_path, run_dir):
         "model.safetensors",
         "clusters.safetensors",
         "clusters.json",
+        "clusterer.json",
+        "experiment.yaml",
     }
     assert load(files["model.safetensors"])
     _, front, card = files["README.md"].decode().split("---\n", 2)
@@ -76,6 +78,11 @@ def test_a_model_travels_to_the_hub_and_back(hub, tmp_path, run_dir):
     # What others have put there is not downloaded: no pickle can be.
     files["pytorch_model.bin"] = b"a pickle"
     loaded = [call(hub, tmp_path, "-c", LOAD, place) for place in (REPOSITORY, run_dir / "export")]
+    program = (
+        f"from cmvae import MultimodalClusterer as C; print(C.from_pretrained({REPOSITORY!r}).num_clusters_)"
+    )
+    clusterer = call(hub, tmp_path, "-c", program)
+    assert clusterer.stdout.split()[-1] == loaded[0].stdout.split()[-1], clusterer.stderr
     assert [one.returncode for one in loaded] == [0, 0], loaded[0].stderr
     assert loaded[0].stdout == loaded[1].stdout
     assert not list((tmp_path / "hf").rglob("pytorch_model.bin"))
