@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -16,7 +17,6 @@ import torch
 
 from cmvae.clustering import BoolArray, FloatArray, IntArray, joint_location
 from cmvae.data.batch import to_device
-from cmvae.evaluation.cluster_profiles import disagreement
 from cmvae.modalities import ImageModality, Modality
 from cmvae.modalities.base import CategoriesModality, ColumnsModality
 from cmvae.modalities.text import SPECIAL_TOKENS, TextModality
@@ -42,8 +42,6 @@ class Member:
     cluster: int
     confidence: float
     """p(c|z) of its cluster."""
-    disagreement: float
-    """Of its modalities, see `cmvae.evaluation.cluster_profiles.disagreement`."""
     location: FloatArray
     """(D_z,) joint location of its modalities."""
     opinions: Mapping[str, tuple[int, float]]
@@ -102,6 +100,11 @@ class RareChoice:
     rate: float
     """Share of the samples of its cluster for which the modality chooses the same."""
 
+    @property
+    def surprise(self) -> float:
+        """−log `rate`, in nats, times the probability of the choice."""
+        return -math.log(self.rate) * self.member.opinions[self.modality][1]
+
 
 class RareChoices:
     """The samples for which a modality makes its rarest choices, from one pass.
@@ -134,25 +137,28 @@ class RareChoices:
         for m, there in enumerate(present.T):
             np.add.at(self._counts[m], (places[there], choices[there, m]), 1)
 
-    def offer(self, m: int, place: int, choice: int, score: float, make: Callable[[], Member]) -> None:
-        """Keep a counted sample whose modality m chooses another cluster; low scores are kept first."""
+    def offer(self, m: int, place: int, choice: int, certainty: float, make: Callable[[], Member]) -> None:
+        """Keep a counted sample whose modality m chooses another cluster, if p(c|z) of the choice is high."""
         cell = (m, place, choice)
         if cell in self._dropped:
             return
         kept = self._kept.setdefault(cell, LowestScored[Member](self._limit))
         before = len(kept)
-        kept.offer(score, make)
+        kept.offer(-certainty, make)
         self._num_kept += len(kept) - before
         if self._num_kept > _KEPT_PER_LISTED * self._limit:
             self._drop_frequent(self._num_kept // 2)
 
     def ranked(self) -> list[RareChoice]:
-        """Each sample once, with its rarest choice; the rarest choices first."""
+        """Each sample once, with the choice of the highest −p(c|z) · log(rate), and in that order."""
+        choices = [
+            RareChoice(member, self._names[cell[0]], self._rate(cell))
+            for cell, kept in self._kept.items()
+            for member in kept.items()
+        ]
         found: dict[tuple[str, str], RareChoice] = {}
-        for cell in sorted(self._kept, key=self._rate):
-            for member in self._kept[cell].items():
-                choice = RareChoice(member, self._names[cell[0]], self._rate(cell))
-                found.setdefault((member.split, member.key), choice)
+        for choice in sorted(choices, key=lambda choice: -choice.surprise):
+            found.setdefault((choice.member.split, choice.member.key), choice)
         return list(found.values())[: self._limit]
 
     def _drop_frequent(self, num_kept: int) -> None:
@@ -306,7 +312,6 @@ class ClusterSummary:
         clusters, confidence = found.cluster.numpy(), found.confidence.numpy()
         responsibilities = found.responsibilities.numpy()
         choices, certainty = responsibilities.argmax(2), responsibilities.max(2)
-        disagreements = disagreement(responsibilities, present)
         locations = joint_location(shared_loc, present)
         distances = np.linalg.norm(locations - self._means[clusters], axis=1)
         places = np.searchsorted(self.clusters, clusters)
@@ -340,7 +345,6 @@ class ClusterSummary:
                     label=int(labels[row]),
                     cluster=int(clusters[row]),
                     confidence=float(confidence[row]),
-                    disagreement=float(disagreements[row]),
                     location=locations[row].copy(),
                     opinions={n: (int(choices[row, m]), float(certainty[row, m])) for m, n in has},
                     values={
@@ -357,7 +361,7 @@ class ClusterSummary:
             if several[row]:
                 for odd in np.flatnonzero(present[row] & (choices[row] != clusters[row])).tolist():
                     choice = int(chosen[row, odd])
-                    self.rare_choices.offer(odd, place, choice, -disagreements[row], member)
+                    self.rare_choices.offer(odd, place, choice, float(certainty[row, odd]), member)
 
 
 def _statistics_of(modality: Modality, num_clusters: int) -> ModalityStatistics:
