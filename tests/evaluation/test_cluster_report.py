@@ -224,8 +224,7 @@ class Noise(CMVAE):
     def __init__(self) -> None:
         words = tuple(f"word-{number}" for number in range(2000))
         modalities = {
-            "left": ImageModality(shape=(3, 64, 64)),
-            "right": ImageModality(shape=(3, 64, 64)),
+            "photo": ImageModality(shape=(3, 64, 64)),
             "text": TextModality(shape=(64,), categories=(*SPECIAL_TOKENS, *words)),
             "table": VectorModality(
                 shape=(60,),
@@ -269,7 +268,8 @@ def test_the_page_of_100_000_samples_has_at_most_15_mb(experiment, tmp_path):
             "splits": {},
         }
     )
-    source = ReportSource(experiment(), index, tmp_path / "run", ["train"], model)
+    config = experiment("evaluation.map_samples=2000")
+    source = ReportSource(config, index, tmp_path / "run", ["train"], model)
     summary = ClusterSummary(model, num_classes, summary_limits(source), seed=0)
     noise = rng.integers(0, 256, (size, 3, 64, 64), dtype=np.uint8)
 
@@ -282,7 +282,7 @@ def test_the_page_of_100_000_samples_has_at_most_15_mb(experiment, tmp_path):
                     "right": torch.from_numpy(noise),
                     "text": torch.from_numpy(rng.integers(3, 2003, (size, 64))),
                     "table": torch.from_numpy(rng.normal(size=(size, 60), scale=3).astype(np.float32)),
-                    "mask": torch.ones(size, 4, dtype=torch.bool),
+                    "mask": torch.ones(size, 3, dtype=torch.bool),
                     "valid": torch.ones(size, dtype=torch.bool),
                     "label": torch.from_numpy(rng.integers(num_classes, size=size)),
                     "key": [f"{'k' * 200}-{number}-{row}" for row in range(size)],
