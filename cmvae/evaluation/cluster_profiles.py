@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import entr
 
-from cmvae.clustering import BoolArray, FloatArray, IntArray
+from cmvae.clustering import FloatArray, IntArray
 
 
 def standardized_differences(counts: IntArray, sums: FloatArray, squares: FloatArray) -> FloatArray:
@@ -65,25 +64,3 @@ def lift(counts: IntArray) -> FloatArray:
     inside = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     overall = counts.sum(0) / max(counts.sum(), 1)
     return np.divide(inside, overall, out=np.zeros(counts.shape), where=overall > 0)
-
-
-def disagreement(responsibilities: FloatArray, present: BoolArray) -> FloatArray:
-    """Disagreement of the modalities of each sample about its cluster.
-
-    The generalised Jensen–Shannon divergence (Lin, 1991) of p(c|z) from each modality, divided by its largest
-    possible value, the logarithm of the number of modalities.
-
-    Args:
-        responsibilities: (N, M, C) p(c|z) per modality.
-        present: (N, M) bool, the modalities that a sample has.
-
-    Returns:
-        (N,) in [0, 1]: 0 if all modalities agree, or if a sample has fewer than two; 1 if each is certain of
-        another cluster.
-    """
-    number = present.sum(1)
-    weights = present / np.maximum(number, 1)[:, None]
-    mixed = entr(np.einsum("nm,nmc->nc", weights, responsibilities)).sum(1)
-    own = (weights * entr(responsibilities).sum(2)).sum(1)
-    divergence = (mixed - own) / np.log(np.maximum(number, 2))
-    return np.where(number > 1, divergence.clip(0, 1), 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from cmvae.evaluation.cluster_features import (
     shorten,
 )
 from cmvae.evaluation.cluster_summary import (
+    THUMBNAIL_SIZE,
     ClusterSummary,
     ImageStatistics,
     LowestScored,
@@ -50,7 +51,9 @@ PAGE_NAME = "report.html"
 
 # Limits that bound the size of the page, whatever the data: pictures on the cards and on the map, samples of
 # each kind per cluster, samples to check.
-_CARD_PICTURES, _MAP_PICTURES, _CHECK_PICTURES = 1500, 1500, 120
+_CARD_PICTURES, _CHECK_PICTURES = 1500, 120
+# Characters of all pictures; the map gets what the cards leave.
+_PICTURE_CHARACTERS = 8_500_000
 _MAX_MEMBERS, _MAX_TO_CHECK = 8, 40
 _MAP_PICTURE_SIZE = 32
 _MAX_CURVES, _MAX_CURVE_POINTS = 24, 200
@@ -155,7 +158,6 @@ def make_page(source: ReportSource, summary: ClusterSummary) -> ClusterPage:
     colours = {int(c): page_figures.category_colour(n) for n, c in enumerate(summary.clusters)}
     neighbours, neighbour_kind = _neighbours(source, summary)
     features = cluster_features(summary)
-    map_figure, map_samples, map_note = _map(source, members)
     curves, curves_note = _curves(source.run_dir)
     clusters = [
         ClusterView(
@@ -182,6 +184,14 @@ def make_page(source: ReportSource, summary: ClusterSummary) -> ClusterPage:
             enumerate(summary.clusters), _generate(source, summary), strict=True
         )
     ]
+    to_check = [
+        CheckView(_sample_view(source, rare.member), rare.modality, rare.rate, rare.member.opinions)
+        for rare in summary.rare_choices.ranked()
+    ]
+    shown = [sample for view in clusters for sample in (*view.nearest, *view.least_sure, *view.generated)]
+    shown += [view.sample for view in to_check]
+    used = sum(len(value.image) for sample in shown for value in sample.values)
+    map_figure, map_samples, map_note = _map(source, members, _PICTURE_CHARACTERS - used)
     tree = None
     if source.hierarchy is not None and not source.hierarchy.is_pruned:
         tree = page_figures.tree_figure(*source.hierarchy.linkage(len(summary.clusters)))
@@ -198,10 +208,7 @@ def make_page(source: ReportSource, summary: ClusterSummary) -> ClusterPage:
         tree=tree,
         criteria=_criteria(source.record, len(clusters)),
         confusion=_confusion(index, summary),
-        to_check=[
-            CheckView(_sample_view(source, rare.member), rare.modality, rare.rate, rare.member.opinions)
-            for rare in summary.rare_choices.ranked()
-        ],
+        to_check=to_check,
         check_note=_check_note(source, summary),
         curves=curves,
         curves_note=curves_note,
@@ -274,7 +281,7 @@ def _mean_images(summary: ClusterSummary, place: int | None) -> list[ValueView]:
         count = statistics.present[chosen].sum()
         if count:
             mean = (statistics.sums[chosen].sum(0) / count).round().astype(np.uint8)
-            views.append(ValueView(name, image=image_uri(shrink(mean, 64))))
+            views.append(ValueView(name, image=image_uri(shrink(mean, THUMBNAIL_SIZE))))
     return views
 
 
@@ -296,57 +303,56 @@ def _sample_views(source: ReportSource, members: LowestScored[Member]) -> list[S
     return [_sample_view(source, member) for member in members.items()]
 
 
-def _sample_view(source: ReportSource, member: Member, picture_size: int | None = None) -> SampleView:
-    """A sample with pictures of up to `picture_size` pixels; None keeps their size, 0 leaves them out."""
+def _sample_view(source: ReportSource, member: Member, picture_size: int = THUMBNAIL_SIZE) -> SampleView:
     modalities, class_names = source.model.modalities, source.index.class_names
     note = f"cluster {member.cluster}, confidence {member.confidence:.2f}"
     if class_names is not None and member.label >= 0:
         note += f", class {shorten(class_names[member.label])}"
     values = [
-        _value_view(name, modalities[name], value, picture_size)
-        for name, value in member.values.items()
-        if picture_size != 0 or not isinstance(modalities[name], ImageModality)
+        _value_view(name, modalities[name], value, picture_size) for name, value in member.values.items()
     ]
     return SampleView(values, f"{shorten(member.key)} ({member.split})", note)
 
 
 def _value_view(
-    name: str, modality: Modality, stored: np.ndarray, picture_size: int | None = None
+    name: str, modality: Modality, stored: np.ndarray, picture_size: int = THUMBNAIL_SIZE
 ) -> ValueView:
     if isinstance(modality, ImageModality):
-        return ValueView(name, image=image_uri(shrink(stored, picture_size or 64)))
+        return ValueView(name, image=image_uri(shrink(stored, picture_size), picture_size < THUMBNAIL_SIZE))
     return ValueView(name, text=textwrap.shorten(modality.describe(stored), _TEXT_LENGTH, placeholder=" …"))
 
 
 def _map(
-    source: ReportSource, members: Sequence[Member]
+    source: ReportSource, members: Sequence[Member], picture_characters: int
 ) -> tuple[page_figures.Figure | None, list[SampleView], str]:
-    """The map, the sample of each point, and a note."""
+    """The map, the sample of each point, and a note; the first samples have pictures, as far as these fit."""
     if len(members) < _MIN_MAP_SAMPLES:
         return None, [], f"A map takes at least {_MIN_MAP_SAMPLES} samples."
     points = plots.project_2d(
         np.stack([member.location for member in members]), source.config.evaluation.seed
     )
-    clusters = np.array([member.cluster for member in members])
     labels = np.array([member.label for member in members])
     figure = page_figures.map_figure(
         points,
-        clusters,
+        np.array([member.cluster for member in members]),
         labels if (labels >= 0).any() else None,
         [shorten(name) for name in source.index.class_names or ()],
     )
-    images = sum(isinstance(modality, ImageModality) for modality in source.model.modalities.values())
-    pictured = _MAP_PICTURES // max(images, 1)
-    samples = [
-        _sample_view(source, member, _MAP_PICTURE_SIZE if place < pictured else 0)
-        for place, member in enumerate(members)
-    ]
+    samples, num_pictured = [], 0
+    for member in members:
+        sample = _sample_view(source, member, _MAP_PICTURE_SIZE)
+        picture_characters -= sum(len(value.image) for value in sample.values)
+        if picture_characters < 0:
+            sample = replace(sample, values=[value for value in sample.values if not value.image])
+        else:
+            num_pictured += 1
+        samples.append(sample)
     note = (
         f"{len(members):,} random samples at the joint location of their modalities, by t-SNE. Point at one "
         "to see it."
     )
-    if images and pictured < len(members):
-        note += f" {pictured:,} of them have pictures."
+    if num_pictured < len(members):
+        note += f" {num_pictured:,} of them have pictures; more would make the page too large."
     return figure, samples, note
 
 

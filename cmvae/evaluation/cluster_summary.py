@@ -5,8 +5,10 @@ Memory does not depend on the number of samples.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -16,7 +18,6 @@ import torch
 
 from cmvae.clustering import BoolArray, FloatArray, IntArray, joint_location
 from cmvae.data.batch import to_device
-from cmvae.evaluation.cluster_profiles import disagreement
 from cmvae.modalities import ImageModality, Modality
 from cmvae.modalities.base import CategoriesModality, ColumnsModality
 from cmvae.modalities.text import SPECIAL_TOKENS, TextModality
@@ -42,8 +43,6 @@ class Member:
     cluster: int
     confidence: float
     """p(c|z) of its cluster."""
-    disagreement: float
-    """Of its modalities, see `cmvae.evaluation.cluster_profiles.disagreement`."""
     location: FloatArray
     """(D_z,) joint location of its modalities."""
     opinions: Mapping[str, tuple[int, float]]
@@ -102,6 +101,11 @@ class RareChoice:
     rate: float
     """Share of the samples of its cluster for which the modality chooses the same."""
 
+    @property
+    def surprise(self) -> float:
+        """−log `rate`, in nats, times the probability of the choice."""
+        return -math.log(self.rate) * self.member.opinions[self.modality][1]
+
 
 class RareChoices:
     """The samples for which a modality makes its rarest choices, from one pass.
@@ -134,25 +138,28 @@ class RareChoices:
         for m, there in enumerate(present.T):
             np.add.at(self._counts[m], (places[there], choices[there, m]), 1)
 
-    def offer(self, m: int, place: int, choice: int, score: float, make: Callable[[], Member]) -> None:
-        """Keep a counted sample whose modality m chooses another cluster; low scores are kept first."""
+    def offer(self, m: int, place: int, choice: int, certainty: float, make: Callable[[], Member]) -> None:
+        """Keep a counted sample whose modality m chooses another cluster; the most certain choices stay."""
         cell = (m, place, choice)
         if cell in self._dropped:
             return
         kept = self._kept.setdefault(cell, LowestScored[Member](self._limit))
         before = len(kept)
-        kept.offer(score, make)
+        kept.offer(-certainty, make)
         self._num_kept += len(kept) - before
         if self._num_kept > _KEPT_PER_LISTED * self._limit:
             self._drop_frequent(self._num_kept // 2)
 
     def ranked(self) -> list[RareChoice]:
-        """Each sample once, with its rarest choice; the rarest choices first."""
+        """Each sample once, with the choice of the highest −p(c|z) · log(rate), and in that order."""
+        choices = [
+            RareChoice(member, self._names[cell[0]], self._rate(cell))
+            for cell, kept in self._kept.items()
+            for member in kept.items()
+        ]
         found: dict[tuple[str, str], RareChoice] = {}
-        for cell in sorted(self._kept, key=self._rate):
-            for member in self._kept[cell].items():
-                choice = RareChoice(member, self._names[cell[0]], self._rate(cell))
-                found.setdefault((member.split, member.key), choice)
+        for choice in sorted(choices, key=lambda choice: -choice.surprise):
+            found.setdefault((choice.member.split, choice.member.key), choice)
         return list(found.values())[: self._limit]
 
     def _drop_frequent(self, num_kept: int) -> None:
@@ -291,73 +298,120 @@ class ClusterSummary:
         for split, raw in batches:
             self._add(split, raw)
 
-    @torch.no_grad()
     def _add(self, split: str, raw: Mapping[str, Any]) -> None:
-        model, names = self._model, self._model.modality_names
-        batch = to_device(raw, model.modalities, model.private_scale.device)
-        shared_loc = stack_shared_locations(model.encode({n: batch[n] for n in names})).cpu().numpy()
-        present: BoolArray = raw["mask"].numpy()
-        kept = np.flatnonzero(raw["valid"].numpy() & present.any(1))
-        self.num_empty += int(raw["valid"].sum()) - len(kept)
-        if len(kept) == 0:
-            return
-        present, shared_loc = present[kept], shared_loc[kept]
-        found = model.assign_locations(shared_loc, present)
-        clusters, confidence = found.cluster.numpy(), found.confidence.numpy()
-        responsibilities = found.responsibilities.numpy()
-        choices, certainty = responsibilities.argmax(2), responsibilities.max(2)
-        disagreements = disagreement(responsibilities, present)
-        locations = joint_location(shared_loc, present)
-        distances = np.linalg.norm(locations - self._means[clusters], axis=1)
-        places = np.searchsorted(self.clusters, clusters)
-        chosen = np.searchsorted(self.clusters, choices)
-        labels = raw["label"].numpy()[kept]
-
-        np.add.at(self.sizes, places, 1)
-        np.add.at(self.confidence_sums, places, confidence)
-        labelled = labels >= 0
-        np.add.at(self.class_counts, (labels[labelled], places[labelled]), 1)
-        several = present.sum(1) > 1
-        first = np.take_along_axis(choices, present.argmax(1)[:, None], axis=1)
-        differ = (present & (choices != first)).any(1)
-        self.num_several_modalities += int(several.sum())
-        self.num_split_opinions += int(differ.sum())
-        self.rare_choices.count(places, chosen, present)
+        batch = to_device(raw, self._model.modalities, self._model.private_scale.device)
+        rows = _encode_rows(self._model, split, raw, batch)
+        self.num_empty += int(raw["valid"].sum()) - len(rows.in_batch)
+        places = np.searchsorted(self.clusters, rows.clusters)
+        choices = np.searchsorted(self.clusters, rows.choices)
+        self._count(rows, places)
+        self.rare_choices.count(places, choices, rows.present)
         for m, (name, statistics) in enumerate(self.modalities.items()):
-            there = present[:, m]
+            there = rows.present[:, m]
             if there.any():
-                rows = kept[there]
-                statistics.add(raw[name].numpy()[rows], batch[name].cpu().numpy()[rows], places[there])
+                kept = rows.in_batch[there]
+                statistics.add(raw[name].numpy()[kept], batch[name].cpu().numpy()[kept], places[there])
+        self._collect(rows, places, choices)
 
-        drawn = self._rng.random((len(kept), 2))
+    def _count(self, rows: _EncodedRows, places: IntArray) -> None:
+        np.add.at(self.sizes, places, 1)
+        np.add.at(self.confidence_sums, places, rows.confidence)
+        labelled = rows.labels >= 0
+        np.add.at(self.class_counts, (rows.labels[labelled], places[labelled]), 1)
+        first = np.take_along_axis(rows.choices, rows.present.argmax(1)[:, None], axis=1)
+        self.num_several_modalities += int((rows.present.sum(1) > 1).sum())
+        self.num_split_opinions += int((rows.present & (rows.choices != first)).any(1).sum())
+
+    def _collect(self, rows: _EncodedRows, places: IntArray, choices: IntArray) -> None:
+        """Offer each sample to all that keep some.
+
+        Args:
+            rows: B samples.
+            places: (B,) cluster of each sample, from 0 to K − 1.
+            choices: (B, M) cluster that each modality chooses, from 0 to K − 1.
+        """
+        distances = np.linalg.norm(rows.locations - self._means[rows.clusters], axis=1)
+        odd = rows.present & (rows.choices != rows.clusters[:, None])
+        odd[rows.present.sum(1) == 1] = False
+        drawn = self._rng.random((len(places), 2))
         for row, place in enumerate(places.tolist()):
-
-            def member(row: int = row, images: bool = True) -> Member:
-                has = [(m, name) for m, name in enumerate(names) if present[row, m]]
-                return Member(
-                    key=raw["key"][kept[row]],
-                    split=split,
-                    label=int(labels[row]),
-                    cluster=int(clusters[row]),
-                    confidence=float(confidence[row]),
-                    disagreement=float(disagreements[row]),
-                    location=locations[row].copy(),
-                    opinions={n: (int(choices[row, m]), float(certainty[row, m])) for m, n in has},
-                    values={
-                        name: _kept_value(model.modalities[name], raw[name][kept[row]].numpy())
-                        for _, name in has
-                        if images or not isinstance(model.modalities[name], ImageModality)
-                    },
-                )
-
+            member = functools.partial(rows.member, row)
             self.nearest[place].offer(distances[row], member)
-            self.least_sure[place].offer(confidence[row], member)
+            self.least_sure[place].offer(rows.confidence[row], member)
             self.map.offer(drawn[row, 0], member)
-            self.random[place].offer(drawn[row, 1], lambda member=member: member(images=False))
-            if several[row]:
-                for odd in np.flatnonzero(present[row] & (choices[row] != clusters[row])).tolist():
-                    choice = int(chosen[row, odd])
-                    self.rare_choices.offer(odd, place, choice, -disagreements[row], member)
+            self.random[place].offer(drawn[row, 1], functools.partial(member, images=False))
+            for m in np.flatnonzero(odd[row]).tolist():
+                certainty = float(rows.certainty[row, m])
+                self.rare_choices.offer(m, place, int(choices[row, m]), certainty, member)
+
+
+@dataclass(frozen=True)
+class _EncodedRows:
+    """The B samples of a batch that have a modality, and their clusters."""
+
+    model: CMVAE
+    split: str
+    raw: Mapping[str, Any]
+    """The batch, as stored."""
+    in_batch: IntArray
+    """(B,) rows of the batch."""
+    labels: IntArray
+    """(B,)"""
+    present: BoolArray
+    """(B, M)"""
+    locations: FloatArray
+    """(B, D_z) joint locations."""
+    clusters: IntArray
+    """(B,) cluster ids."""
+    confidence: FloatArray
+    """(B,)"""
+    choices: IntArray
+    """(B, M) cluster id that each modality chooses."""
+    certainty: FloatArray
+    """(B, M) p(c|z) of the choices."""
+
+    def member(self, row: int, images: bool = True) -> Member:
+        """Sample `row`, with its images or without."""
+        modalities, place = self.model.modalities, self.in_batch[row]
+        has = [(m, name) for m, name in enumerate(modalities) if self.present[row, m]]
+        return Member(
+            key=self.raw["key"][place],
+            split=self.split,
+            label=int(self.labels[row]),
+            cluster=int(self.clusters[row]),
+            confidence=float(self.confidence[row]),
+            location=self.locations[row].copy(),
+            opinions={n: (int(self.choices[row, m]), float(self.certainty[row, m])) for m, n in has},
+            values={
+                name: _kept_value(modalities[name], self.raw[name][place].numpy())
+                for _, name in has
+                if images or not isinstance(modalities[name], ImageModality)
+            },
+        )
+
+
+@torch.no_grad()
+def _encode_rows(model: CMVAE, split: str, raw: Mapping[str, Any], batch: Mapping[str, Any]) -> _EncodedRows:
+    """Encode the valid samples of a batch that have a modality."""
+    posteriors = model.encode({name: batch[name] for name in model.modality_names})
+    mask = raw["mask"].numpy()
+    in_batch = np.flatnonzero(raw["valid"].numpy() & mask.any(1))
+    present, shared_loc = mask[in_batch], stack_shared_locations(posteriors).cpu().numpy()[in_batch]
+    found = model.assign_locations(shared_loc, present)
+    certainty, choices = found.responsibilities.max(2)
+    return _EncodedRows(
+        model=model,
+        split=split,
+        raw=raw,
+        in_batch=in_batch,
+        labels=raw["label"].numpy()[in_batch],
+        present=present,
+        locations=joint_location(shared_loc, present),
+        clusters=found.cluster.numpy(),
+        confidence=found.confidence.numpy(),
+        choices=choices.numpy(),
+        certainty=certainty.numpy(),
+    )
 
 
 def _statistics_of(modality: Modality, num_clusters: int) -> ModalityStatistics:

@@ -24,10 +24,15 @@ def shrink(image: np.ndarray, size: int) -> np.ndarray:
     return smaller[None] if smaller.ndim == 2 else smaller.transpose(2, 0, 1)
 
 
-def image_uri(image: np.ndarray) -> str:
-    """A stored image (C, H, W) uint8 as a WebP in a `data:` URI."""
+def image_uri(image: np.ndarray, small_file: bool = False) -> str:
+    """A stored image (C, H, W) uint8 as a WebP in a `data:` URI.
+
+    Args:
+        image: the image.
+        small_file: accept blurred colours in the smallest images, which takes less space.
+    """
     buffer = io.BytesIO()
-    lossless = image.shape[1] * image.shape[2] <= _LOSSLESS_BELOW
+    lossless = not small_file and image.shape[1] * image.shape[2] <= _LOSSLESS_BELOW
     _as_picture(image).save(buffer, "WEBP", lossless=lossless, quality=_QUALITY)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 

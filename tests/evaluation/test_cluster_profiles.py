@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.spatial.distance import jensenshannon
 from scipy.stats import ttest_ind
 
-from cmvae.evaluation.cluster_profiles import class_tfidf, disagreement, lift, standardized_differences
+from cmvae.evaluation.cluster_profiles import class_tfidf, lift, standardized_differences
 
 
 def moments(values, clusters, num_clusters):
@@ -57,20 +56,3 @@ def test_lift_is_the_ratio_of_shares():
     found = lift(np.array([[30, 10, 0], [10, 50, 0]]))
     np.testing.assert_allclose(found, [[0.75 / 0.4, 0.25 / 0.6, 0], [(1 / 6) / 0.4, (5 / 6) / 0.6, 0]])
     assert lift(np.array([[0, 0], [2, 2]])).tolist() == [[0, 0], [1, 1]]
-
-
-def test_disagreement_of_two_modalities_is_the_jensen_shannon_divergence_in_bits():
-    rng = np.random.default_rng(0)
-    p = rng.dirichlet(np.full(4, 0.4), size=(50, 2))
-    found = disagreement(p, np.ones((50, 2), dtype=bool))
-    expected = [jensenshannon(*row, base=2) ** 2 for row in p]
-    np.testing.assert_allclose(found, expected, atol=1e-12)
-
-
-def test_disagreement_between_its_extremes():
-    one_hot = np.eye(3)
-    p = np.stack([one_hot[[0, 1, 2]], one_hot[[0, 0, 0]], one_hot[[0, 1, 1]], one_hot[[0, 1, 1]]])
-    present = np.array([[1, 1, 1], [1, 1, 1], [0, 1, 1], [1, 0, 0]], dtype=bool)
-    assert disagreement(p, present) == pytest.approx([1, 0, 0, 0]), "missing modalities have no opinion"
-    present[2] = [1, 0, 1]
-    assert disagreement(p, present)[2] == pytest.approx(1), "two of two that are present"

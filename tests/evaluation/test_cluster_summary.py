@@ -131,10 +131,12 @@ def test_rare_choices_survive_any_number_of_frequent_ones():
         chosen = np.array([[2 if number == 100 else 0, rng.integers(2)]])
         choices.count(np.array([0]), chosen, np.ones((1, 2), dtype=bool))
         for m in np.flatnonzero(chosen[0] != 0):
-            member = Member(str(number), "test", -1, 0, 1.0, 0.5, np.zeros(1), {}, {})
-            choices.offer(int(m), 0, int(chosen[0, m]), -0.5, lambda member=member: member)
+            opinions = {"ab"[m]: (int(chosen[0, m]), 0.9)}
+            member = Member(str(number), "test", -1, 0, 1.0, np.zeros(1), opinions, {})
+            choices.offer(int(m), 0, int(chosen[0, m]), 0.9, lambda member=member: member)
     first = choices.ranked()[0]
     assert (first.member.key, first.modality, first.rate) == ("100", "a", 1 / 400)
+    assert first.surprise == pytest.approx(0.9 * np.log(400))
 
 
 def test_a_sample_without_any_modality_is_counted_and_in_no_cluster(shards):
