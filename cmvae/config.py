@@ -207,14 +207,18 @@ class DiffusionConfig(_Settings):
 
 
 class ConditioningConfig(_Settings):
-    """The condition of the diffusion, concatenated with the noisy image on channels."""
+    """The condition of the diffusion.
 
-    source: Literal["any", "self", "none"] = "any"
-    """Source of the reconstruction: a random modality at every step, the modality of the image, or none: a
-    plain DDPM."""
+    A reconstruction is concatenated with the noisy image on channels, latents are added to the embedding of
+    the time step.
+    """
+
+    source: Literal["any", "self", "latent", "none"] = "any"
+    """Source of the reconstruction: a random modality at every step, or the modality of the image. `latent`
+    is z and w without a reconstruction, and none a plain DDPM."""
     shared: Literal["mean", "sample"] = "mean"
-    """z of the reconstructions in training: the location of q(z|x), or a sample. A sample may show another
-    class than the image, and a network that is trained on such pairs changes the class now and then."""
+    """z in training: the location of q(z|x), or a sample. A sample may show another class than the image, and
+    a network that is trained on such pairs changes the class now and then. w is always sampled."""
     latent: bool = False
     """z of the reconstruction as a second condition."""
     noise: float = Field(default=0.0, ge=0)
@@ -253,6 +257,16 @@ class RefinerConfig(_Settings):
     sampler: Resumable[SamplerConfig] = SamplerConfig()
 
     @model_validator(mode="after")
+    def _reconstruction_is_noised(self) -> RefinerConfig:
+        conditioning = self.conditioning
+        if conditioning.source == "latent" and (conditioning.latent or conditioning.noise):
+            raise ValueError(
+                "conditioning.source latent has z as its condition already, and no reconstruction that noise "
+                "could be added to: leave out conditioning.latent and conditioning.noise"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sampler_fits(self) -> RefinerConfig:
         reach = round(self.sampler.start * self.diffusion.num_timesteps)
         if self.sampler.num_steps > reach:
@@ -283,6 +297,9 @@ class DataConfig(_Settings):
     """Samples are shuffled among neighbouring shards that hold at least this number of samples together."""
     cache_megabytes: Resumable[int] = Field(default=256, ge=0)
     """A decoded train split of at most this size is kept in the memory of each reader process."""
+    on_device: Resumable[bool] = False
+    """Keep the whole train split, as stored, in the memory of the training device (on a CPU, in that of the
+    process), instead of reading it anew in every epoch. The order of samples is the same."""
     on_error: Resumable[OnError] = "error"
     """Whether a damaged sample ends a training or is skipped. A batch keeps its other samples, so that all
     ranks have the same number of batches. An evaluation always ends with an error, as metrics describe a
@@ -321,13 +338,18 @@ class TrainConfig(_Settings):
     """Precision of the networks; densities and reductions are always fp32. `auto` is bf16 where the device
     has instructions for it, else fp32: a processor without them takes ten times as long in bf16. A training
     first compares gradients of a few samples in both and takes fp32, with a warning, if bf16's are wrong."""
-    compile: Resumable[bool] = False
-    """Compile the networks with torch.compile, which takes minutes at the start. Useful on GPUs, where it
-    fuses the operations between convolutions; a CPU gains nothing, and DeepSpeed does not support it."""
+    compile: Resumable[bool | Literal["reduce-overhead"]] = False
+    """Compile the networks with torch.compile, which takes minutes at the start. `reduce-overhead` also
+    records them as CUDA graphs, so that a GPU does not wait for the launches of small kernels. Useful on
+    GPUs, where it fuses the operations between convolutions; a CPU gains nothing, and DeepSpeed does not
+    support it."""
     log_every: Resumable[PositiveInt] = 25
     """Steps between two points of the training curves."""
     validate_every: Resumable[PositiveInt | None] = None
     """Steps between validations, each with figures; null validates at the end only."""
+    coherence_samples: Resumable[PositiveInt | None] = None
+    """Number of validation samples, and of joint samples, for coherence at every validation of a CMVAE. It
+    needs the classifiers of `cmvae classifiers`. Null measures coherence only in `cmvae evaluate`."""
     checkpoint_every: Resumable[PositiveInt | None] = None
     """Steps between checkpoints; null keeps only the one at the end."""
     keep_checkpoints: Resumable[PositiveInt] = 2
@@ -357,10 +379,16 @@ class EvaluationConfig(_Settings):
     """Split to evaluate."""
     metrics: tuple[MetricGroup, ...] = typing.get_args(MetricGroup)
     """Groups of metrics to compute."""
+    protocol: Literal["default", "released"] = "default"
+    """`released` also counts as the released CMVAE code does, in metrics that begin with `released/`, see
+    `cmvae.evaluation.released`."""
     seed: int = Field(default=0, ge=0)
     """Seed of all noise of an evaluation; every sample has its own stream."""
     num_generated: PositiveInt = 10_000
     """Unconditional samples, for coherence and distances."""
+    num_conditional: PositiveInt | None = None
+    """Samples of the split that images and texts are generated from and compared with: the first ones, which
+    packing has shuffled. Null takes the whole split."""
     likelihood_samples: PositiveInt = 1000
     """Importance samples for each sample's joint log-likelihood."""
     inception_weights: Path | None = None

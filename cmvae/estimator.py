@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,8 +18,16 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from cmvae.clustering import joint_location
-from cmvae.config import CMVAEExperiment, load_config, save_config
+from cmvae.config import (
+    TABLE_NAME,
+    CMVAEExperiment,
+    load_cmvae_run,
+    load_config,
+    load_run_table,
+    save_config,
+)
 from cmvae.data.batch import stack_values, to_device
+from cmvae.data.index import TableSchema
 from cmvae.datasets.columns import ColumnSource, read_row
 from cmvae.datasets.memory import names_of, read_values
 from cmvae.datasets.splits import draw_splits
@@ -35,6 +43,8 @@ from cmvae.datasets.values import (
 from cmvae.datasets.writer import write_shards
 from cmvae.models.cmvae import CMVAE, stack_shared_locations
 from cmvae.models.export import load_clusters
+from cmvae.models.hub import find_export
+from cmvae.models.imputation import generate_from_present
 from cmvae.training.cmvae_task import CMVAETask
 from cmvae.training.starter_config import STARTER_CLUSTERS, write_starter_config
 from cmvae.utils.errors import UserError
@@ -206,13 +216,9 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         parts: dict[str, list[np.ndarray]] = {name: [] for name in self.model_.modality_names}
         for inputs, mask in self._batches(X):
             names = list(inputs)
-            generated = self.model_.generate(len(mask), generator=generator)
-            given = mask.any(1)
-            if given.any():
-                present = {name: x[given] for name, x in inputs.items()}
-                made = self.model_.generate(given=present, mask=mask[given], generator=generator)
-                for name, data in made.items():
-                    generated[name][given] = data
+            generated = generate_from_present(
+                self.model_, inputs, mask, self.model_.modality_names, generator
+            )
             for name, data in generated.items():
                 if name in inputs:
                     there = mask[:, names.index(name)]
@@ -266,14 +272,14 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         """Load what `save_pretrained` wrote.
 
         Args:
-            folder: the export.
+            folder: the export, or `user/name` of a model on the Hugging Face Hub.
             num_clusters: another number of clusters, from the same model; None keeps the number.
 
         Raises:
             ValueError: the folder is no such export, or is damaged.
         """
-        folder = Path(folder)
         with _errors_as_value_errors():
+            folder = find_export(folder)
             try:
                 parameters = json.loads((folder / ESTIMATOR_NAME).read_text(encoding="utf-8"))
                 loaded = cls(**parameters)
@@ -283,6 +289,46 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
             loaded.model_ = CMVAE.from_pretrained(folder, num_clusters=num_clusters)
             loaded._clusters = load_clusters(folder)
             loaded._kinds = dict(loaded.kinds or {})
+        loaded._set_clusters()
+        return loaded
+
+    @classmethod
+    def from_run(cls, run_dir: str | Path, num_clusters: int | None = None) -> MultimodalClusterer:
+        """Use the model of a training by `cmvae train`.
+
+        Where the run was trained on a table, data is a data frame with columns of that table; otherwise a
+        dict with the modalities of the run.
+
+        Args:
+            run_dir: folder of the run.
+            num_clusters: another number of clusters, from the same model; None keeps the number.
+
+        Raises:
+            ValueError: the folder is no run of a CMVAE that was trained to its end, or is damaged.
+        """
+        run_dir = Path(run_dir)
+        with _errors_as_value_errors():
+            config = load_cmvae_run(run_dir)
+            model = CMVAE.from_pretrained(run_dir / "export", num_clusters=num_clusters)
+            kinds = {name: cast(Kind, modality.kind) for name, modality in model.modalities.items()}
+            columns: dict[str, str | Sequence[str]] | None = None
+            if (run_dir / TABLE_NAME).is_file():
+                of_table = load_run_table(run_dir).columns
+                # One column is a list of its cells, several are a matrix.
+                columns = {
+                    name: list(of_table[name]) if kinds[name] in ("vector", "binary") else of_table[name][0]
+                    for name in kinds
+                }
+            sizes = [modality.shape[1] for modality in model.modalities.values() if modality.kind == "image"]
+            loaded = cls(
+                config.clusters.num_clusters,
+                kinds=kinds,
+                columns=columns,
+                seed=config.seed,
+                image_size=sizes[0] if sizes else 64,
+            )
+            loaded.config_, loaded.model_, loaded._kinds = config, model, kinds
+            loaded._clusters = load_clusters(run_dir / "export")
         loaded._set_clusters()
         return loaded
 
@@ -344,7 +390,10 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
             groups=None if groups is None else [str(group) for group in groups],
         )
         shards = folder / "shards"
-        index = write_shards(source, shards, seed=self.seed, force=True)
+        # `cmvae cluster` reads new rows from tables with the same columns.
+        named = {name: tuple(names_of(chosen)) for name, chosen in (self.columns or {}).items()}
+        table = TableSchema(columns=named) if named else None
+        index = write_shards(source, shards, seed=self.seed, force=True, table=table)
         path = folder / EXPERIMENT_NAME
         path.write_text(write_starter_config(index, shards), encoding="utf-8")
         overrides = [

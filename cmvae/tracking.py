@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Literal
 from filelock import FileLock
 
 from cmvae.config import ExperimentConfig, RefinerExperiment, dump_yaml, flatten
+from cmvae.data.index import ShardIndex
+from cmvae.data.remote import Location, is_remote
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
 
@@ -41,6 +43,11 @@ _SQLITE = "sqlite:///"
 _FIRST_PAUSE = 60.0
 # Seconds to wait for another training that creates the same database.
 _MAX_WAIT = 120.0
+# MLflow's pages treat an experiment without a kind as one of language models, and open another page for it.
+_EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
+_MODEL_ARTIFACT = "mlflow_model"
+# MLflow accepts digests of up to 36 characters.
+_DIGEST_LENGTH = 36
 # Prefix of the tags that hold the last step of an image series.
 _LAST_STEP_TAG = "last_step."
 
@@ -67,6 +74,12 @@ class Tracker:
 
     def log_artifact(self, path: Path) -> None:
         """Upload a small file."""
+
+    def log_folder(self, folder: Path) -> None:
+        """Upload the files of a folder as artifacts below its name."""
+
+    def log_data(self, index: ShardIndex, location: Location) -> None:
+        """Log the packed data as the input of the run: name, digest and source."""
 
     def end(self, status: Status) -> None:
         """End the run with a status; nothing may be logged afterwards."""
@@ -142,6 +155,25 @@ class MlflowTracker(Tracker):
     def log_artifact(self, path: Path) -> None:
         """See `Tracker`."""
         self._attempt(lambda: self._client.log_artifact(self.run_id, str(path)))
+
+    def log_folder(self, folder: Path) -> None:
+        """See `Tracker`."""
+        self._attempt(lambda: self._client.log_artifacts(self.run_id, str(folder), folder.name))
+
+    def log_data(self, index: ShardIndex, location: Location) -> None:
+        """See `Tracker`."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        uri = str(location) if is_remote(location) else str(Path(location).absolute())
+        dataset = Dataset(
+            name=index.name,
+            digest=index.digest[:_DIGEST_LENGTH],
+            source_type=uri.partition("://")[0] if is_remote(location) else "local",
+            source=json.dumps({"uri": uri}),
+            profile=json.dumps({name: split.num_samples for name, split in index.splits.items()}),
+        )
+        logged = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+        self._attempt(lambda: self._client.log_inputs(self.run_id, datasets=[logged]))
 
     def end(self, status: Status) -> None:
         """See `Tracker`."""
@@ -246,6 +278,39 @@ def read_curve(run_dir: Path, metric: str) -> dict[int, float]:
     return {point.step: point.value for point in points}
 
 
+def register_model(run_dir: Path, folder: Path, name: str) -> int:
+    """Log an MLflow model to the run of a training, and register it.
+
+    Args:
+        run_dir: folder of the run.
+        folder: the MLflow model.
+        name: name in the registry, which gets a new version.
+
+    Returns:
+        The number of the version.
+
+    Raises:
+        UserError: the run was not tracked, or MLflow refuses or does not answer.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    path = run_dir / RUN_RECORD_NAME
+    record = _read_record(path)
+    if record is None:
+        raise UserError(f"{path}: missing, because the run was not tracked. Train with tracking.enabled=true")
+    uri = _absolute(os.environ.get("MLFLOW_TRACKING_URI") or record.tracking_uri)
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        client.log_artifacts(record.run_id, str(folder), _MODEL_ARTIFACT)
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        source = f"{client.get_run(record.run_id).info.artifact_uri}/{_MODEL_ARTIFACT}"
+        return int(client.create_model_version(name, source, record.run_id).version)
+    except MlflowException as error:
+        raise UserError(f"--name {name}: cannot be registered in {uri}: {_first_line(error)}") from error
+
+
 def _guarded(config: ExperimentConfig, is_main: bool, opened: Callable[[], Tracker]) -> Tracker:
     if not (config.tracking.enabled and is_main):
         return NullTracker()
@@ -331,7 +396,7 @@ def _continue_or_create_run(config: ExperimentConfig, run_dir: Path) -> tuple[Ml
 def _create_run(client: MlflowClient, config: ExperimentConfig) -> str:
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is None:
-        experiment_id = client.create_experiment(config.tracking.experiment)
+        experiment_id = client.create_experiment(config.tracking.experiment, tags=_EXPERIMENT_KIND)
     elif experiment.lifecycle_stage != "active":
         raise UserError(
             f"the experiment {config.tracking.experiment!r} was deleted in MLflow. Set "

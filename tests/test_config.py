@@ -110,7 +110,10 @@ def test_a_mistake_names_file_or_override_key_and_remedy(override, expected):
         (["refiner.sharng=shared"], ["refiner.sharng", "no such key", "did you mean 'sharing'"]),
         (["refiner.network.chanels=8"], ["refiner.network.chanels", "did you mean 'channels'"]),
         (["refiner.conditioning.sauce=any"], ["refiner.conditioning.sauce", "did you mean 'source'"]),
-        (["refiner.conditioning.source=all"], ["refiner.conditioning.source", "'any', 'self' or 'none'"]),
+        (
+            ["refiner.conditioning.source=all"],
+            ["refiner.conditioning.source", "'any', 'self', 'latent' or 'none'"],
+        ),
         (["refiner.sampler.name=euler"], ["refiner.sampler.name", "'euler'", "dpm_solver"]),
         (["refiner.network.channels=12"], ["refiner.network.channels", "12", "multiple of 8"]),
         (["refiner.network.multipliers=[]"], ["refiner.network.multipliers", "at least 1 item"]),

@@ -9,6 +9,7 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from cmvae import MultimodalClusterer
+from cmvae.config import load_run_table
 
 TINY = {
     "train.max_steps": 4,
@@ -174,8 +175,12 @@ def test_columns_of_one_frame_and_files_of_images(tmp_path):
     frame = data["sizes"].assign(photo=paths, colour=data["colour"])
     columns = {"sizes": ["w", "h"], "photo": "photo", "colour": "colour"}
     settings = TINY | {"model.modalities.photo.width": 4}
-    estimator = MultimodalClusterer(2, columns=columns, image_size=8, verbose=False, settings=settings)
+    estimator = MultimodalClusterer(
+        2, columns=columns, image_size=8, verbose=False, settings=settings, run_dir=tmp_path / "mine"
+    )
     labels = estimator.fit_predict(frame)
+    read_as = load_run_table(tmp_path / "mine/run").columns
+    assert read_as == {"sizes": ("w", "h"), "photo": ("photo",), "colour": ("colour",)}
     assert labels.shape == (40,)
     assert estimator.model_.modalities["photo"].shape == (3, 8, 8)
     # A column that is not there is a missing modality.

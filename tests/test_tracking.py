@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
 from cmvae.config import CMVAEExperiment, RefinerExperiment, flatten
+from cmvae.data.index import ShardIndex
 from cmvae.tracking import NullTracker, Tracker, open_tracker, resume_tracker
 
 
@@ -105,6 +106,38 @@ def test_a_training_can_be_read_back(tmp_path: Path, run_dir: Path) -> None:
     ]
     pixels = mlflow.Image(str(artifacts / "images" / images[0])).to_array()
     assert pixels.shape == (50, 100, 3)
+
+
+def test_data_and_export_belong_to_the_run(tmp_path: Path, run_dir: Path, digits_shards: Path) -> None:
+    index = ShardIndex.load(digits_shards)
+    tracker = open_tracker(make_config(), run_dir, is_main=True)
+    tracker.log_data(index, str(digits_shards))
+    export = tmp_path / "export"
+    export.mkdir()
+    (export / "config.yaml").write_text("a: 1")
+    tracker.log_folder(export)
+    tracker.end("FINISHED")
+    reader = client(tmp_path)
+    run = reader.get_run(run_id(run_dir))
+    (logged,) = run.inputs.dataset_inputs
+    assert [(tag.key, tag.value) for tag in logged.tags] == [("mlflow.data.context", "training")]
+    assert (logged.dataset.name, logged.dataset.source_type) == (index.name, "local")
+    assert logged.dataset.digest == index.digest[:36]
+    assert json.loads(logged.dataset.source) == {"uri": str(digits_shards)}
+    assert json.loads(logged.dataset.profile) == {name: s.num_samples for name, s in index.splits.items()}
+    assert [file.path for file in reader.list_artifacts(run.info.run_id, "export")] == ["export/config.yaml"]
+    # With this tag MLflow opens the page for the training of models.
+    tags = reader.get_experiment(run.info.experiment_id).tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_the_digest_is_that_of_the_shards(digits_shards: Path) -> None:
+    index = ShardIndex.load(digits_shards)
+    assert index.model_copy(update={"classifiers": {}}).digest == index.digest
+    split = index.splits["train"]
+    changed = split.shards[0].model_copy(update={"sha256": "0" * 64})
+    splits = {**index.splits, "train": split.model_copy(update={"shards": (changed, *split.shards[1:])})}
+    assert index.model_copy(update={"splits": splits}).digest != index.digest
 
 
 def test_the_source_commit_is_a_tag(tmp_path: Path, run_dir: Path) -> None:
@@ -373,3 +406,15 @@ def test_failures_in_the_middle_are_told_once_and_end_by_themselves(
 def _write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
+
+
+def test_a_deleted_experiment_is_named_and_the_run_goes_on(
+    tmp_path: Path, run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_tracker(make_config(), run_dir, is_main=True).end("FINISHED")
+    known = client(tmp_path)
+    known.delete_experiment(known.get_run(run_id(run_dir)).info.experiment_id)
+    tracker = open_tracker(make_config(), tmp_path / "runs" / "other", is_main=True)
+    assert isinstance(tracker, NullTracker)
+    (warning,) = own_warnings(caplog)
+    assert "was deleted in MLflow. Set tracking.experiment=NAME, or restore it with `mlflow" in warning

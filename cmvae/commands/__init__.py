@@ -16,12 +16,15 @@ COMMANDS = {
     "train": "train a CMVAE, or the refiner of one",
     "restarts": "train from several seeds and choose one run without labels",
     "evaluate": "evaluate a trained run",
-    "cluster": "assign packed data to clusters, as a CSV table",
+    "cluster": "assign packed data or the rows of a table to clusters, as a CSV table",
+    "impute": "fill the missing cells of a table",
     "generate": "generate with a trained run, to files",
     "compare": "compare evaluated runs over seeds",
     "baselines": "k-means on each modality of packed data",
     "classifiers": "train the classifiers that evaluation needs for coherence",
     "frechet": "Fréchet distance between two folders of images",
+    "register": "write a model for MLflow, to serve it",
+    "push": "upload a model to the Hugging Face Hub, with a model card",
 }
 """Name of a command, a module of this package, and what it does."""
 

@@ -165,7 +165,7 @@ def open_table(config: CMVAEExperiment, arguments: argparse.Namespace) -> tuple[
     path = Path(arguments.data)
     if arguments.split != "all":
         raise UserError(f"--split {arguments.split}: {path} is a table, which has no splits. Leave it out")
-    schema, modalities = open_rows(arguments.run, path, arguments)
+    _, schema, modalities = open_rows(arguments.run, path, arguments)
     if not arguments.by_group:
         schema = schema.model_copy(update={"group": None})
     elif schema.group is None:

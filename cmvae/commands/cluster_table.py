@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cmvae.commands.data_parts import DataPart, DataParts, ShardParts
-from cmvae.commands.parts import PartFolder, Row, compute_parts
+from cmvae.commands.parts import PartFolder, Row, compute_parts, merge_unknown
 from cmvae.data.batch import to_device
 from cmvae.data.index import ShardIndex
 from cmvae.data.remote import Location
@@ -90,6 +90,7 @@ def assign_to_file(
             return {"unknown": unknown}, table if data.is_table else sorted(table, key=_key_and_split)
 
         request = {
+            "command": "cluster",
             "export": weights_sha256(export),
             "num_clusters": num_clusters,
             "modalities": list(modalities),
@@ -99,11 +100,7 @@ def assign_to_file(
         compute_parts(accelerator, data, folder, request, compute)
         if not accelerator.is_main_process:
             return None
-        unknown: dict[str, Unknown] = {}
-        for record in folder.records():
-            for name, (number, total, examples) in record["unknown"].items():
-                found = Unknown(number, total, tuple(examples))
-                unknown[name] = unknown[name].merged(found) if name in unknown else found
+        unknown = merge_unknown(folder.records())
         rows = folder.rows() if data.is_table else folder.sorted_rows(_key_and_split)
         if by_group:
             means = _group_means(folder.rows(), named)

@@ -8,7 +8,8 @@ w always comes from its prior. The run of a refiner generates with its CMVAE and
 from the export of the run and writes to runs/NAME/generated/ (or --out): MODALITY/NAME.png for
 images, MODALITY.csv for other modalities (name, then text or numbers in the data's own units),
 grid.png with the first samples and generation.json. Samples that have none of the given modalities
-are left out.
+are left out. Several ranks (--launch ddp --num-processes N) share the samples; the files are the
+same. A command that was interrupted continues where it was if it is started again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from cmvae.commands.launcher import add_launch_arguments, read_launch
 from cmvae.config import load_run_config, read_modalities
 from cmvae.data.index import ShardIndex
 from cmvae.utils.arguments import comma_separated, command_parser, positive_integer
@@ -46,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: generated in the run's folder")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier generations in --out")
+    add_launch_arguments(parser)
     arguments = parser.parse_intermixed_args()
     if arguments.split is not None and arguments.given is None:
         parser.error("--split: only samples for --given are read from a split")
@@ -74,6 +77,7 @@ def check_names(flag: str, names: Sequence[str], modalities: Sequence[str]) -> N
 def main() -> int:
     """Check, generate, say where it is."""
     arguments = parse_arguments()
+    launch = read_launch(arguments)
     config = load_run_config(arguments.run, arguments.overrides)
     modalities = read_modalities(config)
     targets = arguments.to or modalities
@@ -82,6 +86,9 @@ def main() -> int:
     if arguments.given is not None:
         check_names("--given", arguments.given, modalities)
         ShardIndex.load(config.data.shards).split(split, config.data.shards)
+
+    if launch:
+        return launch.run("generate")
 
     from cmvae.commands.generated_files import GenerationRequest, run_generation
 
@@ -95,5 +102,6 @@ def main() -> int:
         seed=arguments.seed,
     )
     num_samples = run_generation(config, arguments.run, request, out, arguments.overwrite)
-    print(f"{num_samples} samples of {', '.join(targets)}: {out}")
+    if num_samples is not None:
+        print(f"{num_samples} samples of {', '.join(targets)}: {out}")
     return 0

@@ -7,11 +7,12 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from cmvae.config import load_run_table
 from cmvae.data.index import TableSchema
 from cmvae.data.remote import Location, is_remote
-from cmvae.datasets.table_file import read_table_parts
+from cmvae.datasets.table_file import Table, read_table_parts
 from cmvae.datasets.table_rows import find_lacking, with_columns_of, with_form
 from cmvae.datasets.user_data import shorten_list
 from cmvae.datasets.values import Unknown, describe_unknown
@@ -40,12 +41,19 @@ def load_modalities(run: Path) -> dict[str, Modality]:
     return dict(read_export_config(run / "export", ExportConfig).modalities)
 
 
-def open_rows(
-    run: Path, path: Path, arguments: argparse.Namespace
-) -> tuple[TableSchema, dict[str, Modality]]:
-    """How the rows of a table are read for a run, and the modalities of the run that the table has.
+class NewRows(NamedTuple):
+    """A table for a run."""
 
-    Reports missing modalities on stderr.
+    head: Table
+    """The first row."""
+    schema: TableSchema
+    """How it is read."""
+    modalities: dict[str, Modality]
+    """The modalities of the run that it has."""
+
+
+def open_rows(run: Path, path: Path, arguments: argparse.Namespace) -> NewRows:
+    """Read how the rows of a table are read for a run; reports the modalities that it lacks on stderr.
 
     Args:
         run: folder of the run.
@@ -62,7 +70,7 @@ def open_rows(
     for name, columns in lacking.items():
         note(f"{path}: no column {shorten_list(columns)}: {name} is missing in all rows")
     found = {name: modality for name, modality in modalities.items() if name not in lacking}
-    return with_columns_of(schema, first.columns, arguments), found
+    return NewRows(first, with_columns_of(schema, first.columns, arguments), found)
 
 
 def report_unknown(unknown: Mapping[str, Unknown], modalities: Mapping[str, Modality]) -> None:

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from cmvae.commands.data_parts import DataPart, DataParts
 from cmvae.datasets.table_file import MAX_CELL
+from cmvae.datasets.values import Unknown
 from cmvae.distributed import run_on_main
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import whole_file, write_whole
@@ -142,6 +143,16 @@ class PartFolder:
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]*.csv"))
+
+
+def merge_unknown(records: Iterable[Mapping[str, Any]]) -> dict[str, Unknown]:
+    """What is unknown in all parts, from `unknown` of their records."""
+    merged: dict[str, Unknown] = {}
+    for record in records:
+        for name, (number, total, examples) in record["unknown"].items():
+            found = Unknown(number, total, tuple(examples))
+            merged[name] = merged[name].merged(found) if name in merged else found
+    return merged
 
 
 class _UnixLines:

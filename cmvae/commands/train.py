@@ -20,7 +20,7 @@ import os
 
 from cmvae.commands.launcher import add_launch_arguments, read_launch
 from cmvae.commands.shipped import add_experiment_arguments, find_experiment
-from cmvae.config import ExperimentConfig, check_against_shards, load_config
+from cmvae.config import CMVAEExperiment, ExperimentConfig, check_against_shards, load_config
 from cmvae.data.index import ShardIndex
 from cmvae.training.state import check_newest
 from cmvae.utils.arguments import command_parser, positive_integer
@@ -83,5 +83,10 @@ def main() -> int:
 
     from cmvae.training.run import run_training
 
-    stopped_by = run_training(config, index, resume, overwrite)
+    measure = None
+    if isinstance(config, CMVAEExperiment) and config.train.coherence_samples is not None:
+        from cmvae.evaluation.validation_coherence import ValidationCoherence
+
+        measure = ValidationCoherence(config, index, config.train.coherence_samples)
+    stopped_by = run_training(config, index, resume, overwrite, measure)
     return 0 if stopped_by is None else stopped_code(stopped_by)

@@ -54,5 +54,5 @@ def to_device(
 
 def _move(value: Tensor, device: torch.device) -> Tensor:
     # From other memory a copy to a GPU waits for all that the GPU was asked to do before.
-    pinned = value.pin_memory() if device.type == "cuda" else value
+    pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
     return pinned.to(device, non_blocking=True)

@@ -6,6 +6,8 @@ in the first second.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import textwrap
 from collections.abc import Mapping
@@ -148,6 +150,14 @@ class ShardIndex(_Schema):
                 f"{location}/{INDEX_NAME}: {where}: {first['msg']}. Pack the data set again with this "
                 "version of cmvae pack"
             ) from error
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the names and contents of all shards; classifiers do not change it."""
+        shards = [
+            (split, shard.name, shard.sha256) for split, of in self.splits.items() for shard in of.shards
+        ]
+        return hashlib.sha256(json.dumps([self.name, shards]).encode()).hexdigest()
 
     def split(self, name: str, location: Location) -> SplitSchema:
         """The split `name`; `location` is for the error message.

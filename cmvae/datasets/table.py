@@ -245,8 +245,9 @@ def open_new_rows(
     found = {name: modality for name, modality in modalities.items() if name not in lacking}
     columns = {}
     for name, values in read_rows(table, schema, found).items():
-        is_optional = not bool(values.present.all())
-        modality = modalities[name].model_copy(update={"optional": is_optional})
+        column = make_column(name, values, modalities[name], arguments.on_error)
+        has_all = all(map(column.has, range(len(table.rows))))
+        modality = modalities[name].model_copy(update={"optional": not has_all})
         columns[name] = make_column(name, values, modality, arguments.on_error)
         unknown = describe_unknown(name, count_unknown(values, modality), modality)
         if unknown is not None:

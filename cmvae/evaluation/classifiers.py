@@ -266,6 +266,19 @@ def load_classifiers(
         UserError: the data has no labels, a modality has no classifier, or it is missing, changed, damaged or
             below `MIN_ACCURACY`.
     """
+    check_classifiers(location, index, modalities)
+    return {
+        name: _load_classifier(location, index.classifiers[name], index.modalities[name], index, device)
+        for name in modalities
+    }
+
+
+def check_classifiers(location: Location, index: ShardIndex, modalities: Sequence[str]) -> None:
+    """Check that modalities have classifiers, from the index alone.
+
+    Raises:
+        UserError: the data has no labels, or a modality has no classifier.
+    """
     if index.class_names is None:
         raise UserError(f"{location}: has no labels, so there are no classifiers")
     missing = [name for name in modalities if name not in index.classifiers]
@@ -274,10 +287,6 @@ def load_classifiers(
             f"{location}: no classifier for modality {', '.join(missing)}. Train them once: "
             f"{_command(location)}"
         )
-    return {
-        name: _load_classifier(location, index.classifiers[name], index.modalities[name], index, device)
-        for name in modalities
-    }
 
 
 def _load_classifier(

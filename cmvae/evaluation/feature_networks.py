@@ -108,7 +108,7 @@ def load_feature_networks(
     if images and "frechet" in wanted:
         # Checked first, so that nothing is downloaded in vain.
         num_real = context.index.split(context.settings.split, context.shards).num_samples
-        reason = refusal(num_real, INCEPTION_FEATURES)
+        reason = refusal(min(num_real, context.settings.num_conditional or num_real), INCEPTION_FEATURES)
         if reason is None:
             inception, reason = _load_on_all_ranks(
                 context, lambda: load_inception(context.settings.inception_weights, context.device)

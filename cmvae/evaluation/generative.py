@@ -27,7 +27,7 @@ from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.feature_networks import FeatureNetworks, load_feature_networks
 from cmvae.evaluation.fidelity import NUM_NEIGHBOURS, fidelity
 from cmvae.evaluation.frechet import FrechetDistance, refusal, warn_if_few
-from cmvae.evaluation.report import REFINED, GroupResult
+from cmvae.evaluation.report import REFINED, RELEASED, GroupResult
 from cmvae.evaluation.sampling import SampleGenerator, encode_sources, samples_with
 from cmvae.utils.errors import UserError
 from cmvae.utils.progress import progress_bar
@@ -59,7 +59,7 @@ def evaluate_generative(context: EvaluationContext, wanted: Collection[str]) -> 
     result = GroupResult(left_out=left_out)
     if not networks.classified and networks.inception is None:
         return result
-    reference = read_reference(context, networks, wanted)
+    reference = read_reference(context, networks, wanted, context.settings.num_conditional)
     result.left_out |= reference.left_out
     result.protocol |= _describe(context, reference)
     result.add(measure_generated(context, reference))
@@ -184,6 +184,8 @@ def measure_generated(
     tallies = {"": _Tally(comparisons)}
     if context.dcmvae is not None:
         tallies[REFINED] = _Tally(comparisons)
+    if context.settings.protocol == "released":
+        tallies[RELEASED] = _Tally(comparisons)
     extract = networks.extract_features if comparisons else networks.classify
     names = reference.sources
     largest = max(1, len(names) - 1) if coherent else 1
@@ -192,7 +194,9 @@ def measure_generated(
         for sources in _source_sets(names, largest if max_sources is None else min(largest, max_sources))
     }
     with progress_bar(
-        total=context.settings.num_generated + sum(map(len, source_sets.values())),
+        total=context.settings.num_generated
+        + sum(map(len, source_sets.values()))
+        + (RELEASED in tallies) * sum(len(samples_with(real, [name])) for name in names),
         desc="generate",
         unit=" samples",
         disable=not context.accelerator.is_main_process,
@@ -215,12 +219,22 @@ def measure_generated(
                 extract if single else networks.classify,
                 refine=single,
             )
+            own = {}
+            if single and RELEASED in tallies and sources[0] in targets:
+                reconstructed = generator.reconstruct(real, sources[0], extract)
+                own = {f"{RELEASED}{key}": values for key, values in reconstructed.items()}
             for version, tally in tallies.items():
                 if single or version != REFINED:
-                    tally.add_conditional(_of_version(extracted, version), sources, real["label"][rows])
+                    made = _of_version(extracted | own, version)
+                    tally.add_conditional(made, sources, real["label"][rows])
 
     for version, tally in tallies.items():
-        result.metrics |= {f"{version}{name}": value for name, value in tally.distances().items()}
+        result.metrics |= {
+            f"{version}{name}": value
+            for name, value in tally.distances().items()
+            # The released code has no such metrics.
+            if version != RELEASED or not name.startswith("fidelity/")
+        }
         if coherent:
             metrics = tally.coherence()
             result.metrics |= {f"{version}{name}": value for name, value in metrics.items()}
@@ -375,17 +389,22 @@ def _extract_split(
 
     def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         extracted = networks.extract_features({name: batch[name] for name in networks.targets})
-        return encode_sources(context.model, batch) | extracted
+        released = context.settings.protocol == "released"
+        return encode_sources(context.model, batch, with_private=released) | extracted
 
     return context.collect(context.batches(split, num_samples), compute)
 
 
 def _of_version(extracted: Mapping[str, np.ndarray], version: str) -> dict[str, np.ndarray]:
-    """The values of one version of the generated samples, with the version removed from their names."""
-    refined = {key: values for key, values in extracted.items() if key.startswith(REFINED)}
-    if version == REFINED:
-        return {key.removeprefix(REFINED): values for key, values in refined.items()}
-    return {key: values for key, values in extracted.items() if key not in refined}
+    """The values of one version of the generated samples, with the version removed from their names.
+
+    The released protocol replaces only self-reconstructions, so it has the plain values of all others.
+    """
+    plain = {key: x for key, x in extracted.items() if not key.startswith((REFINED, RELEASED))}
+    named = {
+        key.removeprefix(version): x for key, x in extracted.items() if version and key.startswith(version)
+    }
+    return named if version == REFINED else plain | named
 
 
 def _features(extracted: Mapping[str, np.ndarray], space: str) -> dict[str, np.ndarray]:

@@ -6,10 +6,12 @@ logistic regression on the locations of the posteriors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from sklearn.base import ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -23,66 +25,111 @@ MAX_TRAINING_SAMPLES = 20_000
 _MAX_ITERATIONS = 2000
 
 
+@dataclass(frozen=True)
+class ProbedLatents:
+    """Locations of the posteriors of labelled samples, as features of the probes."""
+
+    train: Mapping[str, np.ndarray]
+    """Of the train split: `z/MODALITY` (N, D_z), `w/MODALITY` (N, D_w), `has/MODALITY` (N,), `label` (N,)."""
+    test: Mapping[str, np.ndarray]
+    """The same of the split that is evaluated."""
+    seed: int
+    """Seed of the choice of train samples."""
+
+    def of(
+        self, parts: Sequence[str]
+    ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None:
+        """Features and labels, train and test, of the samples that have all the modalities.
+
+        Args:
+            parts: names such as `z/m0`, which are concatenated.
+
+        Returns:
+            None if fewer than two classes can be learned, or no sample can be tested.
+        """
+        pairs = []
+        for encoded in (self.train, self.test):
+            there = np.all([encoded[f"has/{part.partition('/')[2]}"] for part in parts], axis=0)
+            features = np.concatenate([encoded[part][there] for part in parts], axis=1)
+            pairs.append((features, encoded["label"][there]))
+        (features, label), test = pairs
+        chosen = np.sort(np.random.default_rng(self.seed).permutation(len(label))[:MAX_TRAINING_SAMPLES])
+        if len(np.unique(label[chosen])) < 2 or len(test[1]) == 0:
+            return None
+        return (features[chosen], label[chosen]), test
+
+
+def encode_for_probes(context: EvaluationContext) -> ProbedLatents | str:
+    """Encode the labelled samples, or say why there is nothing to probe."""
+    split = context.settings.split
+    if context.index.class_names is None:
+        return "the data has no labels"
+    if split == "train" or "train" not in context.index.splits:
+        return f"no train split apart from the {split} split to learn from"
+    test = _encode(context, split)
+    if len(test["label"]) == 0:
+        return f"no sample of the {split} split has a label"
+    train = _encode(context, "train")
+    if len(np.unique(train["label"])) < 2:
+        return "the train split has labels of fewer than two classes"
+    return ProbedLatents(train, test, context.settings.seed)
+
+
 def evaluate_probes(context: EvaluationContext) -> GroupResult:
     """Measure the accuracy of linear classifiers on z, w and both, `probe/{z,w,both}/MODALITY`.
 
     They are trained on the labelled samples of the train split that have the modality, and tested on those of
     the split that is evaluated.
     """
-    split = context.settings.split
-    if context.index.class_names is None:
-        return GroupResult(left_out={"probe": "the data has no labels"})
-    if split == "train" or "train" not in context.index.splits:
-        return GroupResult(left_out={"probe": f"no train split apart from the {split} split to learn from"})
-    test = _encode(context, split)
-    if len(test["label"]) == 0:
-        return GroupResult(left_out={"probe": f"no sample of the {split} split has a label"})
-    train = _encode(context, "train")
-    if len(np.unique(train["label"])) < 2:
-        return GroupResult(left_out={"probe": "the train split has labels of fewer than two classes"})
-    chosen = {
-        name: _choose(_samples_with(train, name), context.settings.seed)
-        for name in context.model.modality_names
-    }
+    latents = encode_for_probes(context)
+    if isinstance(latents, str):
+        return GroupResult(left_out={"probe": latents})
     result = GroupResult(
         protocol={
             "probe.classifier": "logistic regression, L2 with C = 1, on standardised posterior locations",
             "probe.max_train_samples": MAX_TRAINING_SAMPLES,
-            "probe.test_split": split,
+            "probe.test_split": context.settings.split,
             "probe.seed": context.settings.seed,
         }
     )
-    for modality, learned in chosen.items():
-        tested = _samples_with(test, modality)
-        result.protocol[f"probe.train_samples.{modality}"] = len(learned["label"])
-        result.protocol[f"probe.test_samples.{modality}"] = len(tested["label"])
-        if len(np.unique(learned["label"])) < 2 or len(tested["label"]) == 0:
-            reason = "too few labelled samples have this modality"
-            result.left_out |= {f"probe/{latent}/{modality}": reason for latent in ("z", "w", "both")}
-            continue
-        for latent in ("z", "w", "both"):
-            result.metrics[f"probe/{latent}/{modality}"] = probe_accuracy(
-                _features(learned, latent, modality),
-                learned["label"],
-                _features(tested, latent, modality),
-                tested["label"],
-            )
+    for modality in context.model.modality_names:
+        for latent, parts in parts_of(modality).items():
+            sets = latents.of(parts)
+            if sets is None:
+                reason = "too few labelled samples have this modality"
+                result.left_out[f"probe/{latent}/{modality}"] = reason
+                continue
+            train, test = sets
+            result.protocol[f"probe.train_samples.{modality}"] = len(train[1])
+            result.protocol[f"probe.test_samples.{modality}"] = len(test[1])
+            result.metrics[f"probe/{latent}/{modality}"] = probe_accuracy(*train, *test)
     return result
 
 
+def parts_of(modality: str) -> dict[str, tuple[str, ...]]:
+    """The latents of a modality that are probed, and their parts."""
+    z, w = f"z/{modality}", f"w/{modality}"
+    return {"z": (z,), "w": (w,), "both": (z, w)}
+
+
 def probe_accuracy(
-    train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    test_features: np.ndarray,
+    test_labels: np.ndarray,
+    classifier: ClassifierMixin | None = None,
 ) -> float:
-    """Accuracy of logistic regression on test samples.
+    """Accuracy of a classifier on test samples.
 
     Args:
         train_features: (N, D); every dimension is standardised with their statistics.
         train_labels: (N,), at least two classes.
         test_features: (T, D).
         test_labels: (T,).
+        classifier: a classifier of scikit-learn; None is logistic regression.
     """
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=_MAX_ITERATIONS))
-    return float(classifier.fit(train_features, train_labels).score(test_features, test_labels))
+    pipeline = make_pipeline(StandardScaler(), classifier or LogisticRegression(max_iter=_MAX_ITERATIONS))
+    return float(pipeline.fit(train_features, train_labels).score(test_features, test_labels))
 
 
 def _encode(context: EvaluationContext, split: str) -> dict[str, np.ndarray]:
@@ -99,21 +146,3 @@ def _encode(context: EvaluationContext, split: str) -> dict[str, np.ndarray]:
     encoded = context.collect(context.batches(split), compute)
     labelled = encoded["label"] >= 0
     return {name: values[labelled] for name, values in encoded.items()}
-
-
-def _samples_with(encoded: Mapping[str, np.ndarray], modality: str) -> dict[str, np.ndarray]:
-    """The samples that have a modality."""
-    there = encoded[f"has/{modality}"]
-    return {name: values[there] for name, values in encoded.items()}
-
-
-def _choose(encoded: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """A random choice of at most `MAX_TRAINING_SAMPLES`."""
-    num_samples = len(encoded["label"])
-    chosen = np.random.default_rng(seed).permutation(num_samples)[:MAX_TRAINING_SAMPLES]
-    return {name: values[np.sort(chosen)] for name, values in encoded.items()}
-
-
-def _features(encoded: dict[str, np.ndarray], latent: str, modality: str) -> np.ndarray:
-    parts = ("z", "w") if latent == "both" else (latent,)
-    return np.concatenate([encoded[f"{part}/{modality}"] for part in parts], axis=1)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # slow to import
 _NOT_DRAWN = "could not be drawn, see the warning"
 REFINED = "refined/"
 """Prefix of metrics of generated samples after refinement."""
+RELEASED = "released/"
+"""Prefix of metrics by the counting of the released code, see `cmvae.evaluation.released`."""
 
 
 @dataclass

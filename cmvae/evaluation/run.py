@@ -16,6 +16,7 @@ from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.likelihood import evaluate_likelihood
 from cmvae.evaluation.prediction import evaluate_prediction
 from cmvae.evaluation.probes import evaluate_probes
+from cmvae.evaluation.released import evaluate_released_clustering, evaluate_released_probes
 from cmvae.evaluation.report import GroupResult, write_report
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.export import weights_sha256
@@ -93,8 +94,11 @@ def evaluate_groups(
         yield GroupResult(left_out=dict.fromkeys(sorted(wanted - GENERATIVE_GROUPS), reason))
     if not isinstance(config, CMVAEExperiment):
         return
+    released = context.settings.protocol == "released"
     if "clustering" in wanted:
         yield evaluate_clustering(context, run_dir / "export")
+        if released:
+            yield evaluate_released_clustering(context, run_dir / "export", config.objective.beta)
     if "text" in wanted:
         # Imports torchmetrics.
         from cmvae.evaluation.text import evaluate_text
@@ -104,6 +108,8 @@ def evaluate_groups(
         yield evaluate_prediction(context)
     if "probe" in wanted:
         yield evaluate_probes(context)
+        if released:
+            yield evaluate_released_probes(context)
     if "likelihood" in wanted:
         yield evaluate_likelihood(context)
 

@@ -30,21 +30,26 @@ Extract = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """Modality → data (B, *shape), to name → what is kept of it (B, ...)."""
 
 
-def encode_sources(model: CMVAE, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def encode_sources(model: CMVAE, batch: Mapping[str, Any], with_private: bool = False) -> dict[str, Tensor]:
     """Encode a batch for `SampleGenerator.conditional`.
 
     Args:
         model: model in evaluation mode.
         batch: batch on its device.
+        with_private: whether to return q(w|x), which only `SampleGenerator.reconstruct` needs.
 
     Returns:
-        `label` (B,), `loc/SOURCE` and `scale/SOURCE` (B, D_z) of q(z|x), `has/SOURCE` (B,) bool.
+        `label` (B,), `loc/SOURCE` and `scale/SOURCE` (B, D_z) of q(z|x), `has/SOURCE` (B,) bool; with
+        `with_private` also `private_loc/SOURCE` and `private_scale/SOURCE` (B, D_w) of q(w|x).
     """
     encoded = {"label": batch["label"]}
     posteriors = model.encode({name: batch[name] for name in model.modality_names})
     for (name, posterior), there in zip(posteriors.items(), batch["mask"].T, strict=True):
         encoded[f"loc/{name}"], encoded[f"scale/{name}"] = posterior.shared.loc, posterior.shared.scale
         encoded[f"has/{name}"] = there
+        if with_private:
+            encoded[f"private_loc/{name}"] = posterior.private.loc
+            encoded[f"private_scale/{name}"] = posterior.private.scale
     return encoded
 
 
@@ -104,6 +109,39 @@ class SampleGenerator:
 
         return self._collect(len(chosen), compute)
 
+    def reconstruct(
+        self, encoded: Mapping[str, np.ndarray], source: str, extract: Extract
+    ) -> dict[str, np.ndarray]:
+        """Generate a modality from itself, with z ~ q(z|x) and w ~ q(w|x).
+
+        The noise is that of `conditional` from this source.
+
+        Args:
+            encoded: a split, see `encode_sources`, with q(w|x).
+            source: the modality.
+            extract: what to keep of the generated data.
+
+        Returns:
+            Name → values, one row per `samples_with(encoded, (source,))`.
+        """
+        context = self._context
+        family = context.model.family
+        parts = [
+            torch.from_numpy(encoded[f"{part}/{source}"])
+            for part in ("loc", "scale", "private_loc", "private_scale")
+        ]
+        chosen = torch.from_numpy(samples_with(encoded, (source,)))
+
+        def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+            rows = chosen[batch["position"].cpu()]
+            loc, scale, private_loc, private_scale = (part[rows].to(context.device) for part in parts)
+            shared_noise, private_noise = _draw_noise(context, f"conditional/{source}", rows)
+            w = family(private_loc, private_scale).sample(private_noise[source])
+            latents = Latents(family(loc, scale).sample(shared_noise), {source: w})
+            return self._decode(latents, f"conditional/{source}", rows, extract, refine=False)
+
+        return self._collect(len(chosen), compute)
+
     def unconditional(self, targets: Sequence[str], extract: Extract) -> dict[str, np.ndarray]:
         """Generate the targets of `num_generated` joint samples; name → values, one row per sample."""
         context = self._context
@@ -129,7 +167,7 @@ class SampleGenerator:
         extracted = extract(values)
         if refine and context.dcmvae is not None:
             seeds = context.draw_seeds(f"{stream}/refine", positions)
-            refined = context.dcmvae.refine(values, latents.shared, seeds=seeds)
+            refined = context.dcmvae.refine(values, latents.shared, latents.private, seeds=seeds)
             extracted |= {f"{REFINED}{key}": value for key, value in extract(refined).items()}
         return extracted
 
@@ -203,11 +241,19 @@ def _draw_latents(
     context: EvaluationContext, stream: str, positions: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Noise of z (B, D_z), and modality → w ~ p(w) (B, D_w)."""
+    shared, private = _draw_noise(context, stream, positions)
+    prior = context.model.private_prior
+    return shared, {name: prior.sample(noise) for name, noise in private.items()}
+
+
+def _draw_noise(
+    context: EvaluationContext, stream: str, positions: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Noise of z (B, D_z), and modality → noise of w (B, D_w)."""
     model = context.model
     names, config = model.modality_names, model.config
     size = config.shared_dim + len(names) * config.private_dim
     # One draw per sample: seeding is most of the cost.
     noise = context.draw_noise(f"{stream}/latents", positions, (size,))
     shared, private = noise.split([config.shared_dim, size - config.shared_dim], dim=1)
-    w = model.private_prior.sample(rearrange(private, "b (m d) -> m b d", m=len(names)))
-    return shared, dict(zip(names, w, strict=True))
+    return shared, dict(zip(names, rearrange(private, "b (m d) -> m b d", m=len(names)), strict=True))

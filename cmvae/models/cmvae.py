@@ -21,6 +21,7 @@ from cmvae.config import ModelConfig
 from cmvae.modalities import AnyModality, Modality, ModalityName
 from cmvae.models.distributions import FAMILIES, LocationScale
 from cmvae.models.export import ClusterRecord, load_clusters, load_weights, read_export_config, save_export
+from cmvae.models.hub import find_export
 from cmvae.models.likelihoods import likelihood_of
 from cmvae.models.networks import network_family
 from cmvae.models.networks.encoder import TwoTrunkEncoder
@@ -28,9 +29,9 @@ from cmvae.utils.errors import UserError
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# Maximum number of output values times filters per call of a decoder on a CPU. Feature maps grow with both.
-# It equals 55 images of the published PolyMNIST. Smaller calls are slower, larger ones only take more memory.
-_MAX_DECODED_SIZE = 2**23
+MAX_DECODED_SIZE = 2**23
+"""Maximum number of values in the largest feature map of a decoder per call on a CPU. It equals 55 images of
+the published PolyMNIST. Smaller calls are slower, larger ones only take more memory."""
 
 
 def _full_precision(output: Tensor) -> Tensor:
@@ -203,12 +204,14 @@ class CMVAE(nn.Module):
         self.modalities = {name: modalities[name] for name in config.modalities}
         self.autocast_dtype = autocast_dtype
         self.family = FAMILIES[config.family]
+        self._map_sizes: dict[str, float] = {}
         self.encoders = nn.ModuleDict()
         self.decoders = nn.ModuleDict()
         for name, modality_config in config.modalities.items():
             modality = self.modalities[name]
             networks = network_family(modality_config.network or modality.network, modality, name)
             sizes = (modality, modality_config.width, config.shared_dim, config.private_dim)
+            self._map_sizes[name] = networks.decoder_map_size
             self.encoders[name] = networks.encoder(*sizes)
             self.decoders[name] = networks.decoder(*sizes)
         self.likelihoods = {
@@ -466,7 +469,7 @@ class CMVAE(nn.Module):
         if latents.device.type != "cpu" or (decoder.training and has_batch_norm(decoder)):
             return 1
         size = math.prod(self.modalities[name].shape) * self.config.modalities[name].width
-        return max(1, math.ceil(len(latents) * size / _MAX_DECODED_SIZE))
+        return max(1, math.ceil(len(latents) * size * self._map_sizes[name] / MAX_DECODED_SIZE))
 
     def _network_precision(self, device: torch.device) -> torch.autocast:
         """Autocast for the networks only; with fp32 it disables an autocast that a launcher enabled."""
@@ -495,7 +498,7 @@ class CMVAE(nn.Module):
         """Load an export that `save_pretrained` wrote, in evaluation mode.
 
         Args:
-            folder: folder of the export.
+            folder: folder of the export, or `user/name` of a model on the Hugging Face Hub.
             device: device of the model.
             autocast_dtype: precision of the networks; None is fp32.
             num_clusters: number of clusters; None is the number that was selected.
@@ -504,7 +507,7 @@ class CMVAE(nn.Module):
             UserError: the folder is not an export or is damaged, the weights are not finite or do not fit the
                 config, or there is no set of `num_clusters` clusters.
         """
-        folder = Path(folder)
+        folder = find_export(folder)
         export = read_export_config(folder, ExportConfig)
         model = cls(export.model, export.modalities, autocast_dtype)
         load_weights(model, folder)

@@ -87,6 +87,7 @@ class DCMVAE:
         self,
         images: Mapping[str, Tensor],
         shared: Tensor | None = None,
+        private: Mapping[str, Tensor] | None = None,
         *,
         seeds: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
@@ -99,23 +100,27 @@ class DCMVAE:
             images: decoded images (B, C, H, W) by modality.
             shared: z, (B, D_z), from which they were decoded. None: if z is needed, it is estimated from
                 the images, as the mean of their joint posterior (1/M) Σ_m q(z|x_m).
+            private: w by modality, (B, D_w), from which they were decoded. None: if w is needed, it is the
+                location of q(w|x_m).
             seeds: seeds of the samples, B of them; None draws them from the default generator of torch.
 
         Returns:
             (B, C, H, W) in [0, 1] by modality.
         """
         candidates = self.refiner.config.sampler.candidates
-        if shared is None and (self.refiner.config.conditioning.latent or candidates > 1):
+        if shared is None and (self.refiner.reads_shared or candidates > 1):
             shared = stack_shared_locations(self.cmvae.encode(images)).mean(1)
+        if private is None and self.refiner.reads_private:
+            private = {name: q.private.loc for name, q in self.cmvae.encode(images).items()}
         if shared is None or candidates == 1:
-            return self.refiner.refine(images, shared, seeds=seeds)
+            return self.refiner.refine(images, shared, private, seeds=seeds)
         if seeds is None:
             seeds = torch.randint(2**62, (len(next(iter(images.values()))),)).tolist()
-        kept = self.refiner.refine(images, shared, seeds=seeds)
+        kept = self.refiner.refine(images, shared, private, seeds=seeds)
         log_density = self._log_density_of(shared, kept)
         for candidate in range(1, candidates):
             others = [derive_seed(seed, f"candidate {candidate}") for seed in seeds]
-            refined = self.refiner.refine(images, shared, seeds=others)
+            refined = self.refiner.refine(images, shared, private, seeds=others)
             for name, new_density in self._log_density_of(shared, refined).items():
                 is_better = new_density > log_density[name]
                 kept[name] = torch.where(is_better[:, None, None, None], refined[name], kept[name])
@@ -147,4 +152,4 @@ class DCMVAE:
         images = self.cmvae.decode(latents.shared, latents.private)
         device = latents.shared.device
         seeds = torch.randint(2**62, (len(latents.shared),), device=device, generator=generator)
-        return self.refine(images, latents.shared, seeds=seeds.tolist())
+        return self.refine(images, latents.shared, latents.private, seeds=seeds.tolist())

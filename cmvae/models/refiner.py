@@ -2,7 +2,9 @@
 
 Source: Palumbo et al. (ICLR 2024), figure 1(c), implemented as formulation 1 of DiffuseVAE (Pandey et al.,
 TMLR 2022): the input of a U-Net is the noisy image and one reconstruction, concatenated along channels. One
-reconstruction is enough, because a cross-modal or unconditional generation provides no more.
+reconstruction is enough, because a cross-modal or unconditional generation provides no more. With
+`conditioning.source: latent` the condition is (z, w) without a reconstruction, as in TreeDiffusion, which
+reports a lower FID with it.
 """
 
 from __future__ import annotations
@@ -40,39 +42,42 @@ class RefinerExportConfig(BaseModel):
     refiner: RefinerConfig
     modalities: dict[ModalityName, AnyModality]
     shared_dim: int = Field(ge=1)
+    private_dim: int = Field(ge=1)
     cmvae_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class Denoiser(nn.Module):
-    """U-Net for images of one shape, conditioned on a reconstruction, the modality and optionally z.
+    """U-Net for images of one shape, conditioned on the modality and on a reconstruction, latents or both.
 
     Args:
         config: settings of the refiner.
         modality: a modality with the shape of the images.
         num_modalities: number of modalities that share the U-Net.
-        shared_dim: D_z.
+        latent_dim: D, dimensions of the latents that are a condition; 0 if none are.
 
     Raises:
         UserError: the U-Net does not fit the shape of the images.
     """
 
     def __init__(
-        self, config: RefinerConfig, modality: Modality, num_modalities: int, shared_dim: int
+        self, config: RefinerConfig, modality: Modality, num_modalities: int, latent_dim: int
     ) -> None:
         super().__init__()
         channels, *size = modality.shape
-        self.unet = _build_unet(config.network, channels, size)
+        self.sees_reconstruction = config.conditioning.source != "latent"
+        in_channels = 2 * channels if self.sees_reconstruction else channels
+        self.unet = _build_unet(config.network, in_channels, channels, size)
         embedding_dim = _EMBEDDING_FACTOR * config.network.channels
         self.modality = nn.Embedding(num_modalities, embedding_dim)
-        self.latent = nn.Linear(shared_dim, embedding_dim) if config.conditioning.latent else None
+        self.latent = nn.Linear(latent_dim, embedding_dim) if latent_dim else None
 
     def forward(
         self,
         noisy: Tensor,
         timesteps: Tensor,
-        reconstruction: Tensor,
+        reconstruction: Tensor | None,
         modality: Tensor,
-        shared: Tensor | None,
+        latent: Tensor | None,
         present: Tensor,
     ) -> Tensor:
         """Predict noise, velocity or image, see `cmvae.models.diffusion.Diffusion.target`.
@@ -80,9 +85,9 @@ class Denoiser(nn.Module):
         Args:
             noisy: x_t, (B, C, H, W).
             timesteps: t, (B,) int64.
-            reconstruction: (B, C, H, W) in [−1, 1].
+            reconstruction: (B, C, H, W) in [−1, 1]; not used if only latents are a condition.
             modality: index of the modality, (B,) int64.
-            shared: z, (B, D_z); not used unless z is a condition.
+            latent: z or (z, w), (B, D); not used unless latents are a condition.
             present: (B,) bool, False where the condition is dropped, that is, replaced by zeros.
 
         Returns:
@@ -90,8 +95,10 @@ class Denoiser(nn.Module):
         """
         embedding = self.modality(modality)
         if self.latent is not None:
-            embedding = embedding + self.latent(shared) * present[:, None]
-        inputs = torch.cat([noisy, reconstruction * present[:, None, None, None]], dim=1)
+            embedding = embedding + self.latent(latent) * present[:, None]
+        inputs = noisy
+        if self.sees_reconstruction and reconstruction is not None:
+            inputs = torch.cat([noisy, reconstruction * present[:, None, None, None]], dim=1)
         # Images are channels-last, with which this network takes twice as long on a CPU.
         inputs = inputs.contiguous()
         return self.unet(inputs, timesteps, class_labels=embedding).sample
@@ -104,6 +111,7 @@ class Refiner(nn.Module):
         config: settings of networks, diffusion, conditions and sampler.
         modalities: modalities that are refined, by name.
         shared_dim: D_z of the CMVAE.
+        private_dim: D_w of the CMVAE.
         cmvae_sha256: hash of the weights of the CMVAE whose reconstructions are refined.
         autocast_dtype: precision of the networks; None is fp32. The diffusion is always fp32.
 
@@ -116,13 +124,14 @@ class Refiner(nn.Module):
         config: RefinerConfig,
         modalities: Mapping[str, Modality],
         shared_dim: int,
+        private_dim: int,
         cmvae_sha256: str,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.modalities = dict(modalities)
-        self.shared_dim = shared_dim
+        self.shared_dim, self.private_dim = shared_dim, private_dim
         self.cmvae_sha256 = cmvae_sha256
         self.autocast_dtype = autocast_dtype
         self.diffusion = Diffusion(config.diffusion)
@@ -131,9 +140,12 @@ class Refiner(nn.Module):
             {_SHARED: tuple(modalities)} if config.sharing == "shared" else {n: (n,) for n in modalities}
         )
         _check_shapes(self.groups, self.modalities)
+        latent_dim = shared_dim if config.conditioning.latent else 0
+        if self.reads_private:
+            latent_dim = shared_dim + private_dim
         self.denoisers = nn.ModuleDict(
             {
-                group: Denoiser(config, self.modalities[names[0]], len(names), shared_dim)
+                group: Denoiser(config, self.modalities[names[0]], len(names), latent_dim)
                 for group, names in self.groups.items()
             }
         )
@@ -143,19 +155,33 @@ class Refiner(nn.Module):
         """Names of the modalities that are refined."""
         return tuple(self.modalities)
 
+    @property
+    def reads_private(self) -> bool:
+        """Whether w is a condition."""
+        return self.config.conditioning.source == "latent"
+
+    @property
+    def reads_shared(self) -> bool:
+        """Whether z is a condition."""
+        return self.reads_private or self.config.conditioning.latent
+
+    def latent_of(self, shared: Tensor, private: Tensor | None) -> Tensor:
+        """The latents that are a condition: (B, D_z) or, with w, (B, D_z + D_w)."""
+        return torch.cat([shared, private], dim=1) if self.reads_private and private is not None else shared
+
     def predict(
         self,
         group: str,
         noisy: Tensor,
         timesteps: Tensor,
-        reconstruction: Tensor,
+        reconstruction: Tensor | None,
         modality: Tensor,
-        shared: Tensor,
+        latent: Tensor,
         present: Tensor,
     ) -> Tensor:
         """Predict with the network of a group, (B, C, H, W) fp32. Arguments as in `Denoiser.forward`."""
         with torch.autocast(noisy.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            output = self.denoisers[group](noisy, timesteps, reconstruction, modality, shared, present)
+            output = self.denoisers[group](noisy, timesteps, reconstruction, modality, latent, present)
         return output.float()
 
     @torch.no_grad()
@@ -163,6 +189,7 @@ class Refiner(nn.Module):
         self,
         images: Mapping[str, Tensor],
         shared: Tensor | None = None,
+        private: Mapping[str, Tensor] | None = None,
         *,
         seeds: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
@@ -171,7 +198,8 @@ class Refiner(nn.Module):
         Args:
             images: decoded images (B, C, H, W) by modality. Modalities that this refiner was not trained on
                 are returned unchanged.
-            shared: z, (B, D_z), from which they were decoded; needed with `conditioning.latent`.
+            shared: z, (B, D_z), from which they were decoded; needed if z is a condition.
+            private: w by modality, (B, D_w), from which they were decoded; needed if w is a condition.
             seeds: one seed per sample. A refined image depends only on its seed, its modality and its
                 conditions, not on its batch. None draws the seeds from the default generator of torch.
 
@@ -179,15 +207,17 @@ class Refiner(nn.Module):
             (B, C, H, W) in [0, 1] by modality.
 
         Raises:
-            ValueError: z is missing, or there is not one seed per sample.
+            ValueError: z or w is missing, or there is not one seed per sample.
         """
         refined = dict(images)
         known = {name: x for name, x in images.items() if name in self.modalities}
         if not known:
             return refined
         batch_size = len(next(iter(known.values())))
-        if self.config.conditioning.latent and shared is None:
+        if self.reads_shared and shared is None:
             raise ValueError("this refiner is conditioned on z; pass `shared`")
+        if self.reads_private and private is None:
+            raise ValueError("this refiner is conditioned on w; pass `private`")
         if seeds is None:
             seeds = torch.randint(2**62, (batch_size,)).tolist()
         if len(seeds) != batch_size:
@@ -196,7 +226,7 @@ class Refiner(nn.Module):
             names = [name for name in members if name in known]
             if names:
                 conditions = {name: to_signed(known[name]) for name in names}
-                refined |= self._sample(group, conditions, shared, seeds)
+                refined |= self._sample(group, conditions, shared, private or {}, seeds)
         return refined
 
     def _sample(
@@ -204,6 +234,7 @@ class Refiner(nn.Module):
         group: str,
         conditions: Mapping[str, Tensor],
         shared: Tensor | None,
+        private: Mapping[str, Tensor],
         seeds: Sequence[int],
     ) -> dict[str, Tensor]:
         """Refine the modalities of one group together, concatenated along the batch axis."""
@@ -211,14 +242,14 @@ class Refiner(nn.Module):
         reconstruction = torch.cat(list(conditions.values()))
         if shared is None:
             shared = reconstruction.new_zeros(len(seeds), self.shared_dim)
-        shared = shared.repeat(len(names), 1)
+        latent = torch.cat([self.latent_of(shared, private.get(name)) for name in names])
         index = torch.tensor([self.groups[group].index(name) for name in names], device=shared.device)
         modality = index.repeat_interleave(len(seeds))
         is_conditional = self.config.conditioning.source != "none"
 
         def predict(noisy: Tensor, timesteps: Tensor, with_condition: bool) -> Tensor:
             present = torch.full_like(timesteps, with_condition, dtype=torch.bool)
-            return self.predict(group, noisy, timesteps, reconstruction, modality, shared, present)
+            return self.predict(group, noisy, timesteps, reconstruction, modality, latent, present)
 
         # Computed beforehand: reading the time steps from the device would synchronise at every step.
         first = sampler.guidance_from * self.diffusion.num_timesteps
@@ -253,6 +284,7 @@ class Refiner(nn.Module):
             refiner=self.config,
             modalities=self.modalities,
             shared_dim=self.shared_dim,
+            private_dim=self.private_dim,
             cmvae_sha256=self.cmvae_sha256,
         )
         save_export(Path(folder), config, self.state_dict())
@@ -280,7 +312,8 @@ class Refiner(nn.Module):
         folder = Path(folder)
         export = read_export_config(folder, RefinerExportConfig)
         config = export.refiner if sampler is None else export.refiner.model_copy(update={"sampler": sampler})
-        refiner = cls(config, export.modalities, export.shared_dim, export.cmvae_sha256, autocast_dtype)
+        sizes = export.shared_dim, export.private_dim
+        refiner = cls(config, export.modalities, *sizes, export.cmvae_sha256, autocast_dtype)
         load_weights(refiner, folder)
         return refiner.to(device).eval()
 
@@ -290,8 +323,8 @@ def to_signed(images: Tensor) -> Tensor:
     return images.clamp(0, 1) * 2 - 1
 
 
-def _build_unet(config: UNetConfig, channels: int, size: Sequence[int]) -> nn.Module:
-    """U-Net of diffusers whose input is the noisy image and its condition, concatenated along channels."""
+def _build_unet(config: UNetConfig, in_channels: int, channels: int, size: Sequence[int]) -> nn.Module:
+    """U-Net of diffusers from `in_channels` to `channels`."""
     levels = len(config.multipliers)
     halvings = levels - 1
     if any(side % 2**halvings for side in size):
@@ -311,7 +344,7 @@ def _build_unet(config: UNetConfig, channels: int, size: Sequence[int]) -> nn.Mo
     widths = tuple(config.channels * multiplier for multiplier in config.multipliers)
     unet = UNet2DModel(
         sample_size=tuple(size),
-        in_channels=2 * channels,
+        in_channels=in_channels,
         out_channels=channels,
         block_out_channels=widths,
         layers_per_block=config.blocks,

@@ -46,7 +46,7 @@ class RefinerTask(Task):
     """The denoising loss of a refiner on reconstructions by a frozen CMVAE.
 
     At each step the condition of an image of modality m is one reconstruction x̂(n→m), n uniform over the
-    modalities, self and cross, w ~ p(w) as in generation.
+    modalities, self and cross, w ~ p(w) as in generation; see `ConditioningConfig` for the other choices.
 
     Args:
         refiner: what is trained.
@@ -154,8 +154,8 @@ class RefinerTask(Task):
             images = {name: inputs[name] for name in self.refiner.modality_names}
             generators = sample_generators(batch["_seed"], batch["_place"], mask.device)
             noise = self.draw_noise(images, sources, generators)
-            reconstructions, shared = self._reconstruct(inputs, noise)
-            losses = self._denoise(images, reconstructions, shared, noise)
+            reconstructions, latents = self._encode(inputs, noise)
+            losses = self._denoise(images, reconstructions, latents, noise)
             losses = {
                 name: torch.where(there, losses[name], 0) for name, there in zip(images, targets, strict=True)
             }
@@ -167,13 +167,13 @@ class RefinerTask(Task):
         return loss, {name: values.detach() for name, values in report.items()}
 
     @torch.no_grad()
-    def _reconstruct(
+    def _encode(
         self, inputs: Mapping[str, Tensor], noise: Mapping[str, RefinerNoise]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """x̂ (B, C, H, W) in [−1, 1] and the z (B, D_z) that it comes from, by target."""
-        posteriors = [posterior.shared for posterior in self.cmvae.encode(inputs).values()]
-        locations = torch.stack([posterior.loc for posterior in posteriors])  # (M, B, D_z)
-        scales = torch.stack([posterior.scale for posterior in posteriors])
+        """Conditions by target: x̂ (B, C, H, W) in [−1, 1], unless only latents are one, and the latents."""
+        posteriors = self.cmvae.encode(inputs)
+        locations = torch.stack([posterior.shared.loc for posterior in posteriors.values()])  # (M, B, D_z)
+        scales = torch.stack([posterior.shared.scale for posterior in posteriors.values()])
         reconstructions, latents = {}, {}
         for name, drawn in noise.items():
             rows = torch.arange(len(drawn.source), device=locations.device)
@@ -182,6 +182,10 @@ class RefinerTask(Task):
                 z = posterior.sample(drawn.shared)
             else:
                 z = posterior.loc
+            if self.refiner.reads_private:
+                w = posteriors[name].private.sample(drawn.private)
+                latents[name] = self.refiner.latent_of(z, w)
+                continue
             w = self.cmvae.private_prior.sample(drawn.private)
             x = to_signed(self.cmvae.decode(z, {name: w})[name])
             reconstructions[name] = x + self.refiner.config.conditioning.noise * drawn.condition
@@ -192,7 +196,7 @@ class RefinerTask(Task):
         self,
         images: Mapping[str, Tensor],
         reconstructions: Mapping[str, Tensor],
-        shared: Mapping[str, Tensor],
+        latents: Mapping[str, Tensor],
         noise: Mapping[str, RefinerNoise],
     ) -> dict[str, Tensor]:
         """Loss of every sample (B,), by target; modalities that share a network go through it together."""
@@ -209,9 +213,9 @@ class RefinerTask(Task):
                 group,
                 diffusion.add_noise(x, added, timesteps),
                 timesteps,
-                torch.cat([reconstructions[name] for name in names]),
+                torch.cat([reconstructions[name] for name in names]) if reconstructions else None,
                 place.repeat_interleave(len(x) // len(names)),
-                torch.cat([shared[name] for name in names]),
+                torch.cat([latents[name] for name in names]),
                 present,
             )
             error = (prediction - diffusion.target(x, added, timesteps)).square().flatten(1).mean(1)
@@ -241,7 +245,7 @@ class RefinerTask(Task):
     ) -> None:
         """Write the refiner as an export; called on rank 0 alone, and reads no `batches`."""
         own = self.refiner
-        refiner = Refiner(own.config, own.modalities, own.shared_dim, own.cmvae_sha256)
+        refiner = Refiner(own.config, own.modalities, own.shared_dim, own.private_dim, own.cmvae_sha256)
         refiner.load_state_dict({name.removeprefix("refiner."): x for name, x in state.items()})
         refiner.save_pretrained(folder)
 
@@ -261,7 +265,6 @@ def build_refiner_task(
     cmvae = CMVAE.from_pretrained(export, device, autocast_dtype)
     index.check_modalities(cmvae.modalities, config.data.shards)
     modalities = {name: modality for name, modality in cmvae.modalities.items() if modality.kind == "image"}
-    refiner = Refiner(
-        config.refiner, modalities, cmvae.config.shared_dim, weights_sha256(export), autocast_dtype
-    )
+    sizes = cmvae.config.shared_dim, cmvae.config.private_dim
+    refiner = Refiner(config.refiner, modalities, *sizes, weights_sha256(export), autocast_dtype)
     return RefinerTask(refiner, cmvae)

@@ -28,15 +28,21 @@ from cmvae.training.optimization import WeightAverage, build_optimizer
 from cmvae.training.precision_check import keep_sound_precision
 from cmvae.training.rank_log import rank_log
 from cmvae.training.step_checks import StopRequest
+from cmvae.training.task import Measure
 from cmvae.training.tasks import Task, build_task
 from cmvae.training.trainer import LOGS_NAME, Trainer
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import remove_folder, write_whole
+from cmvae.utils.memory import garbage_collected_on_request
 from cmvae.utils.progress import is_quiet
 
 
 def run_training(
-    config: ExperimentConfig, index: ShardIndex, resume: bool = False, overwrite: bool = False
+    config: ExperimentConfig,
+    index: ShardIndex,
+    resume: bool = False,
+    overwrite: bool = False,
+    measure: Measure | None = None,
 ) -> signal.Signals | None:
     """Train an experiment and export the result; must be called on all ranks.
 
@@ -45,6 +51,7 @@ def run_training(
         index: index of `config.data.shards`.
         resume: continue from the newest checkpoint of the run, if there is one.
         overwrite: delete an earlier run in the folder.
+        measure: further metrics of every validation.
 
     Returns:
         None when the training is complete, or the signal that stopped it after a checkpoint.
@@ -65,7 +72,7 @@ def run_training(
         keep_sound_precision(accelerator, task, config)
     let_deepspeed_autocast(accelerator, task.autocast_dtype)
     if config.train.compile:
-        compile_networks(accelerator, task)
+        compile_networks(accelerator, task, config.train.compile)
     module, optimizer = accelerator.prepare(task, build_optimizer(task, config.optimizer))
     average = average_weights(accelerator, module, config.train.ema_decay)
     checkpointer = Checkpointer(accelerator, config, task, average)
@@ -74,16 +81,27 @@ def run_training(
     _check_shared(accelerator, config.run_dir)
     with rank_log(config.run_dir / LOGS_NAME, accelerator.process_index) as log_file:
         tracker = open_tracker(config, config.run_dir, accelerator.is_main_process, task.name)
+        tracker.log_data(index, config.data.shards)
         status: Status = "FAILED"
         try:
             with StopRequest.listening() as stop:
                 trainer = Trainer(
-                    config, accelerator, task, module, optimizer, average, checkpointer, tracker, stop
+                    config,
+                    accelerator,
+                    task,
+                    module,
+                    optimizer,
+                    average,
+                    checkpointer,
+                    tracker,
+                    stop,
+                    measure,
                 )
-                with trainer.heartbeat.watching(log_file):
+                with trainer.heartbeat.watching(log_file), garbage_collected_on_request():
                     stopped_by = trainer.fit()
             if stopped_by is None:
                 folder = trainer.export()
+                tracker.log_folder(folder)
                 message = f"{folder}: exported. Next: cmvae evaluate {config.run_dir}"
             else:
                 message = f"{stopped_by.name}: saved at step {trainer.state.step}. Continue with --resume"
@@ -102,8 +120,13 @@ def run_training(
     return stopped_by
 
 
-def compile_networks(accelerator: Accelerator, task: Task) -> None:
+def compile_networks(accelerator: Accelerator, task: Task, how: bool | str = True) -> None:
     """Compile the networks of a task.
+
+    Args:
+        accelerator: the ranks.
+        task: whose networks.
+        how: `train.compile`.
 
     Raises:
         UserError: under DeepSpeed.
@@ -113,7 +136,7 @@ def compile_networks(accelerator: Accelerator, task: Task) -> None:
             "train.compile: under DeepSpeed networks cannot be compiled, as ZeRO frees their parameters "
             "between layers. Set train.compile=false, or launch with configs/accelerate/ddp.yaml"
         )
-    task.compile_networks()
+    task.compile_networks(mode=how if isinstance(how, str) else None)
 
 
 def _explain_compiler(error: RuntimeError) -> None:

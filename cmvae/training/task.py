@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cmvae.data.index import SplitName
@@ -27,6 +28,10 @@ class Preview:
     """By name."""
     texts: dict[str, Callable[[], str | None]] = field(default_factory=dict)
     """By name; None where no modality has words."""
+
+
+Measure = Callable[["Task", Accelerator], Mapping[str, float]]
+"""Further validation metrics of a task in evaluation mode, the same on every rank; called on all ranks."""
 
 
 class Task(nn.Module, ABC):
@@ -64,14 +69,15 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def autocast_dtype(self, dtype: torch.dtype | None) -> None: ...
 
-    def compile_networks(self, backend: str = "inductor") -> None:
+    def compile_networks(self, backend: str = "inductor", mode: str | None = None) -> None:
         """Let torch compile the networks at their first call; the weights keep their names.
 
         Args:
             backend: of `torch.compile`.
+            mode: of `torch.compile`.
         """
         for network in self.networks:
-            network.compile(backend=backend)
+            network.compile(backend=backend, mode=mode)
 
     @property
     def frozen_hashes(self) -> dict[str, str]:

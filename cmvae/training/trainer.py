@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from cmvae.config import ExperimentConfig
 from cmvae.data.batch import to_device
 from cmvae.data.index import SplitName
 from cmvae.data.reader import EvaluationLoader, TrainingLoader
+from cmvae.data.resident import ResidentLoader
 from cmvae.tracking import Tracker
 from cmvae.training.checkpoint import Checkpointer
 from cmvae.training.meters import Meter, SkippedSamples
@@ -35,7 +37,7 @@ from cmvae.training.step_checks import (
     all_reduce_step_check,
     reads_late,
 )
-from cmvae.training.task import Preview, Task
+from cmvae.training.task import Measure, Preview, Task
 from cmvae.training.validation import collect_records, evaluation_mode, save_validation
 from cmvae.training.watchdog import Heartbeat
 from cmvae.utils.attempts import attempt
@@ -67,6 +69,7 @@ class Trainer:
         checkpointer: saves all of these, and has the state to start from.
         tracker: gets curves and figures.
         stop: whether this rank was asked to stop.
+        measure: further metrics of a validation.
     """
 
     def __init__(
@@ -80,24 +83,14 @@ class Trainer:
         checkpointer: Checkpointer,
         tracker: Tracker,
         stop: StopRequest,
+        measure: Measure | None = None,
     ) -> None:
         self.config, self.accelerator, self.tracker, self.stop = config, accelerator, tracker, stop
+        self.measure = measure
         self.task, self.module, self.optimizer, self.average = task, module, optimizer, average
         self.checkpointer, self.state = checkpointer, checkpointer.state
         rank, world_size = accelerator.process_index, accelerator.num_processes
-        self.train_loader = TrainingLoader(
-            config.data.shards,
-            modalities=task.modality_names,
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            rank=rank,
-            world_size=world_size,
-            num_workers=config.data.num_workers,
-            shuffle_window=config.data.shuffle_window,
-            cache_bytes=config.data.cache_megabytes * 2**20,
-            on_error=config.data.on_error,
-            world_size_changes=self.state.world_size_changes,
-        )
+        self.train_loader = self._open_train_split()
         self.validation_loader = EvaluationLoader(
             config.data.shards,
             split="validation",
@@ -116,6 +109,23 @@ class Trainer:
         self.skipped = SkippedSamples(config.data.max_skipped)
         self.skipped_in_validation = SkippedSamples(config.data.max_skipped)
         self.heartbeat = Heartbeat(config.run_dir / LOGS_NAME, rank, world_size, config.train.hang_timeout)
+
+    def _open_train_split(self) -> TrainingLoader | ResidentLoader:
+        data, accelerator = self.config.data, self.accelerator
+        common: dict[str, Any] = {
+            "modalities": self.task.modality_names,
+            "batch_size": self.config.train.batch_size,
+            "seed": self.config.seed,
+            "rank": accelerator.process_index,
+            "world_size": accelerator.num_processes,
+            "shuffle_window": data.shuffle_window,
+            "on_error": data.on_error,
+            "world_size_changes": self.state.world_size_changes,
+        }
+        if data.on_device:
+            return ResidentLoader(data.shards, device=accelerator.device, **common)
+        cache_bytes = data.cache_megabytes * 2**20
+        return TrainingLoader(data.shards, num_workers=data.num_workers, cache_bytes=cache_bytes, **common)
 
     def fit(self) -> signal.Signals | None:
         """Train to the last step or to a signal, with a checkpoint of that step in either case.
@@ -146,6 +156,7 @@ class Trainer:
                 checks.read()
             if self._is_due(every.log_every):
                 progress.set_postfix(self._log_curves())
+                gc.collect(1)
         checks.read()
         progress.close()
         if checkpointer.saved_step != state.step:
@@ -161,6 +172,9 @@ class Trainer:
             batch = self._next_batch(batches, part)
             with accelerator.accumulate(self.module):
                 self.heartbeat.beat("in the forward pass")
+                if self.config.train.compile == "reduce-overhead":
+                    # The outputs of the last step are no longer used: their memory may be overwritten.
+                    torch.compiler.cudagraph_mark_step_begin()
                 # Dropout masks know no samples: they are a function of (seed, step, part, rank).
                 dropout = derive_seed(self.config.seed, "dropout", step, part, accelerator.process_index)
                 torch.manual_seed(dropout)
@@ -229,6 +243,10 @@ class Trainer:
         metrics = {"loss": float(records["loss"].mean()), **self.task.validation_metrics(records)}
         if self.config.data.on_error == "skip":
             metrics["skipped_samples"] = self.skipped_in_validation.count
+        if self.measure is not None:
+            self.heartbeat.beat("measuring generated samples")
+            with evaluation_mode(self.module):
+                metrics |= self.measure(self.task, self.accelerator)
         self.tracker.log_metrics(
             {f"validation/{name}": value for name, value in metrics.items()}, self.state.step
         )

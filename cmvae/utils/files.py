@@ -73,8 +73,7 @@ def publish_folder(partial: Path, path: Path) -> None:
     """Flush everything in `partial` to disk and rename it to `path`, replacing an existing folder."""
     for entry in partial.rglob("*"):
         if entry.is_file():
-            with entry.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_file(entry)
         else:
             sync_folder(entry)
     sync_folder(partial)
@@ -102,6 +101,12 @@ def sha256_of(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Flush the content of a file to disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:

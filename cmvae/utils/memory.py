@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # From malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _NEVER_TRIM = 2**31 - 1
 _GROWTH_BYTES = 256 * 2**20
+
+
+@contextmanager
+def garbage_collected_on_request() -> Iterator[None]:
+    """Let Python's garbage collector run only where the block calls `gc.collect`.
+
+    It otherwise runs at any time, on every rank at another one, and all ranks wait for the slowest. Objects
+    that exist already are not looked at again.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def keep_freed_memory() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -61,6 +61,29 @@ def cluster_tree(hierarchy: ClusterHierarchy, num_clusters: int) -> Figure:
     )
     ax.set_xlabel("cluster", fontsize=9, color=INK)
     ax.set_ylabel("distance (Ward)", fontsize=9, color=INK)
+    lighten(ax)
+    return figure
+
+
+def pruning_curves(
+    curves: Mapping[str, Sequence[float]], num_clusters: Sequence[int], selected: int
+) -> Figure:
+    """Agreement with the classes at every step of the pruning.
+
+    Args:
+        curves: by name of a score, its values per step.
+        num_clusters: number of clusters per step.
+        selected: the number that was selected.
+    """
+    figure = Figure(figsize=(4.6, 3.2), dpi=DPI, layout="constrained")
+    ax = figure.subplots()
+    for name, values in curves.items():
+        ax.plot(num_clusters, values, "o-", markersize=3, linewidth=1.3, label=name.upper())
+    ax.axvline(selected, color=MUTED, linestyle="--", linewidth=1, zorder=0)
+    ax.set_title(f"selected: {selected}", fontsize=9, color=INK, loc="left")
+    ax.set_xlabel("number of clusters", fontsize=9, color=INK)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(fontsize=8, frameon=False)
     lighten(ax)
     return figure
 

@@ -113,7 +113,7 @@ def generate_refinements(
     for source, x in inputs.items():
         latents = model.sample_latents(given={source: x}, generator=generator)
         blurred = model.decode(latents.shared, latents.private)
-        sharp = dcmvae.refine(blurred, latents.shared, seeds=range(len(x)))
+        sharp = dcmvae.refine(blurred, latents.shared, latents.private, seeds=range(len(x)))
         for target in inputs:
             generated[source, target] = model.modalities[target].to_stored(blurred[target])
         for target in dcmvae.refiner.modality_names:

@@ -69,6 +69,15 @@ def test_reading_is_compared_at_the_same_number_of_workers(tmp_path, digits_shar
 
 
 def test_settings_stand_before_and_after_options(tool, capsys):
+    suite = tool["parse_arguments"](["train", "a.yaml", "--gpu-suite", "--beside", "train.batch_size=256"])
+    assert suite.read
+    assert suite.updates == 100
+    assert suite.beside == [
+        "data.on_device=true",
+        "data.on_device=true train.compile=true",
+        "data.on_device=true train.compile=reduce-overhead",
+        "train.batch_size=256",
+    ]
     parsed = tool["parse_arguments"](["train", "a.yaml", "a=1", "--reference", "b=2", "c=3"])
     assert (parsed.overrides, parsed.reference) == (["a=1", "b=2", "c=3"], True)
     with pytest.raises(SystemExit):

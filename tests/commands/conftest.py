@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run_cmvae
+from new_rows import FLAGS, SETTINGS, make_rows
+from packing import write_csv
 from refining import make_refiner
 
 from cmvae.commands.__main__ import main
@@ -83,3 +87,29 @@ def call(capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
 @pytest.fixture
 def index(digits_shards) -> ShardIndex:
     return ShardIndex.load(digits_shards)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with base.csv, shards/base and a run of a few steps, runs/base."""
+    folder = tmp_path_factory.mktemp("rows")
+    write_csv(folder / "base.csv", make_rows(90, folder))
+    done = run_cmvae(
+        "pack", "table", "base.csv", "--out", "shards/base", "--config", "base.yaml", *FLAGS, folder=folder
+    )
+    assert done.returncode == 0, done.stderr
+    done = run_cmvae("train", "base.yaml", *SETTINGS, folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def run(trained):
+    return trained / "runs/base"
+
+
+@pytest.fixture
+def table(trained, tmp_path):
+    """`table(rows)` is the path of a CSV file of these rows, beside the photos."""
+    shutil.copytree(trained / "photos", tmp_path / "photos")
+    return lambda rows, name="new.csv": write_csv(tmp_path / name, rows)

@@ -11,6 +11,7 @@ import torch
 from commands import run_cmvae, run_without_torch
 from PIL import Image
 
+from cmvae.commands import generated_files
 from cmvae.commands.generated_files import safe_name
 from cmvae.config import SamplerConfig
 from cmvae.data.batch import to_device
@@ -18,6 +19,7 @@ from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.dcmvae import DCMVAE
+from cmvae.utils.seeds import derive_seed
 
 
 def files(folder):
@@ -33,6 +35,11 @@ def pixels(path):
         return np.asarray(image).transpose(2, 0, 1)
 
 
+def noise(seed, *part):
+    """The noise of a part of the samples."""
+    return torch.Generator().manual_seed(derive_seed(seed, "generate", *part))
+
+
 def as_bytes(images):
     return (images.detach().clamp(0, 1) * 255).round().byte().numpy()
 
@@ -44,7 +51,7 @@ def test_unconditional_generations_are_those_of_the_model(make_run, tmp_path):
     out = run / "generated"
     assert str(out) in done.stdout
     assert files(out) == {name: [f"00000{i}" for i in range(5)] for name in ("m0", "m1", "m2")}
-    expected = CMVAE.from_pretrained(run / "export").generate(5, generator=torch.Generator().manual_seed(3))
+    expected = CMVAE.from_pretrained(run / "export").generate(5, generator=noise(3, 0))
     for name, images in expected.items():
         for i, image in enumerate(as_bytes(images)):
             np.testing.assert_array_equal(pixels(out / name / f"00000{i}.png"), image)
@@ -76,7 +83,7 @@ def test_given_modalities_make_the_others(make_run, call, tmp_path, digits_shard
     names = [f"{i:06d}_{key}" for i, key in enumerate(batch["key"])]
     assert files(out) == {"m1": sorted(names)}
     expected = CMVAE.from_pretrained(run / "export").generate(
-        given={name: batch[name] for name in ("m0", "m2")}, generator=torch.Generator().manual_seed(0)
+        given={name: batch[name] for name in ("m0", "m2")}, generator=noise(0, 0)
     )
     for name, image in zip(names, as_bytes(expected["m1"]), strict=True):
         np.testing.assert_array_equal(pixels(out / "m1" / f"{name}.png"), image)
@@ -101,7 +108,7 @@ def test_every_cluster_that_was_kept_and_one(make_run, call, tmp_path):
     code, _, err = call("generate", run, "--cluster", 3, "--num", 2, "--out", tmp_path / "one")
     assert code == 0, err
     model = CMVAE.from_pretrained(run / "export")
-    images = model.generate(2, cluster=3, generator=torch.Generator().manual_seed(0))
+    images = model.generate(2, cluster=3, generator=noise(0, 3, 0))
     written = [pixels(tmp_path / "one" / "m1" / f"cluster-003_00000{i}.png") for i in range(2)]
     np.testing.assert_array_equal(written, as_bytes(images["m1"]))
 
@@ -130,6 +137,43 @@ def test_a_full_disk_leaves_earlier_generations_whole(make_run, call, tmp_path, 
     assert code == 2
     assert "No space left" in err
     assert {path: path.read_bytes() for path in out.rglob("*.png")} == before
+
+
+def test_what_was_interrupted_continues_with_the_parts_that_are_there(make_run, call, tmp_path, monkeypatch):
+    run, out = make_run("m0"), tmp_path / "out"
+    monkeypatch.setattr(generated_files, "PART_SAMPLES", 4)
+    whole = ("generate", run, "--num", 10, "--out")
+    assert call(*whole, tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        # The disk is full when the third part begins.
+        batches = iter([generated_files._write_values] * 2)
+        patch.setattr(generated_files, "_write_values", lambda *a: next(batches, raise_no_space)(*a))
+        assert call(*whole, out)[0] == 2
+    assert not out.exists()
+    (kept,) = tmp_path.glob(".out.*/m0/000001.png")
+    kept.write_bytes(b"kept")
+    code, said, err = call(*whole, out)
+    assert code == 0, err
+    assert "10 samples" in said
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "whole/m0").iterdir()}
+    assert {path.name: path.read_bytes() for path in (out / "m0").iterdir()} == expected | {
+        "000001.png": b"kept"
+    }
+    assert (out / "grid.png").read_bytes() == (tmp_path / "whole/grid.png").read_bytes()
+    assert not list(tmp_path.glob(".out.*"))
+
+
+def test_ranks_share_the_samples(make_run, call, tmp_path):
+    run = make_run("m0")
+    arguments = ("--cluster", "all", "--num", 3)
+    assert call("generate", run, *arguments, "--out", tmp_path / "one")[0] == 0
+    done = run_cmvae(
+        "generate", run, *arguments, "--out", "two", "--launch", "ddp", "--num-processes", 2, folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "9 samples" in done.stdout
+    for path in (tmp_path / "one").rglob("*.png"):
+        assert (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes() == path.read_bytes()
 
 
 def raise_no_space(*_):
@@ -178,8 +222,8 @@ def test_a_refiner_generates_with_its_cmvae_and_refines(make_refiner_run, call, 
     assert code == 0, err
     assert files(run / "generated") == {name: [f"00000{i}" for i in range(3)] for name in ("m0", "m1", "m2")}
     both = DCMVAE.from_pretrained(run / "export", cmvae / "export", sampler=SamplerConfig(num_steps=2))
-    expected = both.generate(3, generator=torch.Generator().manual_seed(4))
-    blurred = both.cmvae.generate(3, generator=torch.Generator().manual_seed(4))
+    expected = both.generate(3, generator=noise(4, 0))
+    blurred = both.cmvae.generate(3, generator=noise(4, 0))
     for name in ("m0", "m1", "m2"):
         written = np.stack([pixels(run / "generated" / name / f"00000{i}.png") for i in range(3)])
         assert_nearly_equal(written, as_bytes(expected[name]))
@@ -191,7 +235,7 @@ def test_a_refiner_generates_with_its_cmvae_and_refines(make_refiner_run, call, 
     batch = next(iter(EvaluationLoader(digits_shards, split="test", modalities=["m1"], batch_size=4)))
     given = {"m1": to_device(batch, ShardIndex.load(digits_shards).modalities, torch.device("cpu"))["m1"]}
     both = DCMVAE.from_pretrained(run / "export", cmvae / "export")
-    expected = both.generate(given=given, generator=torch.Generator().manual_seed(0))
+    expected = both.generate(given=given, generator=noise(0, 0))
     written = np.stack([pixels(path) for path in sorted((out / "m0").iterdir())])
     assert_nearly_equal(written, as_bytes(expected["m0"]))
 

@@ -111,6 +111,48 @@ def untrained(oracle):
     return CMVAE(config, oracle.modalities).eval()
 
 
+def test_the_released_protocol_reconstructs_with_the_encoded_private_latent(oracle, evaluation_context):
+    """The oracle draws the class where w is small, as w ~ q(w|x) is here, and the first class elsewhere."""
+
+    def encode(inputs):
+        posteriors = Oracle.encode(oracle, inputs)
+        zero = {name: torch.zeros(len(x), 3) for name, x in inputs.items()}
+        return {
+            name: Posterior(q.shared, oracle.family(zero[name], zero[name] + 1e-4))
+            for name, q in posteriors.items()
+        }
+
+    oracle.encode = encode
+    for name in NAMES:
+        oracle.draw[name] = lambda classes, w: classes * (w.abs().sum(1) < 0.01)
+    context = evaluation_context(oracle, protocol="released")
+    metrics = evaluate_generative(context, {"coherence", "frechet"}).metrics
+    for source in NAMES:
+        for target in NAMES:
+            pair = f"coherence/matrix/{source}/{target}"
+            # 23 of 90 samples have the first class.
+            assert metrics[pair] == pytest.approx(23 / 90)
+            assert metrics[f"released/{pair}"] == (1 if source == target else metrics[pair])
+    assert metrics["released/coherence/conditional"] == metrics["coherence/conditional"]
+    assert metrics["released/coherence/unconditional"] == metrics["coherence/unconditional"] == 1
+    distance = "frechet/classifier/conditional"
+    assert metrics[f"released/{distance}_cross"] == metrics[f"{distance}_cross"]
+    # Three of nine pairs are reconstructions, which show all classes now.
+    assert 6 / 9 * metrics[distance] < metrics[f"released/{distance}"] < 0.8 * metrics[distance]
+
+
+def test_generative_metrics_can_take_the_first_samples_only(untrained, evaluation_context):
+    context = evaluation_context(untrained, num_conditional=40)
+    result = evaluate_generative(context, {"coherence"})
+    assert result.protocol["generative.num_samples"] == 40
+    networks, _ = load_feature_networks(context, {"coherence"})
+    whole = read_reference(evaluation_context(untrained), networks, {"coherence"})
+    assert whole.num_samples == 90
+    # 40 samples give multiples of a fortieth, 90 would not.
+    shares = [x for name, x in result.metrics.items() if name.startswith("coherence/matrix/")]
+    np.testing.assert_allclose(40 * np.array(shares), np.round(40 * np.array(shares)), atol=1e-6)
+
+
 def test_a_model_that_is_always_right_is_fully_coherent(oracle, evaluation_context):
     result = evaluate_generative(evaluation_context(oracle), {"coherence"})
     assert result.left_out == {}

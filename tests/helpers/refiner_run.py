@@ -57,7 +57,7 @@ def write_refiner_run(folder: Path, shards: Path, **evaluation: object) -> Refin
     torch.manual_seed(0)
     CMVAE(cmvae.model, index.modalities).save_pretrained(cmvae.run_dir / "export")
     sha256 = weights_sha256(cmvae.run_dir / "export")
-    Refiner(refiner, index.modalities, 3, sha256).save_pretrained(config.run_dir / "export")
+    Refiner(refiner, index.modalities, 3, 2, sha256).save_pretrained(config.run_dir / "export")
     for experiment in (cmvae, config):
         save_config(experiment, experiment.run_dir / "config.yaml")
     return config

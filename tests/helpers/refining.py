@@ -15,7 +15,7 @@ from cmvae.models.cmvae import CMVAE
 from cmvae.models.refiner import Refiner
 
 NAMES = ("a", "b", "c")
-SHARED_DIM = 4
+SHARED_DIM, PRIVATE_DIM = 4, 3
 NETWORK = {"channels": 8, "multipliers": [1, 2], "blocks": 1, "dropout": 0.0}
 
 
@@ -29,7 +29,7 @@ def make_cmvae(modalities: Mapping[str, Modality] | None = None, seed: int = 0) 
     torch.manual_seed(seed)
     config = ModelConfig(
         shared_dim=SHARED_DIM,
-        private_dim=3,
+        private_dim=PRIVATE_DIM,
         num_clusters=5,
         modalities={name: ModalityConfig(width=2) for name in modalities},
     )
@@ -55,13 +55,16 @@ def make_refiner(
     seed: int = 0,
     autocast_dtype: torch.dtype | None = None,
     shared_dim: int = SHARED_DIM,
+    private_dim: int = PRIVATE_DIM,
     **sections: Any,
 ) -> Refiner:
     """An untrained refiner with the settings of `make_config`; `modalities` given as names are 8×8 images."""
     if not isinstance(modalities, Mapping):
         modalities = dict.fromkeys(modalities, image_modality(3, 8, 8))
     torch.manual_seed(seed)
-    return Refiner(make_config(**sections), modalities, shared_dim, cmvae_sha256, autocast_dtype).eval()
+    return Refiner(
+        make_config(**sections), modalities, shared_dim, private_dim, cmvae_sha256, autocast_dtype
+    ).eval()
 
 
 class Told(nn.Module):
@@ -77,7 +80,7 @@ class Told(nn.Module):
         timesteps: Tensor,
         reconstruction: Tensor,
         modality: Tensor,
-        shared: Tensor,
+        latent: Tensor,
         present: Tensor,
     ) -> Tensor:
         return self.think(reconstruction)
@@ -94,7 +97,7 @@ def tell(refiner: Refiner, **arguments: Any) -> Refiner:
 def record_calls(refiner: Refiner) -> list[dict[str, Tensor]]:
     """Record all later calls of denoisers: arguments by name, and `output`."""
     calls: list[dict[str, Tensor]] = []
-    names = ("noisy", "timesteps", "reconstruction", "modality", "shared", "present")
+    names = ("noisy", "timesteps", "reconstruction", "modality", "latent", "present")
 
     def note(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         calls.append({**dict(zip(names, arguments, strict=True)), "output": output})

@@ -59,7 +59,7 @@ def test_decoders_are_called_in_parts_on_a_cpu(monkeypatch):
     assert sizes == [("a", 14), ("b", 14)]
     sizes.clear()
     # An image of a has 288 values, an image of b 256; both networks have four filters.
-    monkeypatch.setattr("cmvae.models.cmvae._MAX_DECODED_SIZE", 5 * 256 * 4)
+    monkeypatch.setattr("cmvae.models.cmvae.MAX_DECODED_SIZE", 5 * 256 * 4)
     in_parts = model.decode_parameters(*latents)
     assert sizes == [("a", 4), ("a", 4), ("a", 4), ("a", 2), ("b", 5), ("b", 5), ("b", 4)]
     for name in ("a", "b"):
@@ -68,7 +68,7 @@ def test_decoders_are_called_in_parts_on_a_cpu(monkeypatch):
 
 def test_a_decoder_with_batch_norm_is_called_once_in_training(monkeypatch):
     model, sizes = mixed_model(), []
-    monkeypatch.setattr("cmvae.models.cmvae._MAX_DECODED_SIZE", 1)
+    monkeypatch.setattr("cmvae.models.cmvae.MAX_DECODED_SIZE", 1)
     model.decoders["caption"].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     for training, expected in ((True, [3]), (False, [1, 1, 1])):
         sizes.clear()

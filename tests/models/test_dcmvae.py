@@ -58,6 +58,25 @@ def test_z_is_estimated_from_the_images_if_not_given(given):
         assert not torch.allclose(other[name], expected[name])
 
 
+def test_latents_are_passed_on_or_estimated(argument_sets, given):
+    cmvae, refiner = make_cmvae(), make_refiner(conditioning={"source": "latent"})
+    both = DCMVAE(cmvae, refiner)
+    for arguments in argument_sets:
+        generator = stream()
+        latents = cmvae.sample_latents(**arguments, generator=generator)
+        images = cmvae.decode(latents.shared, latents.private)
+        seeds = torch.randint(2**62, (len(latents.shared),), generator=generator).tolist()
+        expected = refiner.refine(images, latents.shared, latents.private, seeds=seeds)
+        generated = both.generate(**arguments, generator=stream())
+        assert all(torch.equal(generated[name], expected[name]) for name in NAMES)
+    posteriors = {name: cmvae.encode({name: x})[name] for name, x in given.items()}
+    mean = sum(q.shared.loc for q in posteriors.values()) / len(given)
+    private = {name: q.private.loc for name, q in posteriors.items()}
+    expected = refiner.refine(given, mean, private, seeds=[1, 2, 3, 4])
+    for name, x in both.refine(given, seeds=[1, 2, 3, 4]).items():
+        torch.testing.assert_close(x, expected[name])
+
+
 def test_the_candidate_with_the_largest_posterior_density_is_kept(given):
     """Compared with all candidates, refined and encoded one by one."""
     cmvae, refiner = make_cmvae(), make_refiner(("a", "c"), sampler={"num_steps": 2, "candidates": 3})

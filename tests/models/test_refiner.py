@@ -8,6 +8,7 @@ import torch
 from refining import (
     NAMES,
     NETWORK,
+    PRIVATE_DIM,
     image_modality,
     make_cmvae,
     make_config,
@@ -92,6 +93,26 @@ def test_refined_images_depend_on_seed_modality_reconstruction_and_latent(images
     other = {**same, "a": torch.stack([same["a"][0], images["a"][1]])}
     assert (refine(given=other)["a"] - base["a"])[1].abs().max() > 1e-4
     assert (refine(shared=shared[:2])["a"] - base["a"])[1].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("sharing", SHARING)
+def test_refined_images_depend_on_both_latents_and_on_no_reconstruction(images, shared, sharing):
+    refiner = make_refiner(sharing=sharing, conditioning={"source": "latent"})
+    torch.manual_seed(4)
+    seeds, private = range(len(shared)), {name: torch.randn(len(shared), PRIVATE_DIM) for name in NAMES}
+    base = refiner.refine(images, shared, private, seeds=seeds)
+    other = {name: 1 - x for name, x in images.items()}
+    assert all(
+        torch.equal(x, base[name]) for name, x in refiner.refine(other, shared, private, seeds=seeds).items()
+    )
+    moved = refiner.refine(images, shared + 1, private, seeds=seeds)
+    changed = refiner.refine(images, shared, {**private, "b": private["b"] + 1}, seeds=seeds)
+    for name in NAMES:
+        assert (moved[name] - base[name]).abs().max() > 1e-4
+        assert torch.allclose(changed[name], base[name]) == (name != "b")
+    for message, arguments in (("pass `shared`", (None, private)), ("pass `private`", (shared, None))):
+        with pytest.raises(ValueError, match=message):
+            refiner.refine(images, *arguments, seeds=seeds)
 
 
 @pytest.mark.parametrize("sharing", SHARING)

@@ -24,7 +24,7 @@ def backend(monkeypatch):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compile_networks = Task.compile_networks
-    monkeypatch.setattr(Task, "compile_networks", lambda task: compile_networks(task, counter))
+    monkeypatch.setattr(Task, "compile_networks", lambda task, mode=None: compile_networks(task, counter))
     yield counter
     torch._dynamo.reset()
 
@@ -76,7 +76,23 @@ def test_a_compiler_that_fails_is_told_with_the_remedy(experiment, monkeypatch):
         raise RuntimeError("no C++ compiler\nand much more")
 
     compile_networks = Task.compile_networks
-    monkeypatch.setattr(Task, "compile_networks", lambda task: compile_networks(task, no_compiler))
+    monkeypatch.setattr(Task, "compile_networks", lambda task, mode=None: compile_networks(task, no_compiler))
     with pytest.raises(UserError, match=r"^train\.compile: .*no C\+\+ compiler\. Set train\.compile=false$"):
         train(experiment("train.compile=true"))
     torch._dynamo.reset()
+
+
+def test_cuda_graphs_are_a_mode_of_the_compiler(experiment, monkeypatch):
+    """Without a GPU: what the compiler is asked for, and that every update begins a new graph."""
+    asked, begun = [], []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda network, **arguments: asked.append(arguments["mode"])
+    )
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(True))
+    train(experiment("train.compile=reduce-overhead", "train.max_steps=4", "train.checkpoint_every=null"))
+    assert set(asked) == {"reduce-overhead"}
+    assert len(begun) == 4
+    asked.clear()
+    train(experiment("train.compile=true", "train.max_steps=4"), overwrite=True)
+    assert set(asked) == {None}
+    assert len(begun) == 4

@@ -150,7 +150,7 @@ def test_the_condition_is_a_reconstruction_from_the_source_that_was_drawn(sharin
     calls = record_calls(task.refiner)
     _, _, drawn = run(task, batch := make_batch())
     conditions = torch.cat([call["reconstruction"] for call in calls]).chunk(3)
-    latents = torch.cat([call["shared"] for call in calls]).chunk(3)
+    latents = torch.cat([call["latent"] for call in calls]).chunk(3)
     cmvae, sources = task.cmvae, set()
     for name, condition, latent in zip(NAMES, conditions, latents, strict=True):
         noise = drawn[name]
@@ -267,6 +267,38 @@ def test_the_latent_is_a_condition_if_it_was_asked_for(sharing):
             assert torch.equal(differs, present & latent)
 
 
+@pytest.mark.parametrize("sharing", ["per_modality", "shared"])
+def test_latents_alone_can_be_the_condition(sharing):
+    """z is the location and w a sample of the image's own posteriors; no decoder is used."""
+    cmvae, batch = make_cmvae(), make_batch(6)
+    task = make_task(cmvae, sharing=sharing, conditioning={"source": "latent", "dropout": 0.4})
+    calls = record_calls(task.refiner)
+    _, first, noise = run(task, batch)
+    posteriors = cmvae.encode({name: batch[name] for name in NAMES})
+    latents = torch.cat([call["latent"] for call in calls]).chunk(len(NAMES))
+    for name, latent in zip(NAMES, latents, strict=True):
+        w = posteriors[name].private.sample(noise[name].private)
+        torch.testing.assert_close(latent, torch.cat([posteriors[name].shared.loc, w], dim=1))
+    assert {call["noisy"].shape[1] for call in calls} == {3}
+    again = make_task(
+        another_decoder(cmvae), sharing=sharing, conditioning={"source": "latent", "dropout": 0.4}
+    )
+    _, second, _ = run(again, batch)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_where_the_condition_is_left_out_latents_do_not_matter():
+    refiner = make_refiner(conditioning={"source": "latent", "dropout": 0.1})
+    torch.manual_seed(3)
+    noisy, timesteps = torch.randn(4, 3, 8, 8), torch.full((4,), 7)
+    present = torch.tensor([True, False, True, False])
+    one, other = (
+        refiner.predict("a", noisy, timesteps, None, torch.zeros(4, dtype=torch.long), latent, present)
+        for latent in torch.randn(2, 4, 7)
+    )
+    assert torch.equal((one != other).flatten(1).any(1), present)
+
+
 def test_a_shared_network_is_told_which_modality_it_looks_at():
     refiner = make_refiner(sharing="shared")
     torch.manual_seed(3)
@@ -347,8 +379,8 @@ def test_validation_metrics_are_means_of_the_report():
 def test_pictures_show_inputs_generations_and_refinements():
     task = make_task().eval()
     figures = task.show(make_batch(), 4, torch.Generator().manual_seed(0)).figures
-    (figure,) = figures.values()
     assert set(figures) == {"refinements"}
+    figure = figures["refinements"]()
     # A column a target; a row of inputs, then two a source.
     assert len(figure.axes) == 3 * (1 + 2 * 3)
     titles = [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()]

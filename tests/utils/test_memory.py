@@ -1,41 +1,35 @@
-"""Freed memory is kept: tensors that are allocated again cause no page faults."""
+"""The garbage collector during a training."""
 
-import subprocess
-import sys
+import gc
+import weakref
 
 import pytest
 
-from cmvae.utils import memory
-
-SCRIPT = """
-import resource
-import torch
-from cmvae.utils.memory import keep_freed_memory
-{call}
-def touch():
-    for _ in range(10):
-        torch.zeros(64 * 2**20, dtype=torch.uint8).fill_(1)
-touch()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-touch()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
+from cmvae.utils.memory import garbage_collected_on_request
 
 
-def page_faults(call):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(call=call)], capture_output=True, text=True, check=True
-    )
-    return int(done.stdout)
+class Cycle:
+    def __init__(self):
+        self.itself = self
 
 
-@pytest.mark.skipif(memory.platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_freed_memory_is_used_again():
-    # 64 MiB are 16,384 pages of 4 KiB, or 32 of 2 MiB.
-    assert page_faults("keep_freed_memory()") < 10 <= page_faults("")
+def many_cycles():
+    """Enough garbage for the collector to run by itself."""
+    references = [weakref.ref(Cycle()) for _ in range(20 * gc.get_threshold()[0])]
+    return sum(reference() is not None for reference in references)
 
 
-def test_nothing_is_done_without_glibc(monkeypatch):
-    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: pytest.fail("was loaded"))
-    memory.keep_freed_memory()
+def test_garbage_stays_until_it_is_asked_for_and_afterwards_not():
+    total = 20 * gc.get_threshold()[0]
+    with garbage_collected_on_request():
+        assert many_cycles() == total
+        assert gc.collect(1) >= total
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+    assert many_cycles() < total
+
+
+def test_an_error_leaves_the_collector_on():
+    with pytest.raises(RuntimeError), garbage_collected_on_request():
+        raise RuntimeError
+    assert gc.isenabled()

@@ -27,6 +27,15 @@ if TYPE_CHECKING:  # slow to import
     from turns import Measured, Variant
 
 
+# What a GPU may gain from, each on top of the one before.
+_GPU_SUITE = (
+    "data.on_device=true",
+    "data.on_device=true train.compile=true",
+    "data.on_device=true train.compile=reduce-overhead",
+)
+_SUITE_UPDATES = 100
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Measure how fast the parts are.")
@@ -83,6 +92,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         action="store_true",
         help="read the config's shards instead of one random batch; the variants follow each other, because "
         "readers work ahead",
+    )
+    train.add_argument(
+        "--gpu-suite",
+        action="store_true",
+        help=f"the same as --read --updates {_SUITE_UPDATES} with --beside {', --beside '.join(_GPU_SUITE)}",
     )
     train.add_argument(
         "--updates",
@@ -160,6 +174,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     overrides = [argument for argument in left if parsed.command == "train" and not argument.startswith("-")]
     if overrides != left:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if parsed.command == "train" and parsed.gpu_suite:
+        parsed.read, parsed.updates = True, _SUITE_UPDATES
+        parsed.beside = [*_GPU_SUITE, *parsed.beside]
     if overrides:
         parsed.overrides = [*parsed.overrides, *overrides]
     return parsed

@@ -97,7 +97,7 @@ def variance_of_run(run_dir: Path, overrides: Sequence[str], num_draws: int) -> 
     channels_last(task).train()
 
     def losses() -> Iterator[Tensor]:
-        batches = itertools.islice(read_forever(config, model.modality_names), num_draws)
+        batches = itertools.islice(read_forever(config, model.modality_names, torch.device("cpu")), num_draws)
         for batch in progress_bar(batches, total=num_draws, desc="draws", unit="draw", leave=False):
             loss, _ = task(to_device(batch, task.modalities, device))
             yield loss

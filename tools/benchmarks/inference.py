@@ -81,7 +81,8 @@ def refining_job(run: str, overrides: list[str], num_images: int) -> Job:
             rows = slice(first, first + size)
             seeds = range(each)[rows]
             part = {name: x[rows] for name, x in blurred.items()}
-            both.refine(part, latents.shared[rows], seeds=seeds)
+            private = {name: w[rows] for name, w in latents.private.items()}
+            both.refine(part, latents.shared[rows], private, seeds=seeds)
 
     return Job(run_once, each * len(images))
 

@@ -288,12 +288,13 @@ class TimedDCMVAE(DCMVAE):
         self,
         images: Mapping[str, Tensor],
         shared: Tensor | None = None,
+        private: Mapping[str, Tensor] | None = None,
         *,
         seeds: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
         """See `DCMVAE.refine`."""
         started = now()
-        refined = super().refine(images, shared, seeds=seeds)
+        refined = super().refine(images, shared, private, seeds=seeds)
         known = [image for name, image in images.items() if name in self.refiner.modalities]
         self._calls.append((sum(map(len, known)), now() - started))
         return refined

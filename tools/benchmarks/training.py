@@ -19,6 +19,7 @@ from cmvae.config import CMVAEExperiment, load_config
 from cmvae.data.batch import to_device
 from cmvae.data.index import ShardIndex
 from cmvae.data.reader import TrainingLoader
+from cmvae.data.resident import ResidentLoader
 from cmvae.modalities import ImageModality, Modality
 from cmvae.models.cmvae import CMVAE, channels_last
 from cmvae.models.networks import IMAGE_NETWORKS
@@ -72,7 +73,7 @@ def update_job(
     names = list(config.model.modalities)
     if read:
         modalities: Mapping[str, Modality] = ShardIndex.load(config.data.shards).modalities
-        batches = read_forever(config, names)
+        batches = read_forever(config, names, device)
     else:
         modalities = _made_up_modalities(config, image_size)
         batches = _repeat_random(config, modalities)
@@ -87,8 +88,9 @@ def update_job(
         channels_last(task)
         if device.type == "cpu":
             keep_freed_memory()
-    if config.train.compile and not reference:
-        task.compile_networks()
+    compiled = config.train.compile if not reference else False
+    if compiled:
+        task.compile_networks(mode=compiled if isinstance(compiled, str) else None)
     task.to(device)
     optimizer = build(task, config.optimizer)
     waited = [0.0]
@@ -99,6 +101,8 @@ def update_job(
             started = time.perf_counter()
             raw = next(batches)
             waited[0] += time.perf_counter() - started
+            if compiled == "reduce-overhead":
+                torch.compiler.cudagraph_mark_step_begin()
             loss, _ = task(to_device(raw, task.modalities, device))
             loss.backward()
             if config.optimizer.max_grad_norm is not None:
@@ -208,17 +212,23 @@ def _repeat_random(config: CMVAEExperiment, modalities: Mapping[str, Modality]) 
         yield batch
 
 
-def read_forever(config: CMVAEExperiment, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def read_forever(
+    config: CMVAEExperiment, names: Sequence[str], device: torch.device
+) -> Iterator[dict[str, Any]]:
     """Train batches of the modalities `names` without end, as one rank reads them, each with its seed."""
-    loader = TrainingLoader(
-        config.data.shards,
-        modalities=names,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        num_workers=config.data.num_workers,
-        shuffle_window=config.data.shuffle_window,
-        cache_bytes=config.data.cache_megabytes * 2**20,
-    )
+    data = config.data
+    common: dict[str, Any] = {
+        "modalities": names,
+        "batch_size": config.train.batch_size,
+        "seed": config.seed,
+        "shuffle_window": data.shuffle_window,
+    }
+    loader: TrainingLoader | ResidentLoader
+    if data.on_device:
+        loader = ResidentLoader(data.shards, device=device, **common)
+    else:
+        cache_bytes = data.cache_megabytes * 2**20
+        loader = TrainingLoader(data.shards, num_workers=data.num_workers, cache_bytes=cache_bytes, **common)
     batches = itertools.chain.from_iterable(map(loader.epoch_batches, itertools.count()))
     for step, batch in enumerate(batches):
         yield batch | {"_seed": step, "_place": range(config.train.batch_size)}

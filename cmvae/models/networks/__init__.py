@@ -30,11 +30,13 @@ class NetworkFamily:
     """Maps (z, w), (B, D_z + D_w), to parameters of the likelihood, (B, *parameter_shape)."""
     check: Callable[[Modality, str], None]
     """Takes a modality and its name; raises a UserError if the networks do not fit it."""
+    decoder_map_size: float = 1.0
+    """Size of the decoder's largest feature map, divided by the number of output values times the width."""
 
 
 NETWORKS: dict[str, NetworkFamily] = {
     "resnet": NetworkFamily(ImageEncoder, ImageDecoder, check_image_size),
-    "strided": NetworkFamily(StridedImageEncoder, StridedImageDecoder, check_strided_size),
+    "strided": NetworkFamily(StridedImageEncoder, StridedImageDecoder, check_strided_size, 1 / 8),
     "caption": NetworkFamily(CaptionEncoder, CaptionDecoder, check_caption),
     "bag_of_words": NetworkFamily(BagOfWordsEncoder, CaptionDecoder, check_caption),
     "mlp": NetworkFamily(VectorEncoder, VectorDecoder, check_vector),

@@ -2,8 +2,9 @@
 
 A strided convolution reduces height and width to a quarter, and further ones halve them while a side is
 longer than 8 pixels: PolyMNIST's 28×28 becomes 7×7, 64×64 becomes 8×8. A residual block follows at that size.
-The decoder upsamples by pixel shuffle (Shi et al., CVPR 2016). Nearly all operations are then convolutions of
-many channels on small maps, which processors compute close to their peak performance.
+The decoder begins with linear layers, where z and w interact, and upsamples by pixel shuffle (Shi et al.,
+CVPR 2016). Nearly all operations are then matrix products and convolutions of many channels on small maps,
+which processors compute close to their peak performance. docs/polymnist.md compares decoders.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _STEM_STRIDE = 4
 _MAX_MAP_SIDE = 8
 # The number of filters doubles with each halving after the stem, up to this multiple of the width.
 _MAX_MULTIPLE = 4
+# Units of the linear layers of the decoder, as a multiple of the width.
+_HIDDEN_MULTIPLE = 8
 
 
 def _filters(height: int, width_px: int, width: int) -> list[int]:
@@ -94,18 +97,22 @@ class StridedImageDecoder(nn.Module):
         channels, height, width_px = modality.shape
         filters = _filters(height, width_px, width)
         self.height, self.width_px = (side // _stride(filters) for side in (height, width_px))
-        self.stem = nn.Linear(shared_dim + private_dim, filters[-1] * self.height * self.width_px)
+        hidden = _HIDDEN_MULTIPLE * width
+        self.stem = nn.Sequential(
+            nn.Linear(shared_dim + private_dim, hidden),
+            LeakyReLU(LEAKY_SLOPE),
+            nn.Linear(hidden, hidden),
+            LeakyReLU(LEAKY_SLOPE),
+            nn.Linear(hidden, filters[-1] * self.height * self.width_px),
+        )
+        half_size = max(1, width // 2)
         doublings = [
             layer
-            for before, after in itertools.pairwise(reversed(filters))
-            for layer in (Conv3x3(before, 4 * after), nn.PixelShuffle(2), LeakyReLU(LEAKY_SLOPE))
+            for before, after in itertools.pairwise([*reversed(filters), half_size])
+            for layer in (LeakyReLU(LEAKY_SLOPE), Conv3x3(before, 4 * after), nn.PixelShuffle(2))
         ]
         self.layers = nn.Sequential(
-            ResidualBlock(filters[-1], filters[-1]),
-            LeakyReLU(LEAKY_SLOPE),
-            *doublings,
-            Conv3x3(width, channels * _STEM_STRIDE**2),
-            nn.PixelShuffle(_STEM_STRIDE),
+            *doublings, LeakyReLU(LEAKY_SLOPE), Conv3x3(half_size, 4 * channels), nn.PixelShuffle(2)
         )
 
     def forward(self, latents: Tensor) -> Tensor:

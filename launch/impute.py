@@ -1,0 +1,6 @@
+"""`cmvae impute` in a checkout."""
+
+from cmvae.commands import run
+
+if __name__ == "__main__":
+    run("impute")
