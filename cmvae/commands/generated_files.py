@@ -29,8 +29,8 @@ from cmvae.data.remote import Location
 from cmvae.distributed import run_on_main, start_evaluation_accelerator
 from cmvae.modalities import Modality
 from cmvae.models.cmvae import CMVAE
-from cmvae.utils.attempts import attempt
 from cmvae.models.export import weights_sha256
+from cmvae.utils.attempts import attempt
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import holds_earlier_output, publish_folder, sync_file, whole_file, write_whole
 from cmvae.utils.progress import progress_bar

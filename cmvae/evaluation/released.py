@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,8 @@ def evaluate_released_clustering(context: EvaluationContext, export: Path, beta:
     }
     selected = int(selection.active.sum())
     result.metrics |= {f"{RELEASED}clustering/{name}": steps[selected][name] for name in _AGREEMENT}
-    result.figures["released_pruning"] = plots.pruning_curves(
-        {name: [steps[size][name] for size in steps] for name in _AGREEMENT}, list(steps), selected
-    )
+    curves = {name: [steps[size][name] for size in steps] for name in _AGREEMENT}
+    result.draw("released_pruning", partial(plots.pruning_curves, curves, list(steps), selected))
     return result
 
 

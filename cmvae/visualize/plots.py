@@ -75,7 +75,7 @@ def pruning_curves(
         num_clusters: number of clusters per step.
         selected: the number that was selected.
     """
-    figure = Figure(figsize=(4.6, 3.2), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(4.6, 3.2), layout="constrained")
     ax = figure.subplots()
     for name, values in curves.items():
         ax.plot(num_clusters, values, "o-", markersize=3, linewidth=1.3, label=name.upper())

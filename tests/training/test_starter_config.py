@@ -79,7 +79,7 @@ def test_only_images_are_worth_another_precision(tmp_path):
 )
 def test_names_that_yaml_reads_as_something_else_stay_names(tmp_path, name):
     index = make_index(100, None, name=name)
-    modalities = {key: MODALITIES["photo"] for key in ("no", "on", "y", "null", "true", "e")}
+    modalities = dict.fromkeys(("no", "on", "y", "null", "true", "e"), MODALITIES["photo"])
     index = index.model_copy(update={"modalities": modalities})
     (tmp_path / "c.yaml").write_text(write_starter_config(index, Path("s")), encoding="utf-8")
     config = load_config(tmp_path / "c.yaml")
