@@ -9,6 +9,7 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from cmvae.clustering import (
     agreement_curve,
+    find_cluster_means,
     joint_location,
     mean_by_group,
     merge_clusters,
@@ -178,3 +179,12 @@ def test_group_means_use_the_samples_with_the_modality():
     assert there.tolist() == [[True, True], [False, True]]
     np.testing.assert_allclose(means[0], [[(0 + 4) / 2, (1 + 5) / 2], [6, 7]])
     np.testing.assert_allclose(means[1], [[0, 0], [10, 11]])
+
+
+def test_fewer_points_than_centres_make_fewer_centres():
+    """A small table: three samples and twenty components."""
+    points = np.array([[[0.0, 0.0]], [[5.0, 0.0]], [[0.0, 5.0]]])
+    means = find_cluster_means(points, np.ones((3, 1), dtype=bool), 20)
+    assert means.shape == (20, 2)
+    nearest = np.square(means[:, None] - points[:, 0]).sum(-1).min(1)
+    assert nearest.max() < 0.1
