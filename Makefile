@@ -84,9 +84,10 @@ cubicc: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
 
-# All tests of these folders, also the long ones.
+# All tests of these folders, also the long ones: kills and hangs, and 5,000 tables and folders of all sorts.
 test-faults: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m 'faults or not faults' tests/faults tests/training tests/distributed
+	$(BIN)/python -m pytest -m 'faults or not faults' tests/faults tests/training tests/distributed \
+		tests/datasets/test_any_data.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

@@ -41,13 +41,13 @@ _SQLITE = "sqlite:///"
 # Seconds without requests after a failure, doubled by every further one. A request to a locked database takes
 # 20 s to fail, and one to a server that does not answer 30 s, which a training cannot spend at every step.
 _FIRST_PAUSE = 60.0
+# Seconds to wait for another training that creates the same database.
+_MAX_WAIT = 120.0
 # MLflow's pages treat an experiment without a kind as one of language models, and open another page for it.
 _EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
 _MODEL_ARTIFACT = "mlflow_model"
 # MLflow accepts digests of up to 36 characters.
 _DIGEST_LENGTH = 36
-# Seconds to wait for another training that creates the same database.
-_MAX_WAIT = 120.0
 # Prefix of the tags that hold the last step of an image series.
 _LAST_STEP_TAG = "last_step."
 

@@ -422,3 +422,15 @@ def test_failures_in_the_middle_are_told_once_and_end_by_themselves(
 def _write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
+
+
+def test_a_deleted_experiment_is_named_and_the_run_goes_on(
+    tmp_path: Path, run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_tracker(make_config(), run_dir, is_main=True).end("FINISHED")
+    known = client(tmp_path)
+    known.delete_experiment(known.get_run(run_id(run_dir)).info.experiment_id)
+    tracker = open_tracker(make_config(), tmp_path / "runs" / "other", is_main=True)
+    assert isinstance(tracker, NullTracker)
+    (warning,) = own_warnings(caplog)
+    assert "was deleted in MLflow. Set tracking.experiment=NAME, or restore it with `mlflow" in warning

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import unicodedata
 from collections import Counter
@@ -152,8 +153,8 @@ def _list_files(folder: Path) -> dict[str, dict[str, Path]]:
             if path.suffix.lower() not in _KINDS:
                 ignored[path.suffix or path.name] += 1
                 continue
-            # Some systems write é as one character, others as two.
-            stem = unicodedata.normalize("NFC", path.stem)
+            # Some systems write é as one character, others as two; a locale may not know it.
+            stem = unicodedata.normalize("NFC", os.fsencode(path.stem).decode(errors="replace"))
             if stem in found:
                 raise UserError(f"{path}: {found[stem].name} has the same name. Keep one of them")
             found[stem] = path

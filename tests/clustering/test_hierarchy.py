@@ -11,6 +11,7 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from cmvae.clustering import (
     agreement_curve,
+    find_cluster_means,
     jaccard_stability,
     joint_location,
     mean_by_group,
@@ -216,3 +217,12 @@ def test_distances_in_the_tree_are_those_at_which_fcluster_joins():
         apart = fcluster(joins, height * (1 - 1e-9), criterion="distance")
         assert together[one] == together[other]
         assert apart[one] != apart[other]
+
+
+def test_fewer_points_than_centres_make_fewer_centres():
+    """A small table: three samples and twenty components."""
+    points = np.array([[[0.0, 0.0]], [[5.0, 0.0]], [[0.0, 5.0]]])
+    means = find_cluster_means(points, np.ones((3, 1), dtype=bool), 20)
+    assert means.shape == (20, 2)
+    nearest = np.square(means[:, None] - points[:, 0]).sum(-1).min(1)
+    assert nearest.max() < 0.1

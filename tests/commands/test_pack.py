@@ -67,7 +67,7 @@ def test_a_table_becomes_shards_a_config_and_a_sheet_of_every_kind(tmp_path):
     rows = ["note,x,y,ok,colour,kind"]
     for n in range(40):
         note = "" if n % 4 == 0 else f"number {n % 3} is here"
-        rows.append(f"{note},{n},{-n},{n % 2},{('red', 'blue')[n % 2]},{('odd', 'even')[n % 2]}")
+        rows.append(f"{note},{n / 2},{-n / 2},{n % 2},{('red', 'blue')[n % 2]},{('odd', 'even')[n % 2]}")
     (tmp_path / "t.csv").write_text("\n".join(rows))
     flags = [
         "pack", "table", "t.csv", "--text", "note", "--vector", "spot=x,y", "--binary", "ok",
@@ -104,3 +104,22 @@ def test_a_name_that_no_modality_may_have_is_refused_before_anything_is_read(tmp
     assert done.returncode == 2
     assert f"modality name '{name}' must be lower-case letters" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_networks_refuse_is_refused_before_anything_is_written(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "p.png")
+    (tmp_path / "t.csv").write_text("p\n" + "p.png\n" * 30)
+    done = run_cmvae("pack", "table", "t.csv", "--image=p", "--image-size=50", "--out=o", folder=tmp_path)
+    assert done.returncode == 2
+    assert "error: modality 'p': network resnet halves an image" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_config_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    done = run_cmvae(
+        "pack", "table", "none.csv", "--vector=x", "--out=o", "--config=file/c.yaml", folder=tmp_path
+    )
+    assert done.returncode == 2
+    assert "error: --config file/c.yaml: cannot be written" in done.stderr

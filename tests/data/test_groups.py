@@ -92,7 +92,7 @@ def test_a_damaged_group_is_damage_of_its_sample(tmp_path, on_error):
 
 
 def test_a_table_keeps_its_groups(tmp_path):
-    rows = [{"x": number, "bird": f"bird {number // 4}"} for number in range(80)]
+    rows = [{"x": float(number), "bird": f"bird {number // 4}"} for number in range(80)]
     source = read(write_csv(tmp_path / "t.csv", rows), "--vector x --group bird")
     index = write_shards(source, tmp_path / "out")
     assert sum(split.num_groups for split in index.splits.values()) == 20

@@ -18,7 +18,7 @@ CAPTIONS = (
     "\U0001f44d good",
 )
 SMALL = (
-    "train.max_steps=2", "train.validate_every=1", "train.batch_size=8", "model.num_clusters=4",
+    "train.max_steps=2", "train.validate_every=2", "train.batch_size=8", "model.num_clusters=4",
     "tracking.enabled=false", "evaluation.likelihood_samples=2", "evaluation.map_samples=20",
 )  # fmt: skip
 

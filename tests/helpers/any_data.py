@@ -256,7 +256,7 @@ def folders(draw: st.DrawFn) -> Folder:
     stems = draw(
         st.lists(STEMS, min_size=0, max_size=25, unique_by=lambda s: unicodedata.normalize("NFC", s))
     )
-    stems += [f"n{n}" for n in range(draw(st.sampled_from([0, 20, 20, 20])))]
+    stems += [f"n{n}" for n in range(draw(st.sampled_from([20, 20, 20, 0])))]
     files = {
         (name, stem): draw(FILES[kind])
         for name, kind in kinds.items()

@@ -379,8 +379,8 @@ def test_validation_metrics_are_means_of_the_report():
 def test_pictures_show_inputs_generations_and_refinements():
     task = make_task().eval()
     figures = task.show(make_batch(), 4, torch.Generator().manual_seed(0)).figures
-    (figure,) = figures.values()
     assert set(figures) == {"refinements"}
+    figure = figures["refinements"]()
     # A column a target; a row of inputs, then two a source.
     assert len(figure.axes) == 3 * (1 + 2 * 3)
     titles = [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()]

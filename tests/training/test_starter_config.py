@@ -71,3 +71,18 @@ def test_only_images_are_worth_another_precision(tmp_path):
         text = write_starter_config(index.model_copy(update={"modalities": modalities}), Path("s"))
         (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
         assert load_config(tmp_path / "c.yaml").train.mixed_precision == precision
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["2024", "2024-05-01", "2024-99-99", "on", "no", "null", "1e3", "0x10", "1_000", "true", "y", "n"],
+)
+def test_names_that_yaml_reads_as_something_else_stay_names(tmp_path, name):
+    index = make_index(100, None, name=name)
+    modalities = dict.fromkeys(("no", "on", "y", "null", "true", "e"), MODALITIES["photo"])
+    index = index.model_copy(update={"modalities": modalities})
+    (tmp_path / "c.yaml").write_text(write_starter_config(index, Path("s")), encoding="utf-8")
+    config = load_config(tmp_path / "c.yaml")
+    assert config.name == name
+    assert list(config.model.modalities) == list(modalities)
+    assert set(config.objective.alignment.augment) == set(modalities)

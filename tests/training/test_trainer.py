@@ -86,6 +86,23 @@ def test_the_last_validation_can_be_read_without_a_tracker(experiment, monkeypat
         load_validation(config.run_dir)
 
 
+def test_figures_and_texts_that_fail_do_not_end_a_training(experiment, monkeypatch, caplog):
+    """One warning each; checkpoints, metrics and the export are written."""
+    from cmvae.visualize.previews import CrossModal
+
+    monkeypatch.setattr(CrossModal, "draw", lambda made: 1 / 0)
+    monkeypatch.setattr(CrossModal, "write", lambda made: {}["none"])
+    config = experiment("train.validate_every=3")
+    assert train(config) is None
+    assert len(list_checkpoints(config.run_dir / "checkpoints")) == 2
+    assert load_validation(config.run_dir)["loss"]
+    assert (config.run_dir / "export" / "model.safetensors").is_file()
+    messages = [record.getMessage() for record in caplog.records if record.name == "cmvae.utils.attempts"]
+    figures = [message for message in messages if "figure cross_modal: failed (ZeroDivisionError" in message]
+    assert len(figures) == 2
+    assert len(messages) == 4
+
+
 def test_training_lowers_the_loss(experiment, monkeypatch):
     bounds = []
     original = trainer.Meter.add
