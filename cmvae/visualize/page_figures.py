@@ -17,7 +17,8 @@ from cmvae.clustering import FloatArray, IntArray
 
 Figure = dict[str, Any]
 
-# The first ten are those of tab10, which are easy to tell apart; further ones go around the colour circle.
+# The first ten are those of tab10, which are easy to tell apart; further ones are
+# darker and go around the colour circle.
 _COLOURS = (
     "#1f77b4",
     "#ff7f0e",
@@ -54,8 +55,8 @@ def category_colour(number: int) -> str:
     """Colour of the `number`-th cluster or class, as `#rrggbb`."""
     if number < len(_COLOURS):
         return _COLOURS[number]
-    hue = (number - len(_COLOURS)) * _GOLDEN_ANGLE % 1
-    rgb = colorsys.hls_to_rgb(hue, 0.5, 0.6)
+    hue = (number - len(_COLOURS) + 0.5) * _GOLDEN_ANGLE % 1
+    rgb = colorsys.hls_to_rgb(hue, 0.35, 0.6)
     return "#" + "".join(f"{round(255 * part):02x}" for part in rgb)
 
 
