@@ -18,7 +18,6 @@ from cmvae.commands.new_rows import NewRows
 from cmvae.commands.parts import PartFolder, Row, compute_parts, merge_unknown
 from cmvae.data.batch import to_device
 from cmvae.data.index import TableSchema
-from cmvae.datasets.dates import write_date
 from cmvae.datasets.table_file import Table, read_table_parts
 from cmvae.datasets.table_rows import TRUE_AND_FALSE
 from cmvae.datasets.values import Unknown
@@ -76,7 +75,7 @@ def impute_to_file(
         targets = {n: m for n, m in model.modalities.items() if has_cells(m, schema.columns[n])}
         layout = Layout(rows.head, schema, targets)
         pairs = find_pairs(rows.head.path, schema, targets)
-        imputer = _Imputer(model, rows.modalities, targets, layout, pairs, schema, num_draws)
+        imputer = _Imputer(model, rows.modalities, targets, layout, pairs, schema.decimal, num_draws)
 
         def compute(part: DataPart) -> tuple[Mapping[str, Any], Iterable[Row]]:
             generator = torch.Generator(accelerator.device)
@@ -198,7 +197,7 @@ class _Imputer:
     layout: Layout
     pairs: Mapping[str, Sequence[Pair]]
     """By binary modality the texts of each column."""
-    schema: TableSchema
+    decimal: str
     num_draws: int
 
     def fill(self, part: LoadedPart, generator: torch.Generator) -> tuple[Mapping[str, Any], Iterable[Row]]:
@@ -240,14 +239,8 @@ class _Imputer:
             # (draws, rows, *shape) of the rows that lack a cell of this modality.
             values = np.stack([modality.to_stored(draw[name]) for draw in draws])[:, needed]
             for number, sample in zip(numbers[needed].tolist(), values.swapaxes(0, 1), strict=True):
-                writer.fill(number, name, self._summarise(name, modality, sample))
-
-    def _summarise(self, name: str, modality: Modality, draws: np.ndarray) -> list[tuple[str, str]]:
-        if name in self.schema.dates:
-            seconds = draws[:, 0].astype(np.float64)
-            spread = _number(float(seconds.std()), 1.0, self.schema.decimal)
-            return [(write_date(float(seconds.mean()), self.schema.dates[name]), spread)]
-        return summarise(modality, draws, self.pairs.get(name, ()), self.schema.decimal)
+                cells = summarise(modality, sample, self.pairs.get(name, ()), self.decimal)
+                writer.fill(number, name, cells)
 
 
 def summarise(

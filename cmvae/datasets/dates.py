@@ -48,17 +48,6 @@ def read_date(text: str, form: str | None = None) -> float:
     return seconds
 
 
-def write_date(seconds: float, form: str | None = None) -> str:
-    """The date of seconds since 1970, to a second; the inverse of `read_date`.
-
-    Args:
-        seconds: since 1970; moved into the years 1 to 9998.
-        form: see `read_date`; None writes ISO 8601.
-    """
-    date = _EPOCH + timedelta(seconds=round(min(max(seconds, _FIRST), _LAST - 1)))
-    return date.isoformat() if form is None else date.strftime(form)
-
-
 def date_parts(column: str, seconds: np.ndarray) -> dict[str, np.ndarray]:
     """Numbers that describe dates.
 
