@@ -296,8 +296,8 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
     def from_run(cls, run_dir: str | Path, num_clusters: int | None = None) -> MultimodalClusterer:
         """Use the model of a training by `cmvae train`.
 
-        Where the run was trained on a table, data is a data frame with columns of that table; otherwise a
-        dict with the modalities of the run.
+        Where the run was trained on a table, data is a data frame with columns of that table, of which dates
+        are not read; otherwise a dict with the modalities of the run.
 
         Args:
             run_dir: folder of the run.
@@ -313,11 +313,13 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
             kinds = {name: cast(Kind, modality.kind) for name, modality in model.modalities.items()}
             columns: dict[str, str | Sequence[str]] | None = None
             if (run_dir / TABLE_NAME).is_file():
-                of_table = load_run_table(run_dir).columns
+                table = load_run_table(run_dir)
+                of_table = table.columns
                 # One column is a list of its cells, several are a matrix.
                 columns = {
                     name: list(of_table[name]) if kinds[name] in ("vector", "binary") else of_table[name][0]
                     for name in kinds
+                    if name not in table.dates
                 }
             sizes = [modality.shape[1] for modality in model.modalities.values() if modality.kind == "image"]
             loaded = cls(

@@ -152,6 +152,15 @@ def wait_for(url, server):
     pytest.fail("no answer within two minutes")
 
 
+def test_dates_are_not_read(folder, tmp_path):
+    run = shutil.copytree(folder / "runs/trees", tmp_path / "run")
+    table = json.loads((run / "table.json").read_text())
+    (run / "table.json").write_text(json.dumps({**table, "dates": {"size": None}}))
+    estimator = MultimodalClusterer.from_run(run)
+    assert set(estimator.columns) == {"word"}
+    assert set(estimator.predict(pd.DataFrame({"word": ["fir", None]}))) >= {-1}
+
+
 def test_a_run_without_a_table_cannot_be_served(folder, tmp_path):
     run = shutil.copytree(folder / "runs/trees", tmp_path / "run")
     (run / "table.json").unlink()
