@@ -57,7 +57,7 @@ def steps_arguments(folder, shards, batch_size, precision="fp32", missing="none"
         # An accumulated or clipped gradient must not depend on the ranks either.
         "optimizer.max_grad_norm=2000",
         "objective.alignment={weight: 0}",
-        # At digits' own rate the first updates overshoot, which makes of rounding a difference in percent.
+        # At a higher rate the first updates overshoot, and rounding becomes a difference of some percent.
         "optimizer.learning_rate=1.0e-3",
     ]
 
