@@ -7,7 +7,7 @@ import os
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -21,13 +21,6 @@ from cmvae.datasets.columns import (
     Column,
     ColumnSource,
     DamagedColumn,
-    ImageColumn,
-    TextColumn,
-    find_outlier,
-    fit_image,
-    fit_text,
-    fit_vector,
-    number_column,
 )
 from cmvae.datasets.splits import draw_splits, fractions_text
 from cmvae.datasets.table_file import read_table
@@ -35,14 +28,13 @@ from cmvae.datasets.user_data import (
     add_shared_arguments,
     check_columns,
     check_keys,
+    fit_column,
     make_keys,
     make_name,
+    read_contents,
     read_labels,
-    warn_of_constant,
-    warn_of_cut,
-    warn_of_unknown,
 )
-from cmvae.datasets.values import Values, count_cut, count_unknown
+from cmvae.datasets.values import Values
 from cmvae.utils.errors import UserError, raise_all
 
 DESCRIPTION = "your own folder: one subfolder per modality (images, .txt or .npy), files paired by name"
@@ -91,30 +83,20 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
                 f"{folder / subfolder}: another subfolder is also the modality {name!r}. Rename one"
             )
         paths = [of_subfolder.get(stem) for stem in stems]
-        if kind == "image":
-            image = fit_image(paths, arguments.image_size, arguments.channels)
-            columns[name] = ImageColumn(paths, places, image, arguments.on_error)
-            continue
+        files_of = [str(path) for path in paths]
         damaged: dict[int, str] = {}
-        if kind == "text":
-            texts = _read_all(paths, _read_text, damaged)
-            text = fit_text(texts, splits["train"], arguments.min_count, arguments.text_length)
-            warn_of_cut(name, count_cut(Values("text", texts), text), text.shape[0])
-            train_texts = Values("text", texts).at(splits["train"])
-            warn_of_unknown(name, count_unknown(train_texts, text), arguments.min_count)
-            columns[name] = TextColumn(texts, text)
+        if kind == "image":
+            values = Values("image", paths, places=places)
+        elif kind == "text":
+            values = Values("text", read_contents(paths, files_of, _read_text, damaged))
         else:
-            values = stack_vectors(paths, _read_all(paths, read_vector, damaged))
-            modality = fit_vector(values, None, splits["train"])
-            warn_of_constant(name, modality.column_names, values[splits["train"]])
-            outlier = find_outlier(values, modality)
-            if outlier is not None:
-                row, dimension, problem = outlier
-                raise UserError(f"{paths[row]}: number {dimension}: {problem}")
-            columns[name] = number_column(values, modality)
+            rows = read_contents(paths, files_of, read_vector, damaged)
+            values = Values("vector", stack_vectors(paths, rows), places=files_of)
+        columns[name] = fit_column(name, str(folder / subfolder), values, splits["train"], arguments)
         if arguments.on_error == "error":
             raise_all(damaged.values())
-        columns[name] = DamagedColumn(columns[name], damaged)
+        if damaged:
+            columns[name] = DamagedColumn(columns[name], damaged)
     check_columns(columns, places)
     keys = make_keys(stems)
     check_keys(keys, places)
@@ -181,21 +163,6 @@ def _kind_of(subfolder: Path, files: Mapping[str, Path]) -> str:
             f"{' and '.join(path.name for path in kinds.values())}. Use one subfolder per kind"
         )
     return next(iter(kinds))
-
-
-def _read_all(
-    paths: Sequence[Path | None], read: Callable[[Path], T | None], damaged: dict[int, str]
-) -> list[T | None]:
-    """Contents of the files, None where there is none or it is damaged; adds what is wrong to `damaged`."""
-    contents: list[T | None] = []
-    for row, path in enumerate(paths):
-        contents.append(None)
-        if path is not None:
-            try:
-                contents[row] = read(path)
-            except ValueError as error:
-                damaged[row] = f"{path}: {error}"
-    return contents
 
 
 def _read_text(path: Path) -> str | None:

@@ -33,24 +33,19 @@ from cmvae.datasets.user_data import (
     add_shared_arguments,
     check_columns,
     check_keys,
-    fit_settings,
+    fit_column,
     make_name,
     read_labels,
     read_split,
     shorten_list,
-    warn_of_constant,
-    warn_of_cut,
-    warn_of_unknown,
 )
 from cmvae.datasets.values import (
     Kind,
-    count_cut,
     count_unknown,
     describe_unknown,
-    fit_modality,
     make_column,
 )
-from cmvae.modalities import Modality, TextModality, VectorModality, check_name
+from cmvae.modalities import Modality, check_name
 from cmvae.utils.errors import Problems, UserError
 
 DESCRIPTION = "your own table, CSV or Parquet: columns of values, texts and paths of images"
@@ -364,15 +359,7 @@ def _fit_column(
             for column in request.columns:
                 _refuse_ids(table, column)
         values = read_cells(request.kind, request.columns, table, decimal)
-    what = f"{table.path}: column {request.columns[0]}"
-    modality = fit_modality(what, values, train, fit_settings(arguments))
-    if isinstance(modality, VectorModality):
-        warn_of_constant(name, modality.column_names, np.asarray(values.data)[train])
-    if isinstance(modality, TextModality):
-        warn_of_cut(name, count_cut(values, modality), modality.shape[0])
-        texts = values.at(train)
-        warn_of_unknown(name, count_unknown(texts, modality), arguments.min_count)
-    return make_column(name, values, modality, arguments.on_error)
+    return fit_column(name, f"{table.path}: column {request.columns[0]}", values, train, arguments)
 
 
 def _refuse_ids(table: Table, column: str) -> None:

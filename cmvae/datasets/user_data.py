@@ -7,20 +7,31 @@ import hashlib
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from cmvae.datasets.base import DamagedSampleError
 from cmvae.datasets.columns import LENGTH_STEP, Column, is_constant, number_classes
 from cmvae.datasets.splits import DEFAULT_FRACTIONS, fractions
-from cmvae.datasets.values import FitSettings, Unknown
-from cmvae.modalities import RESERVED_NAMES
+from cmvae.datasets.values import (
+    FitSettings,
+    Unknown,
+    Values,
+    count_cut,
+    count_unknown,
+    fit_modality,
+    make_column,
+)
+from cmvae.modalities import RESERVED_NAMES, TextModality, VectorModality
 from cmvae.utils.arguments import positive_integer
 from cmvae.utils.errors import UserError, raise_all
 
+S = TypeVar("S")
+T = TypeVar("T")
 _SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -206,7 +217,53 @@ def check_columns(columns: Mapping[str, Column], places: Sequence[str]) -> None:
             print(f"note: {name} is missing in {lacking:,} of {len(places):,} samples", file=sys.stderr)
 
 
-def warn_of_constant(name: str, columns: Sequence[str], values: np.ndarray) -> None:
+def fit_column(
+    name: str, what: str, values: Values, train: np.ndarray, arguments: argparse.Namespace
+) -> Column:
+    """The values as a column of a modality that is made from them; reports on stderr what is lost.
+
+    Args:
+        name: name of the modality.
+        what: what the values are, for messages.
+        values: values of N samples.
+        train: rows of the train split.
+        arguments: with the flags of `add_shared_arguments`.
+
+    Raises:
+        UserError: the values do not make a modality.
+    """
+    modality = fit_modality(what, values, train, fit_settings(arguments))
+    if isinstance(modality, VectorModality):
+        _warn_of_constant(name, modality.column_names, np.asarray(values.data)[train])
+    if isinstance(modality, TextModality):
+        _warn_of_cut(name, count_cut(values, modality), modality.shape[0])
+        _warn_of_unknown(name, count_unknown(values.at(train), modality), arguments.min_count)
+    return make_column(name, values, modality, arguments.on_error)
+
+
+def read_contents(
+    sources: Sequence[S | None], places: Sequence[str], read: Callable[[S], T | None], damaged: dict[int, str]
+) -> list[T | None]:
+    """Contents of N sources, None where there is none or it is damaged.
+
+    Args:
+        sources: where to read the content of each row, None where it is missing.
+        places: name of each source for messages.
+        read: reads one; raises ValueError or `DamagedSampleError` if it is damaged.
+        damaged: gets what is wrong, by row.
+    """
+    contents: list[T | None] = []
+    for row, (source, place) in enumerate(zip(sources, places, strict=True)):
+        contents.append(None)
+        if source is not None:
+            try:
+                contents[row] = read(source)
+            except (ValueError, DamagedSampleError) as error:
+                damaged[row] = f"{place}: {error}"
+    return contents
+
+
+def _warn_of_constant(name: str, columns: Sequence[str], values: np.ndarray) -> None:
     """Report on stderr the columns (D,) of a vector that are constant in the train split, (N, D)."""
     constant = [columns[place] for place in np.flatnonzero(is_constant(values)).tolist()]
     if constant:
@@ -217,13 +274,13 @@ def warn_of_constant(name: str, columns: Sequence[str], values: np.ndarray) -> N
         )
 
 
-def warn_of_cut(name: str, num_cut: int, length: int) -> None:
+def _warn_of_cut(name: str, num_cut: int, length: int) -> None:
     """Report on stderr how many texts are longer than the tokens of the modality."""
     if num_cut:
         print(f"note: {name}: {num_cut:,} texts are cut after {length - 1} words", file=sys.stderr)
 
 
-def warn_of_unknown(name: str, unknown: Unknown, min_count: int) -> None:
+def _warn_of_unknown(name: str, unknown: Unknown, min_count: int) -> None:
     """Report on stderr if most words of the train split are too rare for the vocabulary."""
     if 2 * unknown.number > unknown.total:
         print(

@@ -8,24 +8,19 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from cmvae.data.index import OnError
 from cmvae.data.remote import is_remote
 from cmvae.datasets.base import DamagedSampleError, random_stream
 from cmvae.datasets.columns import (
     Column,
     ColumnSource,
     DamagedColumn,
-    TextColumn,
-    fit_text,
-    fit_vector,
-    number_column,
     read_image,
 )
 from cmvae.datasets.folder import read_vector, stack_vectors
@@ -34,10 +29,12 @@ from cmvae.datasets.user_data import (
     add_shared_arguments,
     check_columns,
     check_keys,
+    fit_column,
     make_keys,
+    read_contents,
     read_labels,
-    warn_of_constant,
 )
+from cmvae.datasets.values import Values
 from cmvae.modalities import RESERVED_NAMES, ImageModality
 from cmvae.modalities.base import NAME_PATTERN
 from cmvae.utils.errors import UserError, raise_all
@@ -173,7 +170,7 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
     if arguments.label is not None:
         of_class = _members_with(samples, [_extension(arguments.label)])
         damaged: dict[int, str] = {}
-        contents = _read_all(of_class, places, _parse_text, damaged)
+        contents = read_contents(of_class, places, _read_text, damaged)
         raise_all(damaged.values())
         labels, class_names = read_labels(contents, f"--label {arguments.label}")
     splits = draw_splits(
@@ -328,43 +325,24 @@ def _make_column(
         modality = ImageModality(shape=(arguments.channels, size, size), optional=None in members)
         return TarImageColumn(members, places, modality)
     damaged: dict[int, str] = {}
-    column: Column
     if kind == "text":
-        texts = _read_all(members, places, _parse_text, damaged)
-        column = TextColumn(texts, fit_text(texts, train, arguments.min_count, arguments.text_length))
+        values = Values("text", read_contents(members, places, _read_text, damaged))
     else:
-        rows = _read_all(members, places, lambda content: read_vector(io.BytesIO(content)), damaged)
+        rows = read_contents(members, places, _read_vector, damaged)
         named = [None if member is None else place for member, place in zip(members, places, strict=True)]
-        values = stack_vectors(named, rows)
-        modality_of_vectors = fit_vector(values, None, train)
-        warn_of_constant(name, modality_of_vectors.column_names, values[train])
-        column = number_column(values, modality_of_vectors)
-    on_error: OnError = arguments.on_error
-    if on_error == "error":
+        values = Values("vector", stack_vectors(named, rows), places=places)
+    column = fit_column(name, f"--{kind} {name}", values, train, arguments)
+    if arguments.on_error == "error":
         raise_all(damaged.values())
-    return DamagedColumn(column, damaged)
+    return DamagedColumn(column, damaged) if damaged else column
 
 
-def _read_all(
-    members: Sequence[Member | None],
-    places: Sequence[str],
-    parse: Callable[[bytes], T | None],
-    damaged: dict[int, str],
-) -> list[T | None]:
-    """Contents of the members, None where there is none or it is damaged; adds what is wrong to `damaged`."""
-    contents: list[T | None] = []
-    for row, member in enumerate(members):
-        contents.append(None)
-        if member is not None:
-            try:
-                contents[row] = parse(member.read())
-            except (ValueError, DamagedSampleError) as error:
-                damaged[row] = f"{places[row]}: {error}"
-    return contents
+def _read_vector(member: Member) -> np.ndarray:
+    return read_vector(io.BytesIO(member.read()))
 
 
-def _parse_text(content: bytes) -> str | None:
+def _read_text(member: Member) -> str | None:
     try:
-        return content.decode("utf-8").strip() or None
+        return member.read().decode("utf-8").strip() or None
     except UnicodeDecodeError as error:
         raise ValueError(f"cannot be read as text in UTF-8: {error}") from error
