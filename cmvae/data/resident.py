@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cmvae.data.index import OnError
-from cmvae.data.plan import TrainingPlan, WorldSizeChange
-from cmvae.data.remote import Location
+from cmvae.data.plan import TrainingPlan
 from cmvae.data.split_reader import Batch, SplitReader
 from cmvae.utils.errors import UserError
 
@@ -25,43 +23,17 @@ class ResidentLoader:
     from the CPU. Every rank holds the whole split. The stored values of PolyMNIST take 0.7 GB.
 
     Args:
-        location: folder that `cmvae pack` wrote, or its URL.
-        device: where the split is kept.
-        split: name of the split.
-        modalities: names of the modalities to read.
-        batch_size: B, number of samples per batch on this rank.
-        seed: seed of the order.
+        shards: the split.
+        plan: which rank reads which sample when.
         rank: number of this rank.
-        world_size: W, number of ranks.
-        shuffle_window: minimum number of samples that are shuffled together.
-        on_error: see `TrainingLoader`.
-        world_size_changes: see `TrainingLoader`.
+        device: where the split is kept.
 
     Raises:
-        UserError: as `TrainingLoader`; a shard is damaged; or the split takes more than half of the free
-            memory of a GPU.
+        UserError: a shard is damaged, or the split takes more than half of the free memory of a GPU.
     """
 
-    def __init__(
-        self,
-        location: Location,
-        *,
-        device: torch.device,
-        modalities: Sequence[str],
-        batch_size: int,
-        split: str = "train",
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle_window: int = 4096,
-        on_error: OnError = "error",
-        world_size_changes: Sequence[WorldSizeChange] = (),
-    ) -> None:
-        shards = SplitReader(location, split, modalities, on_error)
-        self._plan = TrainingPlan(
-            shards.sizes, batch_size, world_size, seed, shuffle_window, world_size_changes
-        )
-        self._rank, self._device = rank, device
+    def __init__(self, shards: SplitReader, plan: TrainingPlan, rank: int, device: torch.device) -> None:
+        self._plan, self._rank, self._device = plan, rank, device
         _check_memory(shards.num_bytes, device)
         self._tensors: dict[str, Tensor] = {}
         self._lists: dict[str, list[str | None]] = {}

@@ -19,8 +19,7 @@ from tqdm import tqdm
 from cmvae.config import ExperimentConfig
 from cmvae.data.batch import to_device
 from cmvae.data.index import SplitName
-from cmvae.data.reader import EvaluationLoader, TrainingLoader
-from cmvae.data.resident import ResidentLoader
+from cmvae.data.reader import EvaluationLoader
 from cmvae.tracking import Tracker
 from cmvae.training.checkpoint import Checkpointer
 from cmvae.training.meters import Meter, SkippedSamples
@@ -38,6 +37,7 @@ from cmvae.training.step_checks import (
     reads_late,
 )
 from cmvae.training.task import Measure, Preview, Task
+from cmvae.training.train_split import open_train_split
 from cmvae.training.validation import collect_records, evaluation_mode, save_validation
 from cmvae.training.watchdog import Heartbeat
 from cmvae.utils.attempts import attempt
@@ -90,7 +90,14 @@ class Trainer:
         self.task, self.module, self.optimizer, self.average = task, module, optimizer, average
         self.checkpointer, self.state = checkpointer, checkpointer.state
         rank, world_size = accelerator.process_index, accelerator.num_processes
-        self.train_loader = self._open_train_split()
+        self.train_loader = open_train_split(
+            config,
+            task.modality_names,
+            accelerator.device,
+            rank=rank,
+            world_size=world_size,
+            world_size_changes=self.state.world_size_changes,
+        )
         self.validation_loader = EvaluationLoader(
             config.data.shards,
             split="validation",
@@ -109,23 +116,6 @@ class Trainer:
         self.skipped = SkippedSamples(config.data.max_skipped)
         self.skipped_in_validation = SkippedSamples(config.data.max_skipped)
         self.heartbeat = Heartbeat(config.run_dir / LOGS_NAME, rank, world_size, config.train.hang_timeout)
-
-    def _open_train_split(self) -> TrainingLoader | ResidentLoader:
-        data, accelerator = self.config.data, self.accelerator
-        common: dict[str, Any] = {
-            "modalities": self.task.modality_names,
-            "batch_size": self.config.train.batch_size,
-            "seed": self.config.seed,
-            "rank": accelerator.process_index,
-            "world_size": accelerator.num_processes,
-            "shuffle_window": data.shuffle_window,
-            "on_error": data.on_error,
-            "world_size_changes": self.state.world_size_changes,
-        }
-        if data.on_device:
-            return ResidentLoader(data.shards, device=accelerator.device, **common)
-        cache_bytes = data.cache_megabytes * 2**20
-        return TrainingLoader(data.shards, num_workers=data.num_workers, cache_bytes=cache_bytes, **common)
 
     def fit(self) -> signal.Signals | None:
         """Train to the last step or to a signal, with a checkpoint of that step in either case.

@@ -7,9 +7,10 @@ import torch
 from mixed import Mixed
 
 from cmvae.data.index import ShardIndex
-from cmvae.data.plan import WorldSizeChange
+from cmvae.data.plan import TrainingPlan, WorldSizeChange
 from cmvae.data.reader import TrainingLoader
 from cmvae.data.resident import ResidentLoader
+from cmvae.data.split_reader import SplitReader
 from cmvae.datasets.writer import write_shards
 from cmvae.training.checkpoint_folder import list_checkpoints
 from cmvae.training.run import run_training
@@ -21,7 +22,16 @@ CPU = torch.device("cpu")
 
 def both(folder, **changes):
     settings = {"modalities": ["m0", "m1"], "batch_size": 3, "seed": 5, "shuffle_window": 12, **changes}
-    return TrainingLoader(folder, **settings), ResidentLoader(folder, device=CPU, **settings)
+    return TrainingLoader(folder, **settings), resident_loader(folder, **settings)
+
+
+def resident_loader(
+    folder, *, modalities, batch_size, split="train", seed=0, rank=0, world_size=1, shuffle_window=4096,
+    on_error="error", world_size_changes=(), device=CPU,
+):  # fmt: skip
+    shards = SplitReader(folder, split, modalities, on_error)
+    plan = TrainingPlan(shards.sizes, batch_size, world_size, seed, shuffle_window, world_size_changes)
+    return ResidentLoader(shards, plan, rank, device)
 
 
 def assert_equal(first, second):
@@ -93,7 +103,7 @@ def test_a_split_that_does_not_fit_a_gpu_is_refused(make_folder, monkeypatch):
     with pytest.raises(
         UserError, match=r"data\.on_device: the train split takes .*Set data\.on_device=false"
     ):
-        ResidentLoader(folder, device=torch.device("cuda"), modalities=["m0", "m1"], batch_size=3)
+        resident_loader(folder, device=torch.device("cuda"), modalities=["m0", "m1"], batch_size=3)
 
 
 def test_a_training_on_it_is_the_same_training(experiment, tmp_path):

@@ -15,7 +15,7 @@ from cmvae.data.reader import EvaluationLoader
 from cmvae.models.encoding import encode_split
 from cmvae.tracking import NullTracker
 from cmvae.training import cmvae_task as cmvae_task
-from cmvae.training import trainer
+from cmvae.training import train_split, trainer
 from cmvae.training.checkpoint_folder import list_checkpoints
 from cmvae.training.run import run_training
 from cmvae.training.step_checks import NonFiniteError, StepCheck, StopRequest
@@ -236,7 +236,7 @@ def test_accumulation_equals_one_large_batch(experiment, tmp_path, monkeypatch, 
         def epoch_batches(self, epoch, skip_batches=0):
             yield from EvaluationLoader(**self.arguments, batch_size=self.batch_size)
 
-    monkeypatch.setattr(trainer, "TrainingLoader", FirstSamples)
+    monkeypatch.setattr(train_split, "TrainingLoader", FirstSamples)
     common = ["train.max_steps=1", "train.checkpoint_every=null", f"objective.cross_sources={cross_sources}"]
     two = experiment(*common, f"output_dir={tmp_path / 'two'}", "train.gradient_accumulation_steps=2")
     one = experiment(*common, f"output_dir={tmp_path / 'one'}", "train.batch_size=32")

@@ -18,14 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from cmvae.config import CMVAEExperiment, load_config
 from cmvae.data.batch import to_device
 from cmvae.data.index import ShardIndex
-from cmvae.data.reader import TrainingLoader
-from cmvae.data.resident import ResidentLoader
 from cmvae.modalities import ImageModality, Modality
 from cmvae.models.cmvae import CMVAE, channels_last
 from cmvae.models.networks import IMAGE_NETWORKS
 from cmvae.models.precision import AUTOCAST_DTYPES, Precision, network_precision
 from cmvae.training.optimization import build_optimizer
 from cmvae.training.tasks import CMVAETask
+from cmvae.training.train_split import open_train_split
 from cmvae.utils.errors import UserError
 from cmvae.utils.memory import keep_freed_memory
 
@@ -216,19 +215,7 @@ def read_forever(
     config: CMVAEExperiment, names: Sequence[str], device: torch.device
 ) -> Iterator[dict[str, Any]]:
     """Train batches of the modalities `names` without end, as one rank reads them, each with its seed."""
-    data = config.data
-    common: dict[str, Any] = {
-        "modalities": names,
-        "batch_size": config.train.batch_size,
-        "seed": config.seed,
-        "shuffle_window": data.shuffle_window,
-    }
-    loader: TrainingLoader | ResidentLoader
-    if data.on_device:
-        loader = ResidentLoader(data.shards, device=device, **common)
-    else:
-        cache_bytes = data.cache_megabytes * 2**20
-        loader = TrainingLoader(data.shards, num_workers=data.num_workers, cache_bytes=cache_bytes, **common)
+    loader = open_train_split(config, names, device)
     batches = itertools.chain.from_iterable(map(loader.epoch_batches, itertools.count()))
     for step, batch in enumerate(batches):
         yield batch | {"_seed": step, "_place": range(config.train.batch_size)}
