@@ -34,7 +34,7 @@ from cmvae.commands.new_rows import is_table, load_modalities, note, open_rows, 
 from cmvae.config import CMVAEExperiment, load_cmvae_run
 from cmvae.data.index import ShardIndex
 from cmvae.datasets.table_rows import add_form_arguments
-from cmvae.utils.arguments import comma_separated, command_parser, positive_integer
+from cmvae.utils.arguments import add_num_clusters_argument, comma_separated, command_parser
 from cmvae.utils.errors import UserError
 
 if TYPE_CHECKING:  # imports torch
@@ -48,12 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("data", help="packed data, e.g. shards/digits, or its URL; or a table, e.g. new.csv")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="the table to write")
     parser.add_argument("--split", default="all", help="one split of packed data, or all (default)")
-    parser.add_argument(
-        "--num-clusters",
-        type=positive_integer,
-        metavar="K",
-        help="number of clusters, from the same model (default: what its export selected)",
-    )
+    add_num_clusters_argument(parser)
     parser.add_argument(
         "--modalities",
         type=comma_separated,

@@ -70,13 +70,9 @@ class DataParts(Protocol):
         """The parts in order."""
 
 
-def index_sha256(location: Location) -> str:
-    """What identifies packed data: a hash of its index, which has those of all shards.
-
-    Raises:
-        UserError: the index is missing or damaged.
-    """
-    return hashlib.sha256(ShardIndex.load(location).model_dump_json().encode()).hexdigest()
+def index_sha256(index: ShardIndex) -> str:
+    """What identifies packed data: a hash of its index, which has those of all shards."""
+    return hashlib.sha256(index.model_dump_json().encode()).hexdigest()
 
 
 class ShardParts:
@@ -101,7 +97,7 @@ class ShardParts:
         self._readers = {split: SplitReader(location, split, modalities) for split in splits}
         index = ShardIndex.load(location)
         self.identity = {
-            "index": index_sha256(location),
+            "index": index_sha256(index),
             "splits": list(splits),
             "modalities": list(modalities),
             "batch_size": batch_size,

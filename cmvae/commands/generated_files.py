@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 from torch import Tensor
 
+from cmvae.commands.parts import begin_parts, holds_parts_of
 from cmvae.modalities import Modality
 from cmvae.utils.attempts import attempt
 from cmvae.utils.errors import UserError
@@ -85,17 +86,14 @@ class GenerationFolder:
         Raises:
             UserError: the folder cannot be written.
         """
-        content = (json.dumps(request, indent=1, sort_keys=True) + "\n").encode()
-        path = self._parts / "request.json"
         try:
-            if path.is_file() and path.read_bytes() == content:
+            if holds_parts_of(self._parts, request):
                 return
             self.remove()
-            self._parts.mkdir(parents=True)
             for name in self._targets:
                 if not self._modalities[name].table_columns:
-                    (self._staging / name).mkdir()
-            write_whole(path, content)
+                    (self._staging / name).mkdir(parents=True)
+            begin_parts(self._parts, request)
         except OSError as error:
             raise self._explain(error) from error
 

@@ -97,7 +97,7 @@ def run_generation(
             **record,
             "export": weights_sha256(run_dir / "export"),
             "config": config.model_dump(mode="json"),
-            "index": None if request.given is None else index_sha256(config.data.shards),
+            "index": None if request.given is None else index_sha256(ShardIndex.load(config.data.shards)),
         }
         staging = GenerationFolder(out, request.targets, model.modalities)
         run_on_main(accelerator, lambda: staging.prepare(made_from))

@@ -31,6 +31,30 @@ Row = Sequence[str]
 SortKey = Callable[[Row], Any]
 
 
+def holds_parts_of(folder: Path, request: Mapping[str, Any]) -> bool:
+    """Whether a folder holds parts of a request that was interrupted."""
+    path = folder / _REQUEST_NAME
+    return path.is_file() and path.read_bytes() == _as_json(request)
+
+
+def begin_parts(folder: Path, request: Mapping[str, Any]) -> None:
+    """Make the folder of the parts of a request; from then on `holds_parts_of` is true.
+
+    Args:
+        folder: of the parts; an empty one may be there.
+        request: all that the parts depend on; JSON.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / _REQUEST_NAME, _as_json(request))
+
+
+def _as_json(request: Mapping[str, Any]) -> bytes:
+    return (json.dumps(request, indent=1, sort_keys=True) + "\n").encode()
+
+
 class PartFolder:
     """The parts of a table that is being written, in a hidden folder beside it.
 
@@ -53,14 +77,10 @@ class PartFolder:
         Raises:
             UserError: the folder cannot be written.
         """
-        content = (json.dumps(request, indent=1, sort_keys=True) + "\n").encode()
-        path = self.folder / _REQUEST_NAME
         try:
-            if path.is_file() and path.read_bytes() == content:
-                return
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir()
-            write_whole(path, content)
+            if not holds_parts_of(self.folder, request):
+                shutil.rmtree(self.folder, ignore_errors=True)
+                begin_parts(self.folder, request)
         except OSError as error:
             raise self._explain(error) from error
 

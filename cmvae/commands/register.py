@@ -17,7 +17,7 @@ import argparse
 from pathlib import Path
 
 from cmvae.config import load_cmvae_run
-from cmvae.utils.arguments import command_parser, positive_integer
+from cmvae.utils.arguments import add_num_clusters_argument, command_parser
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,12 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/wine")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to (default: RUN/mlflow_model)")
     parser.add_argument("--name", help="register the model in MLflow under this name")
-    parser.add_argument(
-        "--num-clusters",
-        type=positive_integer,
-        metavar="K",
-        help="number of clusters, from the same model (default: what its export selected)",
-    )
+    add_num_clusters_argument(parser)
     return parser.parse_args()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cmvae.config import check_against_shards, load_cmvae_run
 from cmvae.data.index import ShardIndex
-from cmvae.utils.arguments import command_parser, positive_integer
+from cmvae.utils.arguments import add_num_clusters_argument, command_parser
 from cmvae.utils.errors import UserError
 
 
@@ -26,12 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/digits")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="default: RUN/report.html")
     parser.add_argument("--split", default="all", help="one split of the data, or all (default)")
-    parser.add_argument(
-        "--num-clusters",
-        type=positive_integer,
-        metavar="K",
-        help="number of clusters, from the same model (default: what its export selected)",
-    )
+    add_num_clusters_argument(parser)
     return parser.parse_args()
 
 

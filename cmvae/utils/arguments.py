@@ -39,6 +39,16 @@ def comma_separated(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(parts))
 
 
+def add_num_clusters_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--num-clusters`, of commands that use a trained model."""
+    parser.add_argument(
+        "--num-clusters",
+        type=positive_integer,
+        metavar="K",
+        help="number of clusters, from the same model (default: what its export selected)",
+    )
+
+
 def command_parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose `--help` begins with `doc`, the docstring of a command's module, as it is formatted."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
