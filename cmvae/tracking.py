@@ -277,16 +277,10 @@ def read_curves(run_dir: Path, prefixes: Sequence[str]) -> dict[str, dict[int, f
     Raises:
         UserError: the run was not tracked, or MLflow does not have it.
     """
-    _configure_mlflow()
+    record = _find_record(run_dir)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    path = run_dir / RUN_RECORD_NAME
-    record = _read_record(path)
-    if record is None:
-        raise UserError(f"{path}: missing, because the run was not tracked. Train with tracking.enabled=true")
-    if _database_is_missing(record.tracking_uri):
-        raise UserError(f"{path}: its database {record.tracking_uri} does not exist. Copy it there")
     try:
         client = MlflowClient(tracking_uri=record.tracking_uri)
         names = sorted(client.get_run(record.run_id).data.metrics)
@@ -296,6 +290,7 @@ def read_curves(run_dir: Path, prefixes: Sequence[str]) -> dict[str, dict[int, f
             if name.startswith(tuple(prefixes))
         }
     except MlflowException as error:
+        path = run_dir / RUN_RECORD_NAME
         raise UserError(f"{path}: its run is not in {record.tracking_uri}: {_first_line(error)}") from error
     return {
         name: {point.step: point.value for point in sorted(history, key=lambda point: point.step)}
@@ -317,13 +312,10 @@ def register_model(run_dir: Path, folder: Path, name: str) -> int:
     Raises:
         UserError: the run was not tracked, or MLflow refuses or does not answer.
     """
+    record = _find_record(run_dir)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    path = run_dir / RUN_RECORD_NAME
-    record = _read_record(path)
-    if record is None:
-        raise UserError(f"{path}: missing, because the run was not tracked. Train with tracking.enabled=true")
     uri = _absolute(os.environ.get("MLFLOW_TRACKING_URI") or record.tracking_uri)
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
@@ -334,6 +326,22 @@ def register_model(run_dir: Path, folder: Path, name: str) -> int:
         return int(client.create_model_version(name, source, record.run_id).version)
     except MlflowException as error:
         raise UserError(f"--name {name}: cannot be registered in {uri}: {_first_line(error)}") from error
+
+
+def _find_record(run_dir: Path) -> _RunRecord:
+    """The MLflow run of a folder; prepares the environment for importing MLflow.
+
+    Raises:
+        UserError: the run was not tracked, or its database does not exist.
+    """
+    _configure_mlflow()
+    path = run_dir / RUN_RECORD_NAME
+    record = _read_record(path)
+    if record is None:
+        raise UserError(f"{path}: missing, because the run was not tracked. Train with tracking.enabled=true")
+    if _database_is_missing(record.tracking_uri):
+        raise UserError(f"{path}: its database {record.tracking_uri} does not exist. Copy it there")
+    return record
 
 
 def _guarded(config: ExperimentConfig, is_main: bool, opened: Callable[[], Tracker]) -> Tracker:
