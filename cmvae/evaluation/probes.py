@@ -75,13 +75,17 @@ def encode_for_probes(context: EvaluationContext) -> ProbedLatents | str:
     return ProbedLatents(train, test, context.settings.seed)
 
 
-def evaluate_probes(context: EvaluationContext) -> GroupResult:
+def evaluate_probes(context: EvaluationContext, latents: ProbedLatents | str | None = None) -> GroupResult:
     """Measure the accuracy of linear classifiers on z, w and both, `probe/{z,w,both}/MODALITY`.
 
     They are trained on the labelled samples of the train split that have the modality, and tested on those of
     the split that is evaluated.
+
+    Args:
+        context: model, data and settings.
+        latents: of `encode_for_probes`; None encodes the samples.
     """
-    latents = encode_for_probes(context)
+    latents = encode_for_probes(context) if latents is None else latents
     if isinstance(latents, str):
         return GroupResult(left_out={"probe": latents})
     result = GroupResult(

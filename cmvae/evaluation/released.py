@@ -34,7 +34,7 @@ from cmvae.clustering import (
 )
 from cmvae.data.index import SplitName
 from cmvae.evaluation.context import EvaluationContext
-from cmvae.evaluation.probes import encode_for_probes, parts_of, probe_accuracy
+from cmvae.evaluation.probes import ProbedLatents, encode_for_probes, parts_of, probe_accuracy
 from cmvae.evaluation.report import RELEASED, GroupResult
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.export import load_clusters
@@ -118,13 +118,19 @@ def evaluate_released_clustering(context: EvaluationContext, export: Path, beta:
     return result
 
 
-def evaluate_released_probes(context: EvaluationContext) -> GroupResult:
+def evaluate_released_probes(
+    context: EvaluationContext, latents: ProbedLatents | str | None = None
+) -> GroupResult:
     """Accuracy of linear and nonlinear classifiers on the latents of the labelled samples of the split.
+
+    Args:
+        context: model, data and settings.
+        latents: of `encode_for_probes`; None encodes the samples.
 
     Returns:
         `released/probe/{linear,mlp}/{z,w,both}/MODALITY` and `released/probe/{linear,mlp}/z/all`.
     """
-    latents = encode_for_probes(context)
+    latents = encode_for_probes(context) if latents is None else latents
     if isinstance(latents, str):
         return GroupResult(left_out={f"{RELEASED}probe": latents})
     result = GroupResult(
