@@ -10,6 +10,7 @@ import tarfile
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,6 +171,19 @@ def test_damaged_members_are_refused_or_left_out(tars, tmp_path):
     assert sorted(read(tmp_path / "shards")[1]) == [*range(60), 61]
 
 
+def test_what_is_lost_is_reported_as_for_tables(tmp_path, capsys):
+    with TarWriter(str(tmp_path / "a.tar")) as writer:
+        for number in range(40):
+            buffer = io.BytesIO()
+            np.save(buffer, np.array([number % 7, 1.0]))
+            writer.write({"__key__": f"s{number}", "txt": "long " * 20, "npy": buffer.getvalue()})
+    flags = ["--text", "txt", "--vector", "npy", "--text-length", "8"]
+    webdataset.from_arguments(parse([str(tmp_path / "a.tar"), *flags]))
+    reported = capsys.readouterr().err
+    assert "note: text: 40 texts are cut after 7 words" in reported
+    assert "warning: vector: 1 never vary in the train split" in reported
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -207,5 +221,5 @@ def parse(flags):
     parser = argparse.ArgumentParser()
     webdataset.add_arguments(parser)
     arguments = parser.parse_args(flags)
-    arguments.seed, arguments.out = 0, None
+    arguments.seed, arguments.out = 0, Path("shards")
     return arguments
