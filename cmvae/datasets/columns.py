@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cmvae.data.index import OnError, SplitName, TableSchema
 from cmvae.datasets.base import DamagedSampleError, Sample
+from cmvae.datasets.boxes import square_around
 from cmvae.datasets.splits import Splits
 from cmvae.modalities import (
     BinaryModality,
@@ -92,13 +93,14 @@ class ArrayColumn:
 
 
 class ImageColumn:
-    """Image files of any size: the largest square in the middle, resized.
+    """Image files of any size: the largest square in the middle, or around a box, resized.
 
     Args:
         paths: (N,) file of each row, None where it is missing.
         places: (N,) name of each row for messages: file, row and column.
         modality: size and number of channels.
         on_error: `skip` finds missing files when they are read.
+        boxes: (N,) box around what each image shows: left, top, width and height, in pixels of the file.
 
     Raises:
         UserError: a file does not exist.
@@ -110,6 +112,7 @@ class ImageColumn:
         places: Sequence[str],
         modality: ImageModality,
         on_error: OnError = "error",
+        boxes: Sequence[Sequence[float]] | None = None,
     ) -> None:
         if on_error == "error":
             raise_all(
@@ -117,7 +120,7 @@ class ImageColumn:
                 for path, place in zip(paths, places, strict=True)
                 if path is not None and not path.is_file()
             )
-        self.paths, self.places, self.modality = paths, places, modality
+        self.paths, self.places, self.modality, self._boxes = paths, places, modality, boxes
 
     def has(self, row: int) -> bool:
         """Whether the row has an image."""
@@ -128,7 +131,7 @@ class ImageColumn:
         path = self.paths[row]
         assert path is not None  # noqa: S101 (`has` was asked)
         try:
-            return read_image(path, self.modality)
+            return read_image(path, self.modality, None if self._boxes is None else self._boxes[row])
         except ValueError as error:
             raise DamagedSampleError(f"{self.places[row]}: {path}: {error}") from error
 
@@ -401,10 +404,15 @@ class ColumnSource:
         )
 
 
-def read_image(path: Path | BinaryIO, modality: Modality) -> np.ndarray:
+def read_image(path: Path | BinaryIO, modality: Modality, box: Sequence[float] | None = None) -> np.ndarray:
     """Read the largest square, or rectangle of the modality's proportions, in the middle of an image file.
 
     The image is rotated as its EXIF data says, transparent pixels become white.
+
+    Args:
+        path: the file.
+        modality: size and number of channels.
+        box: take the square around this box instead: left, top, width and height, in pixels of the file.
 
     Returns:
         (channels, height, width) uint8.
@@ -423,7 +431,11 @@ def read_image(path: Path | BinaryIO, modality: Modality) -> np.ndarray:
                 # The colour of fully transparent pixels is arbitrary.
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("L" if channels == 1 else "RGB")
-            pixels = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+            size, filter_ = (width, height), Image.Resampling.LANCZOS
+            if box is None:
+                pixels = np.asarray(ImageOps.fit(image, size, filter_))
+            else:
+                pixels = np.asarray(image.resize(size, filter_, square_around(box, image.size)))
     except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"cannot be read as an image ({error}). Replace it; supported formats are "
