@@ -90,8 +90,8 @@ def part(text: str) -> Part:
     """Type of `--part`."""
     number, _, count = text.partition("/")
     chosen = Part(positive_integer(number), positive_integer(count))
-    if chosen.number > chosen.count:
-        raise argparse.ArgumentTypeError(f"{text!r}: there are only {chosen.count} parts")
+    if chosen.number > chosen.num_parts:
+        raise argparse.ArgumentTypeError(f"{text!r}: there are only {chosen.num_parts} parts")
     return chosen
 
 

@@ -44,14 +44,14 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class Part(NamedTuple):
-    """One of `count` parts of the shards: every `count`-th."""
+    """One of `num_parts` parts of the shards: every `num_parts`-th."""
 
     number: int
     """From 1."""
-    count: int
+    num_parts: int
 
     def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
+        return f"{self.number}/{self.num_parts}"
 
 
 class ShardPlan(NamedTuple):

@@ -152,7 +152,7 @@ def _deal(packing: Packing, part: Part) -> Iterator[_ShardTask]:
         split: random_stream(packing.seed, SPLIT_NUMBERS[split]).permutation(size)
         for split, size in packing.split_sizes.items()
     }
-    for plan in islice(packing.shards(), part.number - 1, None, part.count):
+    for plan in islice(packing.shards(), part.number - 1, None, part.num_parts):
         yield _ShardTask(plan, orders[plan.split][plan.start : plan.stop])
 
 

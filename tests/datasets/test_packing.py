@@ -132,7 +132,7 @@ def test_a_packing_that_was_killed_goes_on_with_the_shards_that_are_missing(tmp_
     (folder / "train-000008.tar").write_bytes(b"half")
     write_slowly(folder, begin, part)
     assert {path.name: path.stat().st_ino for path in folder.glob("parts/*.tar.json")}.items() >= done.items()
-    if part.count == 2:
+    if part.num_parts == 2:
         write_slowly(folder, begin, Part(2, 2))
     join_shards(folder)
     write_shards(NumberSource(), tmp_path / "whole", shard_size=7)
