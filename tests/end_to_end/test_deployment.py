@@ -1,6 +1,7 @@
 """Files for clusters name commands, experiments and launch files that exist.
 
-Their schemas were checked by hand: hadolint 2.15, kubeflow-trainer-api 2.3, SkyPilot's schemas; scripts by shellcheck 0.11.
+Their schemas were checked by hand: hadolint 2.15, kubeflow-trainer-api 2.3, SkyPilot's schemas. Scripts were
+checked with shellcheck 0.11.
 """
 
 from __future__ import annotations
