@@ -159,12 +159,16 @@ def begin_packing(folder: Path, packing: Packing, *, force: bool = False) -> Non
     classifiers, which were trained on the data that is replaced.
 
     Raises:
-        UserError: the folder already holds a data set and `force` is false, or cannot be prepared.
+        UserError: the folder cannot be prepared; or `force` is false and it already holds a data set, or
+            parts of another one.
     """
     index = folder / INDEX_NAME
     is_replaced = index.exists()
     _refuse_packed(folder, force)
     try:
+        # Several machines may have packed for days.
+        if not force and any(record.part[1] > 1 for record in _all_records(folder)):
+            _refuse_others(folder, packing)
         if is_replaced or [path.name for path in _packings(folder)] != [_packing_name(packing)]:
             folder.mkdir(parents=True, exist_ok=True)
             # The index is removed first: without it, the folder counts as incomplete.
@@ -326,9 +330,16 @@ def _read_records(folder: Path, packing: Packing) -> dict[ShardPlan, ShardRecord
 
 def _parts_of(folder: Path, packing: Packing) -> list[str]:
     """The parts that packed shards of `packing`."""
-    records = [_read(path, ShardRecord) for path in (folder / PARTS_FOLDER).glob("*.tar.json")]
-    parts = {Part(*r.part) for r in records if r is not None and r.packing == packing.digest}
+    parts = {Part(*record.part) for record in _all_records(folder) if record.packing == packing.digest}
     return [str(part) for part in sorted(parts)]
+
+
+def _all_records(folder: Path) -> Iterator[ShardRecord]:
+    """The records in a folder, whatever they are of."""
+    for path in (folder / PARTS_FOLDER).glob("*.tar.json"):
+        record = _read(path, ShardRecord)
+        if record is not None:
+            yield record
 
 
 def _difference(one: Packing, other: Packing) -> str:
@@ -359,7 +370,7 @@ def _refuse_others(folder: Path, packing: Packing) -> None:
             what = "another version of cmvae packed it" if other is None else _difference(packing, other)
             raise UserError(
                 f"{folder}: holds parts that do not fit: {what}. Give the same data and options as for them, "
-                f"choose another --out, or delete {folder} to begin again"
+                f"choose another --out, or delete {folder}"
             )
 
 

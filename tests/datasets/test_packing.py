@@ -207,6 +207,17 @@ def test_an_image_that_changed_between_two_parts_is_noticed(data, monkeypatch):
         write_part_of(source, data / "out", Part(2, 2), fingerprint(source), **options)
 
 
+def test_parts_are_replaced_by_another_packing_only_by_force(tmp_path):
+    write_part_of(NumberSource(), tmp_path / "out", Part(1, 2))
+    before = contents(tmp_path / "out" / "parts")
+    with pytest.raises(UserError, match="holds parts that do not fit: shard_size is 9 and 7"):
+        write_shards(NumberSource(), tmp_path / "out", shard_size=9)
+    assert contents(tmp_path / "out" / "parts") == before
+    write_shards(NumberSource(), tmp_path / "out", shard_size=9, force=True)
+    write_shards(NumberSource(), tmp_path / "whole", shard_size=9)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_folder_that_holds_a_data_set_gets_no_parts(tmp_path):
     write_shards(NumberSource(), tmp_path, shard_size=7)
     before = contents(tmp_path)
