@@ -124,8 +124,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_for(arguments: argparse.Namespace) -> Path:
-    """The experiment configs/cubicc.yaml, or configs/cub_mini.yaml for cub_mini64 on a CPU."""
-    return Path("configs/cubicc.yaml" if arguments.mini is None else "configs/cub_mini.yaml")
+    """The experiment configs/cubicc.yaml, or configs/cubicc_cpu.yaml for cub_mini64."""
+    return Path("configs/cubicc.yaml" if arguments.mini is None else "configs/cubicc_cpu.yaml")
 
 
 def from_arguments(arguments: argparse.Namespace) -> ColumnSource:

@@ -41,7 +41,7 @@ def read(*flags: object):
         (["--released", "x"], "cubicc"),
         (["--download"], "cubicc"),
         (["--cub", "x"], "cubicc"),
-        (["--mini", "x"], "cub_mini"),
+        (["--mini", "x"], "cubicc_cpu"),
     ],
 )
 def test_each_form_has_the_experiment_that_fits_it(flags, name):
