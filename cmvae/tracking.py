@@ -256,18 +256,6 @@ def resume_tracker(config: ExperimentConfig, run_dir: Path, is_main: bool) -> Tr
     return _guarded(config, is_main, lambda: _open_for_evaluation(config, run_dir))
 
 
-def read_curve(run_dir: Path, metric: str) -> dict[int, float]:
-    """Read a metric of a run from MLflow, step → value.
-
-    Raises:
-        UserError: the run was not tracked, or has no such metric.
-    """
-    found = read_curves(run_dir, (metric,))
-    if metric not in found:
-        raise UserError(f"{run_dir}: no metric {metric!r} in MLflow")
-    return found[metric]
-
-
 def read_curves(run_dir: Path, prefixes: Sequence[str]) -> dict[str, dict[int, float]]:
     """Read the metrics of a run whose names begin with one of `prefixes` from MLflow.
 

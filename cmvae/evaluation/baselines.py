@@ -23,8 +23,8 @@ from cmvae.utils.errors import UserError
 METRICS = ("acc", "nmi", "ari")
 PRINCIPAL_COMPONENTS = 50
 """Number of principal components of pixels, at most."""
+# Kind of modality → name of its plain features.
 _NAMES = {"image": "pixels", "text": "TF-IDF of words", "categorical": "one-hot"}
-"""Kind of modality → name of its plain features."""
 _STARTS = 10
 _BATCH_SIZE = 256
 
@@ -89,7 +89,7 @@ def evaluate_baselines(
                     f"which are too few for {clusters} clusters"
                 )
         plain = plain_features(train.stored, tested.stored, modality)
-        sets = {_NAMES.get(modality.kind, "standardised"): plain}
+        sets = {plain_name(modality): plain}
         if modality.kind == "image":
             components = principal_components(plain)
             sets[f"{components.fitted.shape[1]} principal components"] = components
@@ -111,6 +111,11 @@ def _read(location: Location, split: str, modality: str) -> _Split:
         stored.append(batch[modality][kept].numpy())
         labels.append(batch["label"][kept].numpy())
     return _Split(np.concatenate(stored), np.concatenate(labels))
+
+
+def plain_name(modality: Modality) -> str:
+    """Name of what `plain_features` makes of a modality."""
+    return _NAMES.get(modality.kind, "standardised")
 
 
 def plain_features(fitted: np.ndarray, placed: np.ndarray, modality: Modality) -> Features:
