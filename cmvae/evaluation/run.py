@@ -17,7 +17,7 @@ from cmvae.evaluation.clustering import evaluate_clustering
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.likelihood import evaluate_likelihood
 from cmvae.evaluation.prediction import evaluate_prediction
-from cmvae.evaluation.probes import encode_for_probes, evaluate_probes
+from cmvae.evaluation.probes import evaluate_probes
 from cmvae.evaluation.released import evaluate_released_clustering, evaluate_released_probes
 from cmvae.evaluation.report import GroupResult, write_report
 from cmvae.models.cmvae import CMVAE
@@ -111,10 +111,7 @@ def evaluate_groups(
     if "prediction" in wanted:
         yield evaluate_prediction(context)
     if "probe" in wanted:
-        latents = encode_for_probes(context)
-        yield evaluate_probes(context, latents)
-        if released:
-            yield evaluate_released_probes(context, latents)
+        yield evaluate_released_probes(context) if released else evaluate_probes(context)
     if "likelihood" in wanted:
         yield evaluate_likelihood(context)
 

@@ -31,12 +31,12 @@ Extract = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 def encode_sources(model: CMVAE, batch: Mapping[str, Any], with_private: bool = False) -> dict[str, Tensor]:
-    """Encode a batch for `SampleGenerator.conditional`.
+    """Encode a batch for `SampleGenerator.conditional` and for probes.
 
     Args:
         model: model in evaluation mode.
         batch: batch on its device.
-        with_private: whether to return q(w|x), which only `SampleGenerator.reconstruct` needs.
+        with_private: whether to return q(w|x), which `SampleGenerator.conditional` does not need.
 
     Returns:
         `label` (B,), `loc/SOURCE` and `scale/SOURCE` (B, D_z) of q(z|x), `has/SOURCE` (B,) bool; with
