@@ -171,7 +171,6 @@ def make_page(source: ReportSource, summary: ClusterSummary) -> ClusterPage:
             classes=_classes(index, summary, place),
             summary=features[place].brief(),
             columns=[feature.view for feature in features[place].columns],
-            histograms=column_histograms(summary, place, features[place], colours[int(cluster)]),
             words=[feature.view for feature in features[place].words],
             categories=[feature.view for feature in features[place].categories],
             presence=[feature.view for feature in features[place].presence],
@@ -192,9 +191,16 @@ def make_page(source: ReportSource, summary: ClusterSummary) -> ClusterPage:
     shown += [view.sample for view in to_check]
     used = sum(len(value.image) for sample in shown for value in sample.values)
     map_figure, map_samples, map_note = _map(source, members, _PICTURE_CHARACTERS - used)
-    tree = None
+    figures = {
+        "map": map_figure,
+        "criteria": _criteria(source.record, len(clusters)),
+        "confusion": _confusion(index, summary),
+        "curves": curves,
+    }
     if source.hierarchy is not None and not source.hierarchy.is_pruned:
-        tree = page_figures.tree_figure(*source.hierarchy.linkage(len(summary.clusters)))
+        figures["tree"] = page_figures.tree_figure(*source.hierarchy.linkage(len(summary.clusters)))
+    for place, (view, found) in enumerate(zip(clusters, features, strict=True)):
+        figures[f"histograms-{view.id}"] = column_histograms(summary, place, found, view.colour)
     return ClusterPage(
         title=f"{source.config.name}: {len(clusters)} clusters",
         facts=_facts(source, summary),
@@ -202,15 +208,11 @@ def make_page(source: ReportSource, summary: ClusterSummary) -> ClusterPage:
         clusters=clusters,
         overall_images=_mean_images(summary, None),
         neighbour_kind=neighbour_kind,
-        map=map_figure,
+        figures={name: figure for name, figure in figures.items() if figure is not None},
         map_samples=map_samples,
         map_note=map_note,
-        tree=tree,
-        criteria=_criteria(source.record, len(clusters)),
-        confusion=_confusion(index, summary),
         to_check=to_check,
         check_note=_check_note(source, summary),
-        curves=curves,
         curves_note=curves_note,
         settings=dump_yaml(source.config),
     )
@@ -364,7 +366,7 @@ def _criteria(record: ClusterRecord | None, num_clusters: int) -> page_figures.F
     for name, curve in record.curves.items():
         title = f"{name}: {curve.selected}{' (decides)' if name == decides else ''}"
         curves[title] = (curve.num_clusters, curve.values)
-    return page_figures.criteria_figure(curves, num_clusters)
+    return page_figures.curves_figure(curves, "%{x} clusters: %{y:.4g}", marked=num_clusters)
 
 
 def _confusion(index: ShardIndex, summary: ClusterSummary) -> page_figures.Figure | None:
@@ -405,11 +407,13 @@ def _curves(run_dir: Path) -> tuple[page_figures.Figure | None, str]:
     # Short names first: `train/bound` before the terms of each modality.
     names = sorted(sorted(found, key=lambda name: (name.count("/"), name))[:_MAX_CURVES])
     note = f"Metrics that the training logged to MLflow, over its steps: {len(names)} of {len(found)}."
-    return page_figures.curves_figure({name: _thin(found[name]) for name in names}), note
+    hover = "step %{x}: %{y:.5g}"
+    return page_figures.curves_figure({name: _thin(found[name]) for name in names}, hover), note
 
 
-def _thin(points: Mapping[int, float]) -> dict[int, float]:
-    """At most `_MAX_CURVE_POINTS` points, with the first and the last."""
+def _thin(points: Mapping[int, float]) -> tuple[list[int], list[float]]:
+    """At most `_MAX_CURVE_POINTS` points, with the first and the last: steps and values."""
     steps = list(points)
-    kept = np.unique(np.linspace(0, len(steps) - 1, _MAX_CURVE_POINTS).round().astype(int))
-    return {steps[place]: points[steps[place]] for place in kept}
+    places = np.unique(np.linspace(0, len(steps) - 1, _MAX_CURVE_POINTS).round().astype(int))
+    kept = [steps[place] for place in places]
+    return kept, [points[step] for step in kept]

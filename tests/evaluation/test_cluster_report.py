@@ -215,7 +215,7 @@ def test_clusters_that_are_known_are_described_by_what_makes_them(experiment, tm
     assert float(wing.inside) == pytest.approx(70, abs=2), "in the units of the data"
     assert float(wing.outside) == pytest.approx(40, abs=2)
     assert page.to_check == []
-    assert page.confusion["data"][0]["customdata"] == np.diag([20, 20, 20]).tolist()
+    assert page.figures["confusion"]["data"][0]["customdata"] == np.diag([20, 20, 20]).tolist()
 
 
 class Noise(CMVAE):
@@ -287,7 +287,8 @@ def test_the_page_of_100_000_samples_has_at_most_15_mb(experiment, tmp_path):
         summary.add_batches([("train", modalities[number % 5] | {"key": keys})])
     assert summary.sizes.sum() == 100_000
     page = make_page(source, summary)
-    assert all(cluster.nearest and cluster.least_sure and cluster.histograms for cluster in page.clusters)
+    assert all(cluster.nearest and cluster.least_sure for cluster in page.clusters)
+    assert {f"histograms-{cluster.id}" for cluster in page.clusters} <= page.figures.keys()
     assert len(page.to_check) > 10
     size_of_page = len(render_page(page).encode())
     assert 5 * 2**20 < size_of_page <= MAX_BYTES
