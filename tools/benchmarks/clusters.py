@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -224,6 +225,8 @@ def run_suite(arguments: argparse.Namespace, results: Results) -> None:
 def main() -> int:
     """Run, and write the table of all cells, including those of earlier calls."""
     arguments = parse_arguments()
+    # As an exception, so that a running training ends, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if arguments.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for the trainings
         torch.set_num_threads(arguments.threads)

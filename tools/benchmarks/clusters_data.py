@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
+from cmvae.data.remote import Location
 from cmvae.evaluation.baselines import Features, plain_features, plain_name, principal_components
 from cmvae.utils.errors import UserError
 
@@ -253,7 +254,7 @@ def _group_means(numbers: IntArray) -> Matrix:
 
 
 def read_rows(
-    location: Path, splits: Sequence[str], modalities: Sequence[str], limit: int | None = None
+    location: Location, splits: Sequence[str], modalities: Sequence[str], limit: int | None = None
 ) -> Rows:
     """Read the samples of splits that have all of the modalities.
 
