@@ -6,7 +6,7 @@ import contextlib
 import json
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -137,7 +137,7 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
                 self._clusters = load_clusters(export)
             self._set_clusters()
         # The rare words of the training data are unknown on purpose.
-        self.labels_ = self._assign(self._batches(X, report_unknown=False))
+        self.labels_ = np.concatenate([self._assign(*part) for part in self._encode(X, report_unknown=False)])
         return self
 
     def predict(self, X: Any) -> np.ndarray:
@@ -150,42 +150,53 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         Raises:
             ValueError: the data does not fit the model.
         """
-        return self._assign(self._batches(X))
-
-    def _assign(self, batches: Iterable[tuple[dict[str, Tensor], Tensor]]) -> np.ndarray:
-        labels = []
-        for inputs, mask in batches:
-            clusters = self.model_.assign(inputs, mask).cluster.numpy()
-            has_some = mask.any(1).numpy()
-            labels.append(np.where(has_some, np.searchsorted(self._active, clusters), NO_CLUSTER))
-        return np.concatenate(labels)
+        return np.concatenate([self._assign(*part) for part in self._encode(X)])
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """p(c | z) at the joint location of the modalities, (N, num_clusters_).
 
         NaN for a sample without any modality.
         """
-        locations = self.transform(X)
-        has_some = ~np.isnan(locations).any(axis=1)
-        probabilities = np.full((len(locations), self.num_clusters_), np.nan)
-        if has_some.any():
-            probabilities[has_some] = self.model_.cluster_probabilities(locations[has_some])[:, self._active]
-        return probabilities
+        return np.concatenate([self._probabilities(*part) for part in self._encode(X)])
+
+    def predict_with_proba(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
+        """What `predict` and `predict_proba` return, from one encoding of the data."""
+        parts = [(self._assign(*part), self._probabilities(*part)) for part in self._encode(X)]
+        labels, probabilities = map(np.concatenate, zip(*parts, strict=True))
+        return labels, probabilities
 
     def transform(self, X: Any) -> np.ndarray:
         """Joint location of the modalities in the shared space, (N, shared_dim).
 
         NaN for a sample without any modality.
         """
-        located = []
-        for inputs, mask in self._batches(X):
-            shared = stack_shared_locations(self.model_.encode(inputs)).detach().numpy()
-            present = mask.numpy()
-            has_some = present.any(axis=1)
-            joint = np.full((len(shared), shared.shape[2]), np.nan, dtype=np.float32)
-            joint[has_some] = joint_location(shared[has_some], present[has_some])
-            located.append(joint)
-        return np.concatenate(located)
+        return np.concatenate([self._locate(*part) for part in self._encode(X)])
+
+    def _encode(self, data: Any, report_unknown: bool = True) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """By batch: locations (B, M, D_z) of q(z|x_m), and the modalities that samples have, (B, M) bool."""
+        for inputs, mask in self._batches(data, report_unknown):
+            yield stack_shared_locations(self.model_.encode(inputs)).detach().numpy(), mask.numpy()
+
+    def _assign(self, located: np.ndarray, present: np.ndarray) -> np.ndarray:
+        labels, has_some = np.full(len(located), NO_CLUSTER), present.any(axis=1)
+        if has_some.any():
+            clusters = self.model_.assign_locations(located[has_some], present[has_some]).cluster.numpy()
+            labels[has_some] = np.searchsorted(self._active, clusters)
+        return labels
+
+    def _locate(self, located: np.ndarray, present: np.ndarray) -> np.ndarray:
+        has_some = present.any(axis=1)
+        joint = np.full((len(located), located.shape[2]), np.nan, dtype=np.float32)
+        joint[has_some] = joint_location(located[has_some], present[has_some])
+        return joint
+
+    def _probabilities(self, located: np.ndarray, present: np.ndarray) -> np.ndarray:
+        locations = self._locate(located, present)
+        has_some = present.any(axis=1)
+        probabilities = np.full((len(locations), self.num_clusters_), np.nan)
+        if has_some.any():
+            probabilities[has_some] = self.model_.cluster_probabilities(locations[has_some])[:, self._active]
+        return probabilities
 
     def sample(self, n_samples: int = 1, cluster: int | None = None) -> dict[str, Any]:
         """Generate samples of all modalities, unconditionally or of one cluster.

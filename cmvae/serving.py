@@ -39,9 +39,9 @@ class ServedClusterer:
         Returns:
             Per row `cluster`, -1 if it has no modality, and `probability_0`, `probability_1`, ….
         """
-        probabilities = self._clusterer.predict_proba(model_input)
+        clusters, probabilities = self._clusterer.predict_with_proba(model_input)
         columns = {f"probability_{cluster}": p for cluster, p in enumerate(probabilities.T)}
-        return pd.DataFrame({"cluster": self._clusterer.predict(model_input), **columns})
+        return pd.DataFrame({"cluster": clusters, **columns})
 
 
 def _load_pyfunc(data_path: str) -> ServedClusterer:

@@ -55,45 +55,12 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class Tracker:
-    """Receives the metrics, figures, texts and files of a run; this base class drops them.
+    """Writes the metrics, figures, texts and files of a run to MLflow; without a client it drops them.
 
-    No method raises or blocks for long.
-    """
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log one point of every named metric."""
-
-    def log_figure(self, figure: Figure, name: str) -> None:
-        """Log a figure as the artifact `figures/NAME.png`; replaces an earlier one."""
-
-    def log_text(self, text: str, name: str, step: int | None = None) -> None:
-        """Log a text as `texts/NAME.txt`, or as `texts/NAME/step-STEP.txt`; replaces an earlier one."""
-
-    def log_image(self, figure: Figure, key: str, step: int) -> None:
-        """Log a figure to the image series `key`, which MLflow shows with a slider over steps."""
-
-    def log_artifact(self, path: Path) -> None:
-        """Upload a small file."""
-
-    def log_folder(self, folder: Path) -> None:
-        """Upload the files of a folder as artifacts below its name."""
-
-    def log_data(self, index: ShardIndex, location: Location) -> None:
-        """Log the packed data as the input of the run: name, digest and source."""
-
-    def end(self, status: Status) -> None:
-        """End the run with a status; nothing may be logged afterwards."""
-
-
-class NullTracker(Tracker):
-    """Tracker on ranks other than 0 and with `tracking.enabled: false`."""
-
-
-class MlflowTracker(Tracker):
-    """Tracker that writes to one MLflow run. It warns of the first failure and otherwise ignores failures.
+    No method raises or blocks for long: the first failure is a warning, further ones are ignored.
 
     Args:
-        client: a client of the run's tracking server.
+        client: a client of the run's tracking server; None on ranks other than 0 and without tracking.
         run_id: MLflow's id of the run.
         monitor: the started system metrics monitor of a training; None for an evaluation, whose end is not
             the end of the run.
@@ -103,9 +70,9 @@ class MlflowTracker(Tracker):
 
     def __init__(
         self,
-        client: MlflowClient,
-        run_id: str,
-        monitor: SystemMetricsMonitor | None,
+        client: MlflowClient | None = None,
+        run_id: str = "",
+        monitor: SystemMetricsMonitor | None = None,
         repeats: bool = False,
     ) -> None:
         self.run_id = run_id
@@ -118,91 +85,94 @@ class MlflowTracker(Tracker):
         self._warned = False
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """See `Tracker`."""
-        from mlflow.entities import Metric
-
+        """Log one point of every named metric."""
         now = int(time.time() * 1000)
-        points = [Metric(key, float(value), now, step) for key, value in metrics.items()]
 
-        def log() -> None:
+        def log(client: MlflowClient) -> None:
+            from mlflow.entities import Metric
+
+            points = [Metric(key, float(value), now, step) for key, value in metrics.items()]
             # One call is one transaction, so its first point stands for all of them.
-            if not self._repeats or step > self._last_step(points[0].key):
-                self._client.log_batch(self.run_id, metrics=points)
+            if not self._repeats or step > self._last_step(client, points[0].key):
+                client.log_batch(self.run_id, metrics=points)
 
         self._attempt(log)
 
     def log_figure(self, figure: Figure, name: str) -> None:
-        """See `Tracker`."""
-        self._attempt(lambda: self._client.log_figure(self.run_id, figure, f"figures/{name}.png"))
+        """Log a figure as the artifact `figures/NAME.png`; replaces an earlier one."""
+        self._attempt(lambda client: client.log_figure(self.run_id, figure, f"figures/{name}.png"))
 
     def log_text(self, text: str, name: str, step: int | None = None) -> None:
-        """See `Tracker`."""
+        """Log a text as `texts/NAME.txt`, or as `texts/NAME/step-STEP.txt`; replaces an earlier one."""
         # Zero-padded, because MLflow's pages sort by name.
         path = f"texts/{name}.txt" if step is None else f"texts/{name}/step-{step:08d}.txt"
-        self._attempt(lambda: self._client.log_text(self.run_id, text, path))
+        self._attempt(lambda client: client.log_text(self.run_id, text, path))
 
     def log_image(self, figure: Figure, key: str, step: int) -> None:
-        """See `Tracker`."""
+        """Log a figure to the image series `key`, which MLflow shows with a slider over steps."""
         tag = f"{_LAST_STEP_TAG}{key}"
 
-        def log() -> None:
-            if not self._repeats or step > self._last_step_of_images(tag):
-                self._client.log_image(self.run_id, _render(figure), key=key, step=step)
-                self._client.set_tag(self.run_id, tag, step)
+        def log(client: MlflowClient) -> None:
+            if not self._repeats or step > self._last_step_of_images(client, tag):
+                client.log_image(self.run_id, _render(figure), key=key, step=step)
+                client.set_tag(self.run_id, tag, step)
 
         self._attempt(log)
 
     def log_artifact(self, path: Path) -> None:
-        """See `Tracker`."""
-        self._attempt(lambda: self._client.log_artifact(self.run_id, str(path)))
+        """Upload a small file."""
+        self._attempt(lambda client: client.log_artifact(self.run_id, str(path)))
 
     def log_folder(self, folder: Path) -> None:
-        """See `Tracker`."""
-        self._attempt(lambda: self._client.log_artifacts(self.run_id, str(folder), folder.name))
+        """Upload the files of a folder as artifacts below its name."""
+        self._attempt(lambda client: client.log_artifacts(self.run_id, str(folder), folder.name))
 
     def log_data(self, index: ShardIndex, location: Location) -> None:
-        """See `Tracker`."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+        """Log the packed data as the input of the run: name, digest and source."""
 
-        uri = str(location) if is_remote(location) else str(Path(location).absolute())
-        dataset = Dataset(
-            name=index.name,
-            digest=index.digest[:_DIGEST_LENGTH],
-            source_type=uri.partition("://")[0] if is_remote(location) else "local",
-            source=json.dumps({"uri": uri}),
-            profile=json.dumps({name: split.num_samples for name, split in index.splits.items()}),
-        )
-        logged = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
-        self._attempt(lambda: self._client.log_inputs(self.run_id, datasets=[logged]))
+        def log(client: MlflowClient) -> None:
+            from mlflow.entities import Dataset, DatasetInput, InputTag
+
+            uri = str(location) if is_remote(location) else str(Path(location).absolute())
+            dataset = Dataset(
+                name=index.name,
+                digest=index.digest[:_DIGEST_LENGTH],
+                source_type=uri.partition("://")[0] if is_remote(location) else "local",
+                source=json.dumps({"uri": uri}),
+                profile=json.dumps({name: split.num_samples for name, split in index.splits.items()}),
+            )
+            logged = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+            client.log_inputs(self.run_id, datasets=[logged])
+
+        self._attempt(log)
 
     def end(self, status: Status) -> None:
-        """See `Tracker`."""
-        if self._monitor is not None:
-            self._try(self._monitor.finish)
-            self._try(lambda: self._client.set_terminated(self.run_id, status))
+        """End the run with a status; nothing may be logged afterwards."""
+        monitor = self._monitor
+        if monitor is not None:
+            self._attempt(lambda _: monitor.finish(), pause=False)
+            self._attempt(lambda client: client.set_terminated(self.run_id, status), pause=False)
 
-    def _last_step(self, key: str) -> int:
+    def _last_step(self, client: MlflowClient, key: str) -> int:
         """Last step of a metric before this training resumed it; −1 if there is none."""
         if key not in self._last_steps:
-            history = self._client.get_metric_history(self.run_id, key)
+            history = client.get_metric_history(self.run_id, key)
             self._last_steps[key] = max((point.step for point in history), default=-1)
         return self._last_steps[key]
 
-    def _last_step_of_images(self, tag: str) -> int:
+    def _last_step_of_images(self, client: MlflowClient, tag: str) -> int:
         """The same for an image series, where MLflow keeps steps in the names of files only."""
         if tag not in self._last_steps:
-            tags = self._client.get_run(self.run_id).data.tags
+            tags = client.get_run(self.run_id).data.tags
             self._last_steps[tag] = int(tags.get(tag, -1))
         return self._last_steps[tag]
 
-    def _attempt(self, operation: Callable[[], object]) -> None:
-        """Run an operation unless a failure is too recent."""
-        if time.monotonic() >= self._silent_until:
-            self._try(operation)
-
-    def _try(self, operation: Callable[[], object]) -> None:
+    def _attempt(self, operation: Callable[[MlflowClient], object], pause: bool = True) -> None:
+        """Run an operation unless, with `pause`, a failure is too recent."""
+        if self._client is None or (pause and time.monotonic() < self._silent_until):
+            return
         try:
-            operation()
+            operation(self._client)
             self._pause = _FIRST_PAUSE
         # No error of MLflow, SQLAlchemy, the network or the disk may end a training.
         except Exception as error:
@@ -254,18 +224,6 @@ def resume_tracker(config: ExperimentConfig, run_dir: Path, is_main: bool) -> Tr
         is_main: whether this is rank 0.
     """
     return _guarded(config, is_main, lambda: _open_for_evaluation(config, run_dir))
-
-
-def read_curve(run_dir: Path, metric: str) -> dict[int, float]:
-    """Read a metric of a run from MLflow, step → value.
-
-    Raises:
-        UserError: the run was not tracked, or has no such metric.
-    """
-    found = read_curves(run_dir, (metric,))
-    if metric not in found:
-        raise UserError(f"{run_dir}: no metric {metric!r} in MLflow")
-    return found[metric]
 
 
 def read_curves(run_dir: Path, prefixes: Sequence[str]) -> dict[str, dict[int, float]]:
@@ -346,7 +304,7 @@ def _find_record(run_dir: Path) -> _RunRecord:
 
 def _guarded(config: ExperimentConfig, is_main: bool, opened: Callable[[], Tracker]) -> Tracker:
     if not (config.tracking.enabled and is_main):
-        return NullTracker()
+        return Tracker()
     try:
         return opened()
     # A job queue may start a training while the tracking server is down.
@@ -356,10 +314,10 @@ def _guarded(config: ExperimentConfig, is_main: bool, opened: Callable[[], Track
             "tracking with tracking.enabled=false",
             _first_line(error),
         )
-        return NullTracker()
+        return Tracker()
 
 
-def _open_for_training(config: ExperimentConfig, run_dir: Path, task: str) -> MlflowTracker:
+def _open_for_training(config: ExperimentConfig, run_dir: Path, task: str) -> Tracker:
     client, run_id, is_new = _continue_or_create_run(config, run_dir)
     # The monitor stops when the status of the run is that of an earlier end.
     client.update_run(run_id, status="RUNNING")
@@ -374,7 +332,7 @@ def _open_for_training(config: ExperimentConfig, run_dir: Path, task: str) -> Ml
 
     monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=client.tracking_uri)
     monitor.start()
-    return MlflowTracker(client, run_id, monitor, repeats=not is_new)
+    return Tracker(client, run_id, monitor, repeats=not is_new)
 
 
 def _read_parent(config: ExperimentConfig) -> _RunRecord | None:
@@ -384,13 +342,13 @@ def _read_parent(config: ExperimentConfig) -> _RunRecord | None:
     return None if folder is None else _read_record(folder / RUN_RECORD_NAME)
 
 
-def _open_for_evaluation(config: ExperimentConfig, run_dir: Path) -> MlflowTracker:
+def _open_for_evaluation(config: ExperimentConfig, run_dir: Path) -> Tracker:
     client, run_id, is_new = _continue_or_create_run(config, run_dir)
     if is_new:
         _describe(client, run_id, config)
         # No training will end this run; MLflow accepts points and files for an ended run as well.
         client.set_terminated(run_id)
-    return MlflowTracker(client, run_id, monitor=None)
+    return Tracker(client, run_id)
 
 
 def _continue_or_create_run(config: ExperimentConfig, run_dir: Path) -> tuple[MlflowClient, str, bool]:

@@ -100,6 +100,9 @@ def test_new_samples_are_assigned_from_whatever_they_have(fitted):
     new["sizes"].loc[7] = np.nan
     alone = estimator.predict({"sizes": new["sizes"]})
     assert alone[7] == -1
+    both = estimator.predict_with_proba({"sizes": new["sizes"]})
+    np.testing.assert_array_equal(both[0], alone)
+    np.testing.assert_array_equal(both[1], estimator.predict_proba({"sizes": new["sizes"]}))
     assert np.isnan(estimator.transform({"sizes": new["sizes"]})[7]).all()
 
 

@@ -18,6 +18,7 @@ from cmvae.config import check_against_shards, load_cmvae_run
 from cmvae.data.index import ShardIndex
 from cmvae.utils.arguments import add_num_clusters_argument, command_parser
 from cmvae.utils.errors import UserError
+from cmvae.utils.files import write_whole
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,9 +44,16 @@ def main() -> int:
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out {out}: not a file in a folder that exists. Give a path such as report.html")
 
-    from cmvae.evaluation.cluster_report import write_cluster_report
+    from cmvae.evaluation.cluster_report import make_page, read_clusters
+    from cmvae.visualize.cluster_page import render_page
 
     splits = list(index.splits) if arguments.split == "all" else [arguments.split]
-    write_cluster_report(config, index, arguments.run, splits, out, arguments.num_clusters)
+    html = render_page(
+        make_page(*read_clusters(config, index, arguments.run, splits, arguments.num_clusters))
+    )
+    try:
+        write_whole(out, html.encode())
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error}. Give another path with --out") from error
     print(f"{out}: open it in a browser")
     return 0

@@ -12,21 +12,21 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from torch import Tensor
 
-from cmvae.clustering import IntArray, clustering_metrics
+from cmvae.clustering import clustering_metrics
 from cmvae.data.index import ShardIndex
-from cmvae.data.reader import EvaluationLoader
 from cmvae.data.remote import Location
+from cmvae.evaluation.classifiers import read_labelled
 from cmvae.modalities import Modality
 from cmvae.utils.errors import UserError
 
 METRICS = ("acc", "nmi", "ari")
 PRINCIPAL_COMPONENTS = 50
 """Number of principal components of pixels, at most."""
+# Kind of modality → name of its plain features.
 _NAMES = {"image": "pixels", "text": "TF-IDF of words", "categorical": "one-hot"}
-"""Kind of modality → name of its plain features."""
 _STARTS = 10
-_BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,6 @@ class Features(NamedTuple):
     """(M, D), the rows that it assigns to clusters."""
 
 
-@dataclass(frozen=True)
-class _Split:
-    """The labelled samples of a split that have one modality."""
-
-    stored: np.ndarray
-    """(N, *shape)"""
-    label: IntArray
-    """(N,)"""
-
-
 def evaluate_baselines(
     location: Location, split: str, seeds: int, num_clusters: int | None = None
 ) -> Iterator[Baseline]:
@@ -80,16 +70,18 @@ def evaluate_baselines(
     if index.class_names is None:
         raise UserError(f"{location}: the data has no labels to compare clusters with. Pack it with --label")
     for name, modality in index.modalities.items():
-        train, tested = (_read(location, part, name) for part in ("train", split))
-        clusters = num_clusters or len(np.unique(train.label))
+        (train, train_labels), (tested, labels) = (
+            map(Tensor.numpy, read_labelled(location, part, name)) for part in ("train", split)
+        )
+        clusters = num_clusters or len(np.unique(train_labels))
         for part, part_name in ((train, "train"), (tested, split)):
-            if len(part.label) < clusters:
+            if len(part) < clusters:
                 raise UserError(
-                    f"{location}: {len(part.label)} labelled samples of the {part_name} split have {name}, "
+                    f"{location}: {len(part)} labelled samples of the {part_name} split have {name}, "
                     f"which are too few for {clusters} clusters"
                 )
-        plain = plain_features(train.stored, tested.stored, modality)
-        sets = {_NAMES.get(modality.kind, "standardised"): plain}
+        plain = plain_features(train, tested, modality)
+        sets = {plain_name(modality): plain}
         if modality.kind == "image":
             components = principal_components(plain)
             sets[f"{components.fitted.shape[1]} principal components"] = components
@@ -97,20 +89,15 @@ def evaluate_baselines(
             metrics: dict[str, list[float]] = {metric: [] for metric in METRICS}
             for seed in range(seeds):
                 found = KMeans(clusters, n_init=_STARTS, random_state=seed).fit(features.fitted)
-                agreement = clustering_metrics(found.predict(features.placed), tested.label)
+                agreement = clustering_metrics(found.predict(features.placed), labels)
                 for metric, values in metrics.items():
                     values.append(agreement[metric])
-            yield Baseline(name, features_name, len(tested.label), metrics)
+            yield Baseline(name, features_name, len(labels), metrics)
 
 
-def _read(location: Location, split: str, modality: str) -> _Split:
-    loader = EvaluationLoader(location, split=split, modalities=[modality], batch_size=_BATCH_SIZE)
-    stored, labels = [], []
-    for batch in loader:
-        kept = batch["valid"] & batch["mask"][:, 0] & (batch["label"] >= 0)
-        stored.append(batch[modality][kept].numpy())
-        labels.append(batch["label"][kept].numpy())
-    return _Split(np.concatenate(stored), np.concatenate(labels))
+def plain_name(modality: Modality) -> str:
+    """Name of what `plain_features` makes of a modality."""
+    return _NAMES.get(modality.kind, "standardised")
 
 
 def plain_features(fitted: np.ndarray, placed: np.ndarray, modality: Modality) -> Features:

@@ -207,7 +207,7 @@ def train_classifiers(
         )
     contents, entries = {}, {}
     for modality in image_names:
-        images, labels = (tensor.to(device) for tensor in _read_split(folder, "train", modality))
+        images, labels = (tensor.to(device) for tensor in read_labelled(folder, "train", modality))
         missing = set(range(len(index.class_names))) - set(labels.tolist())
         if missing:
             raise UserError(
@@ -226,7 +226,7 @@ def train_classifiers(
             seed=seed,
             report=partial(report, modality, total),
         )
-        accuracy = _measure_accuracy(classifier, *_read_split(folder, "test", modality))
+        accuracy = _measure_accuracy(classifier, *read_labelled(folder, "test", modality))
         weights = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
         contents[modality] = save(weights)
         entries[modality] = ClassifierSchema(
@@ -333,15 +333,22 @@ def _load_classifier(
     return classifier.to(device).eval()
 
 
-def _read_split(folder: Path, split: str, modality: str) -> tuple[Tensor, Tensor]:
-    """Read the labelled images (N, C, H, W) uint8 of a modality in a split, and their labels (N,)."""
-    loader = EvaluationLoader(folder, split=split, modalities=[modality], batch_size=_EVALUATION_BATCH_SIZE)
-    images, labels = [], []
+def read_labelled(location: Location, split: str, modality: str) -> tuple[Tensor, Tensor]:
+    """Read the labelled samples of a split that have a modality.
+
+    Returns:
+        Values (N, *shape) as stored, such as images (N, C, H, W) uint8, and labels (N,) int64.
+
+    Raises:
+        UserError: the split is missing or damaged.
+    """
+    loader = EvaluationLoader(location, split=split, modalities=[modality], batch_size=_EVALUATION_BATCH_SIZE)
+    values, labels = [], []
     for batch in loader:
         there = batch["valid"] & batch["mask"][:, 0] & (batch["label"] >= 0)
-        images.append(batch[modality][there])
+        values.append(batch[modality][there])
         labels.append(batch["label"][there])
-    return torch.cat(images), torch.cat(labels)
+    return torch.cat(values), torch.cat(labels)
 
 
 def _measure_accuracy(classifier: ImageClassifier, images: Tensor, labels: Tensor) -> float:

@@ -22,6 +22,7 @@ from cmvae.evaluation.cluster_features import (
     shorten,
 )
 from cmvae.evaluation.cluster_summary import (
+    MIN_MAP_SAMPLES,
     THUMBNAIL_SIZE,
     ClusterSummary,
     ImageStatistics,
@@ -34,16 +35,14 @@ from cmvae.models.cmvae import CMVAE
 from cmvae.models.export import CLUSTER_RECORD_NAME, ClusterRecord, load_clusters, weights_sha256
 from cmvae.tracking import read_curves
 from cmvae.utils.errors import UserError
-from cmvae.utils.files import write_whole
 from cmvae.utils.progress import progress_bar
-from cmvae.visualize import page_figures, plots
+from cmvae.visualize import page_figures
 from cmvae.visualize.cluster_page import (
     CheckView,
     ClusterPage,
     ClusterView,
     SampleView,
     ValueView,
-    render_page,
 )
 from cmvae.visualize.thumbnails import image_uri, shrink
 
@@ -59,8 +58,6 @@ _MAP_PICTURE_SIZE = 32
 _MAX_CURVES, _MAX_CURVE_POINTS = 24, 200
 _TEXT_LENGTH = 160
 _MAX_CLASSES = 200
-# t-SNE fails with fewer points.
-_MIN_MAP_SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -77,28 +74,26 @@ class ReportSource:
     record: ClusterRecord | None = None
 
 
-def write_cluster_report(
+def read_clusters(
     config: CMVAEExperiment,
     index: ShardIndex,
     run_dir: Path,
     splits: Sequence[str],
-    out: Path,
     num_clusters: int | None = None,
     device: torch.device | None = None,
-) -> None:
-    """Read splits once, and write what the clusters of a run are as one HTML page.
+) -> tuple[ReportSource, ClusterSummary]:
+    """Read splits once, for a page that says what the clusters of a run are.
 
     Args:
         config: the experiment of the run.
         index: index of `config.data.shards`.
         run_dir: folder of the run, with its export.
         splits: splits to read.
-        out: the file; an older one is replaced.
         num_clusters: number of clusters, from the same model; None is the number that was selected.
         device: device of the model; None is the accelerator if there is one, else the CPU.
 
     Raises:
-        UserError: the export or the shards are missing, damaged or do not fit, or the file cannot be written.
+        UserError: the export or the shards are missing, damaged or do not fit.
     """
     device = device or torch.accelerator.current_accelerator() or torch.device("cpu")
     export = run_dir / "export"
@@ -110,11 +105,7 @@ def write_cluster_report(
         model, len(index.class_names or ()), summary_limits(source), seed=config.evaluation.seed
     )
     summary.add_batches(_read(source))
-    html = render_page(make_page(source, summary))
-    try:
-        write_whole(out, html.encode())
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error}. Give another path with --out") from error
+    return source, summary
 
 
 def _read(source: ReportSource) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -171,7 +162,6 @@ def make_page(source: ReportSource, summary: ClusterSummary) -> ClusterPage:
             classes=_classes(index, summary, place),
             summary=features[place].brief(),
             columns=[feature.view for feature in features[place].columns],
-            histograms=column_histograms(summary, place, features[place], colours[int(cluster)]),
             words=[feature.view for feature in features[place].words],
             categories=[feature.view for feature in features[place].categories],
             presence=[feature.view for feature in features[place].presence],
@@ -191,10 +181,17 @@ def make_page(source: ReportSource, summary: ClusterSummary) -> ClusterPage:
     shown = [sample for view in clusters for sample in (*view.nearest, *view.least_sure, *view.generated)]
     shown += [view.sample for view in to_check]
     used = sum(len(value.image) for sample in shown for value in sample.values)
-    map_figure, map_samples, map_note = _map(source, members, _PICTURE_CHARACTERS - used)
-    tree = None
+    map_figure, map_samples, map_note = _map(source, summary, _PICTURE_CHARACTERS - used)
+    figures = {
+        "map": map_figure,
+        "criteria": _criteria(source.record, len(clusters)),
+        "confusion": _confusion(index, summary),
+        "curves": curves,
+    }
     if source.hierarchy is not None and not source.hierarchy.is_pruned:
-        tree = page_figures.tree_figure(*source.hierarchy.linkage(len(summary.clusters)))
+        figures["tree"] = page_figures.tree_figure(*source.hierarchy.linkage(len(summary.clusters)))
+    for place, (view, found) in enumerate(zip(clusters, features, strict=True)):
+        figures[f"histograms-{view.id}"] = column_histograms(summary, place, found, view.colour)
     return ClusterPage(
         title=f"{source.config.name}: {len(clusters)} clusters",
         facts=_facts(source, summary),
@@ -202,15 +199,11 @@ def make_page(source: ReportSource, summary: ClusterSummary) -> ClusterPage:
         clusters=clusters,
         overall_images=_mean_images(summary, None),
         neighbour_kind=neighbour_kind,
-        map=map_figure,
+        figures={name: figure for name, figure in figures.items() if figure is not None},
         map_samples=map_samples,
         map_note=map_note,
-        tree=tree,
-        criteria=_criteria(source.record, len(clusters)),
-        confusion=_confusion(index, summary),
         to_check=to_check,
         check_note=_check_note(source, summary),
-        curves=curves,
         curves_note=curves_note,
         settings=dump_yaml(source.config),
     )
@@ -236,7 +229,7 @@ def _facts(source: ReportSource, summary: ClusterSummary) -> list[tuple[str, str
 
 
 def _stability(members: Sequence[Member]) -> dict[int, float]:
-    if len(members) < _MIN_MAP_SAMPLES:
+    if len(members) < MIN_MAP_SAMPLES:
         return {}
     return jaccard_stability(
         np.stack([member.location for member in members]), np.array([member.cluster for member in members])
@@ -323,14 +316,12 @@ def _value_view(
 
 
 def _map(
-    source: ReportSource, members: Sequence[Member], picture_characters: int
+    source: ReportSource, summary: ClusterSummary, picture_characters: int
 ) -> tuple[page_figures.Figure | None, list[SampleView], str]:
     """The map, the sample of each point, and a note; the first samples have pictures, as far as these fit."""
-    if len(members) < _MIN_MAP_SAMPLES:
-        return None, [], f"A map takes at least {_MIN_MAP_SAMPLES} samples."
-    points = plots.project_2d(
-        np.stack([member.location for member in members]), source.config.evaluation.seed
-    )
+    members, points = summary.map.items(), summary.map_points
+    if points is None:
+        return None, [], f"A map takes at least {MIN_MAP_SAMPLES} samples."
     labels = np.array([member.label for member in members])
     figure = page_figures.map_figure(
         points,
@@ -364,7 +355,7 @@ def _criteria(record: ClusterRecord | None, num_clusters: int) -> page_figures.F
     for name, curve in record.curves.items():
         title = f"{name}: {curve.selected}{' (decides)' if name == decides else ''}"
         curves[title] = (curve.num_clusters, curve.values)
-    return page_figures.criteria_figure(curves, num_clusters)
+    return page_figures.curves_figure(curves, "%{x} clusters: %{y:.4g}", marked=num_clusters)
 
 
 def _confusion(index: ShardIndex, summary: ClusterSummary) -> page_figures.Figure | None:
@@ -405,11 +396,13 @@ def _curves(run_dir: Path) -> tuple[page_figures.Figure | None, str]:
     # Short names first: `train/bound` before the terms of each modality.
     names = sorted(sorted(found, key=lambda name: (name.count("/"), name))[:_MAX_CURVES])
     note = f"Metrics that the training logged to MLflow, over its steps: {len(names)} of {len(found)}."
-    return page_figures.curves_figure({name: _thin(found[name]) for name in names}), note
+    hover = "step %{x}: %{y:.5g}"
+    return page_figures.curves_figure({name: _thin(found[name]) for name in names}, hover), note
 
 
-def _thin(points: Mapping[int, float]) -> dict[int, float]:
-    """At most `_MAX_CURVE_POINTS` points, with the first and the last."""
+def _thin(points: Mapping[int, float]) -> tuple[list[int], list[float]]:
+    """At most `_MAX_CURVE_POINTS` points, with the first and the last: steps and values."""
     steps = list(points)
-    kept = np.unique(np.linspace(0, len(steps) - 1, _MAX_CURVE_POINTS).round().astype(int))
-    return {steps[place]: points[steps[place]] for place in kept}
+    places = np.unique(np.linspace(0, len(steps) - 1, _MAX_CURVE_POINTS).round().astype(int))
+    kept = [steps[place] for place in places]
+    return kept, [points[step] for step in kept]

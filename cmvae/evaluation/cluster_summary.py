@@ -22,12 +22,15 @@ from cmvae.modalities import ImageModality, Modality
 from cmvae.modalities.base import CategoriesModality, ColumnsModality
 from cmvae.modalities.text import SPECIAL_TOKENS, TextModality
 from cmvae.models.cmvae import CMVAE, stack_shared_locations
+from cmvae.visualize.plots import project_2d
 from cmvae.visualize.thumbnails import shrink
 
 Item = TypeVar("Item")
 
 # Pixels of the longer side of the images that are kept.
 THUMBNAIL_SIZE = 64
+MIN_MAP_SAMPLES = 4
+"""t-SNE fails with fewer points."""
 # Candidates for each sample in the list of rare choices.
 _KEPT_PER_LISTED = 10
 
@@ -257,11 +260,11 @@ class ClusterSummary:
         model: the model; its active clusters count.
         num_classes: number of classes of the labels; 0 without labels.
         limits: numbers of samples to keep.
-        seed: seed of the random samples.
+        seed: seed of the random samples and of the map.
     """
 
     def __init__(self, model: CMVAE, num_classes: int, limits: SummaryLimits, seed: int) -> None:
-        self._model = model
+        self._model, self._seed = model, seed
         self._rng = np.random.default_rng(seed)
         self.clusters = model.cluster_prior.active.cpu().numpy().nonzero()[0]
         """(K,) cluster ids, in the order of every K axis."""
@@ -292,6 +295,12 @@ class ClusterSummary:
         """The samples for which a modality makes its rarest choices."""
         self.map = LowestScored[Member](limits.map_samples)
         """Random samples of all clusters."""
+
+    @functools.cached_property
+    def map_points(self) -> FloatArray | None:
+        """(N, 2) joint locations of the samples of `map` by t-SNE; None for too few samples."""
+        locations = [member.location for member in self.map.items()]
+        return project_2d(np.stack(locations), self._seed) if len(locations) >= MIN_MAP_SAMPLES else None
 
     def add_batches(self, batches: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         """Add batches from a reader, each with the name of its split."""

@@ -23,7 +23,7 @@ from cmvae.models.cmvae import CMVAE
 from cmvae.models.encoding import EncodedSplit, assign_split, encode_batch
 from cmvae.models.export import CLUSTER_RECORD_NAME, load_clusters
 from cmvae.visualize import plots
-from cmvae.visualize.previews import draw_cluster_samples, draw_latent_map
+from cmvae.visualize.previews import draw_cluster_samples
 
 AGREEMENT = ("acc", "nmi", "ari", "purity")
 # Samples per cluster in the figure.
@@ -38,8 +38,6 @@ _GROUP_RULE = (
     "a group is one sample: the mean of its members' locations in each modality, then the cluster at the "
     "geometric median of the modalities; its label is the most frequent one of its members"
 )
-# t-SNE fails with fewer points.
-_MIN_MAP_SAMPLES = 4
 
 
 def evaluate_clustering(context: EvaluationContext, export: Path) -> GroupResult:
@@ -201,13 +199,6 @@ def _draw(
     settings, class_names = context.settings, context.index.class_names
     generator = torch.Generator(context.device).manual_seed(settings.seed)
     result.draw("cluster_samples", partial(draw_cluster_samples, context.model, CLUSTER_SAMPLES, generator))
-    if min(len(encoded.label), settings.map_samples) >= _MIN_MAP_SAMPLES:
-        result.draw(
-            "latent_map",
-            partial(draw_latent_map, encoded, assignments, settings.map_samples, settings.seed),
-        )
-    else:
-        result.left_out["figures/latent_map"] = f"takes at least {_MIN_MAP_SAMPLES} samples"
     labelled = encoded.label >= 0
     if class_names is not None and labelled.any():
         counts, cluster_ids = confusion(assignments[labelled], encoded.label[labelled], len(class_names))

@@ -7,7 +7,7 @@ modality without a network is a source only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -83,13 +83,9 @@ class Reference:
     """See `GroupResult.left_out`."""
 
     @property
-    def sources(self) -> tuple[str, ...]:
+    def sources(self) -> Sources:
         """Modalities that at least one sample has."""
-        return tuple(
-            key.removeprefix("has/")
-            for key, there in self.extracted.items()
-            if key.startswith("has/") and there.any()
-        )
+        return _sources(self.extracted)
 
     @property
     def num_samples(self) -> int:
@@ -120,7 +116,9 @@ def read_reference(
     if coherent and len(context.model.modality_names) < 2:
         coherent = False
         left_out["coherence"] = "takes at least two modalities"
-    elif coherent and (unlabelled := _sources_without_labels(real)):
+    elif coherent and (
+        unlabelled := [n for n in _sources(real) if real["label"][real[f"has/{n}"]].max() < 0]
+    ):
         coherent = False
         left_out["coherence"] = f"no labelled sample of the split has {', '.join(unlabelled)}"
     elif coherent and len(networks.classified) < 2:
@@ -128,10 +126,9 @@ def read_reference(
     return Reference(networks, real, comparisons, coherent, left_out)
 
 
-def _sources_without_labels(real: Mapping[str, np.ndarray]) -> list[str]:
-    """Modalities that some samples have, but none with a label."""
-    sources = {key.removeprefix("has/"): there for key, there in real.items() if key.startswith("has/")}
-    return [name for name, there in sources.items() if there.any() and not (real["label"][there] >= 0).any()]
+def _sources(real: Mapping[str, np.ndarray]) -> Sources:
+    """Modalities that at least one sample has."""
+    return tuple(key.removeprefix("has/") for key in real if key.startswith("has/") and real[key].any())
 
 
 def measure_floor(context: EvaluationContext, reference: Reference, split: str) -> dict[str, float]:
@@ -221,7 +218,9 @@ def measure_generated(
             )
             own = {}
             if single and RELEASED in tallies and sources[0] in targets:
-                reconstructed = generator.reconstruct(real, sources[0], extract)
+                reconstructed = generator.conditional(
+                    real, sources, sources, extract, refine=False, reconstruct=True
+                )
                 own = {f"{RELEASED}{key}": values for key, values in reconstructed.items()}
             for version, tally in tallies.items():
                 if single or version != REFINED:
@@ -258,16 +257,13 @@ class _Tally:
     def add_unconditional(self, extracted: Mapping[str, np.ndarray]) -> None:
         """Add joint samples."""
         _check_finite(extracted, "unconditionally")
-        for comparison in self._comparisons:
-            comparison.add(_features(extracted, comparison.space), ("unconditional",), self._compared)
+        self._compare(extracted, lambda modality: ("unconditional",))
         self._joint = _classes(extracted)
 
     def add_real(self, extracted: Mapping[str, np.ndarray]) -> None:
         """Add real images, to every kind of distance."""
-        for comparison in self._comparisons:
-            features = _features(extracted, comparison.space)
-            comparison.add(features, ("unconditional",), self._compared)
-            comparison.add(features, ("conditional", "conditional_cross"), self._compared)
+        self._compare(extracted, lambda modality: ("unconditional",))
+        self._compare(extracted, lambda modality: ("conditional", "conditional_cross"))
 
     def add_conditional(
         self, extracted: Mapping[str, np.ndarray], sources: Sources, labels: np.ndarray
@@ -275,13 +271,23 @@ class _Tally:
         """Add what was generated from the sources of n samples with `labels` (n,), −1 for none."""
         _check_finite(extracted, f"from {', '.join(sources)}")
         if len(sources) == 1:
-            for comparison in self._comparisons:
-                features = _features(extracted, comparison.space)
-                comparison.add_conditional(features, sources[0], self._compared)
+            own, cross = ("conditional",), ("conditional", "conditional_cross")
+            self._compare(extracted, lambda modality: own if modality == sources[0] else cross)
         labelled = labels >= 0
         if labelled.any():
             self._classes[sources] = {name: found[labelled] for name, found in _classes(extracted).items()}
             self._labels[sources] = labels[labelled]
+
+    def _compare(
+        self, extracted: Mapping[str, np.ndarray], kinds_of: Callable[[str], tuple[str, ...]]
+    ) -> None:
+        """Compare the features of each modality with real ones, for the kinds that `kinds_of` gives it."""
+        for comparison in self._comparisons:
+            for modality, features in _features(extracted, comparison.space).items():
+                kinds = kinds_of(modality)
+                for name, value in comparison.compare(modality, features, kinds[0]).items():
+                    for kind in kinds:
+                        self._compared.setdefault(f"{name}/{kind}", []).append(value)
 
     def distances(self) -> dict[str, float]:
         """Means of distances, precision, recall and so on, by metric."""
@@ -313,30 +319,17 @@ class _Comparison:
         self._references = {name: FrechetDistance(features) for name, features in real.items() if distances}
         self._real = real if fidelities else {}
 
-    def add_conditional(
-        self, generated: Mapping[str, np.ndarray], source: str, compared: dict[str, list[float]]
-    ) -> None:
-        """Compare what was generated from one source, self and cross."""
-        own = {name: features for name, features in generated.items() if name == source}
-        others = {name: features for name, features in generated.items() if name != source}
-        self.add(own, ("conditional",), compared)
-        self.add(others, ("conditional", "conditional_cross"), compared)
-
-    def add(
-        self, generated: Mapping[str, np.ndarray], kinds: Sequence[str], compared: dict[str, list[float]]
-    ) -> None:
-        """Append the values of generated features (n, F) by modality to `compared`, metric → values."""
-        for modality, features in generated.items():
-            if kinds[0] in self.distances:
-                distance = self._references[modality].to(features)
-                for kind in kinds:
-                    compared.setdefault(f"{_DISTANCE_NAMES[self.space]}/{kind}", []).append(distance)
-            if kinds[0] in self.fidelities:
-                # The four metrics depend on the sizes of both sets, so the sets are cut to equal size.
-                size = min(len(features), len(self._real[modality]))
-                for name, value in fidelity(self._real[modality][:size], features[:size]).items():
-                    for kind in kinds:
-                        compared.setdefault(f"fidelity/{self.space}/{name}/{kind}", []).append(value)
+    def compare(self, modality: str, features: FloatArray, kind: str) -> dict[str, float]:
+        """Compare generated features (n, F) of a modality: metric without its kind → value."""
+        values = {}
+        if kind in self.distances:
+            values[_DISTANCE_NAMES[self.space]] = self._references[modality].to(features)
+        if kind in self.fidelities:
+            # The four metrics depend on the sizes of both sets, so the sets are cut to equal size.
+            size = min(len(features), len(self._real[modality]))
+            found = fidelity(self._real[modality][:size], features[:size])
+            values |= {f"fidelity/{self.space}/{name}": value for name, value in found.items()}
+        return values
 
 
 def _compare_with(
@@ -347,7 +340,6 @@ def _compare_with(
 ) -> tuple[list[_Comparison], dict[str, str]]:
     """The comparisons that there are enough samples for, and the reasons for the metrics left out."""
     left_out: dict[str, str] = {}
-    sources = [key for key in real if key.startswith("has/") and real[key].any()]
     comparisons = []
     for space in ("classifier", "inception"):
         features = _features(real, space)
@@ -357,7 +349,7 @@ def _compare_with(
         num_real = min(map(len, features.values()))
         num_samples = {
             "unconditional": min(num_real, context.settings.num_generated),
-            "conditional": min(num_real, *(int(real[key].sum()) for key in sources)),
+            "conditional": min(num_real, *(int(real[f"has/{name}"].sum()) for name in _sources(real))),
         }
         distances, fidelities = [], []
         for kind, size in num_samples.items():

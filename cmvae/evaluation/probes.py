@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from sklearn.base import ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
 
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.report import GroupResult
+from cmvae.evaluation.sampling import encode_sources
 
 MAX_TRAINING_SAMPLES = 20_000
 """More change a linear classifier's accuracy in the third decimal, and take minutes."""
@@ -30,7 +29,7 @@ class ProbedLatents:
     """Locations of the posteriors of labelled samples, as features of the probes."""
 
     train: Mapping[str, np.ndarray]
-    """Of the train split: `z/MODALITY` (N, D_z), `w/MODALITY` (N, D_w), `has/MODALITY` (N,), `label` (N,)."""
+    """Of the train split, see `encode_sources` with q(w|x); N samples."""
     test: Mapping[str, np.ndarray]
     """The same of the split that is evaluated."""
     seed: int
@@ -42,7 +41,7 @@ class ProbedLatents:
         """Features and labels, train and test, of the samples that have all the modalities.
 
         Args:
-            parts: names such as `z/m0`, which are concatenated.
+            parts: names such as `loc/m0`, which are concatenated.
 
         Returns:
             None if fewer than two classes can be learned, or no sample can be tested.
@@ -112,7 +111,7 @@ def evaluate_probes(context: EvaluationContext, latents: ProbedLatents | str | N
 
 def parts_of(modality: str) -> dict[str, tuple[str, ...]]:
     """The latents of a modality that are probed, and their parts."""
-    z, w = f"z/{modality}", f"w/{modality}"
+    z, w = f"loc/{modality}", f"private_loc/{modality}"
     return {"z": (z,), "w": (w,), "both": (z, w)}
 
 
@@ -137,16 +136,9 @@ def probe_accuracy(
 
 
 def _encode(context: EvaluationContext, split: str) -> dict[str, np.ndarray]:
-    """Encode labelled samples: `z/MODALITY` (N, D_z), `w/MODALITY` (N, D_w), `has/MODALITY`, `label` (N,)."""
-
-    def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        posteriors = context.model.encode({name: batch[name] for name in context.model.modality_names})
-        locations = {"label": batch["label"]}
-        for (name, posterior), there in zip(posteriors.items(), batch["mask"].T, strict=True):
-            locations[f"has/{name}"] = there
-            locations |= {f"z/{name}": posterior.shared.loc, f"w/{name}": posterior.private.loc}
-        return locations
-
-    encoded = context.collect(context.batches(split), compute)
+    """The labelled samples of a split, see `encode_sources`."""
+    encoded = context.collect(
+        context.batches(split), lambda batch: encode_sources(context.model, batch, with_private=True)
+    )
     labelled = encoded["label"] >= 0
     return {name: values[labelled] for name, values in encoded.items()}

@@ -34,7 +34,7 @@ from cmvae.clustering import (
 )
 from cmvae.data.index import SplitName
 from cmvae.evaluation.context import EvaluationContext
-from cmvae.evaluation.probes import ProbedLatents, encode_for_probes, parts_of, probe_accuracy
+from cmvae.evaluation.probes import encode_for_probes, evaluate_probes, parts_of, probe_accuracy
 from cmvae.evaluation.report import RELEASED, GroupResult
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.export import load_clusters
@@ -118,37 +118,36 @@ def evaluate_released_clustering(context: EvaluationContext, export: Path, beta:
     return result
 
 
-def evaluate_released_probes(
-    context: EvaluationContext, latents: ProbedLatents | str | None = None
-) -> GroupResult:
+def evaluate_released_probes(context: EvaluationContext) -> GroupResult:
     """Accuracy of linear and nonlinear classifiers on the latents of the labelled samples of the split.
 
-    Args:
-        context: model, data and settings.
-        latents: of `encode_for_probes`; None encodes the samples.
-
     Returns:
-        `released/probe/{linear,mlp}/{z,w,both}/MODALITY` and `released/probe/{linear,mlp}/z/all`.
+        What `evaluate_probes` returns, `released/probe/{linear,mlp}/{z,w,both}/MODALITY` and
+        `released/probe/{linear,mlp}/z/all`.
     """
-    latents = encode_for_probes(context) if latents is None else latents
+    latents = encode_for_probes(context)
+    result = evaluate_probes(context, latents)
     if isinstance(latents, str):
-        return GroupResult(left_out={f"{RELEASED}probe": latents})
-    result = GroupResult(
-        protocol={"released.probe.mlp": f"one hidden layer of {_HIDDEN_UNITS}, Adam, early stopping"}
-    )
+        result.left_out[f"{RELEASED}probe"] = latents
+        return result
+    result.protocol["released.probe.mlp"] = f"one hidden layer of {_HIDDEN_UNITS}, Adam, early stopping"
+    # The linear classifiers on the latents of one modality are those of `evaluate_probes`.
+    linear = {name.removeprefix("probe/"): accuracy for name, accuracy in result.metrics.items()}
     names = context.model.modality_names
     probed = {f"{latent}/{name}": parts for name in names for latent, parts in parts_of(name).items()}
-    probed["z/all"] = tuple(f"z/{name}" for name in names)
+    probed["z/all"] = tuple(parts_of(name)["z"][0] for name in names)
     for probe, parts in probed.items():
+        of_linear, of_mlp = (f"{RELEASED}probe/{kind}/{probe}" for kind in ("linear", "mlp"))
         sets = latents.of(parts)
-        for kind in ("linear", "mlp"):
-            metric = f"{RELEASED}probe/{kind}/{probe}"
-            if sets is None:
-                result.left_out[metric] = "too few labelled samples have the modalities"
-                continue
-            mlp = MLPClassifier((_HIDDEN_UNITS,), early_stopping=True, random_state=context.settings.seed)
-            train, test = sets
-            result.metrics[metric] = probe_accuracy(*train, *test, mlp if kind == "mlp" else None)
+        if sets is None:
+            reason = "too few labelled samples have the modalities"
+            result.left_out |= {of_linear: reason, of_mlp: reason}
+            continue
+        train, test = sets
+        known = linear.get(probe)
+        result.metrics[of_linear] = probe_accuracy(*train, *test) if known is None else known
+        mlp = MLPClassifier((_HIDDEN_UNITS,), early_stopping=True, random_state=context.settings.seed)
+        result.metrics[of_mlp] = probe_accuracy(*train, *test, mlp)
     return result
 
 

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from cmvae.config import CMVAEExperiment, ExperimentConfig, RefinerExperiment
 from cmvae.data.index import ShardIndex
 from cmvae.distributed import start_evaluation_accelerator
-from cmvae.evaluation.cluster_report import PAGE_NAME, write_cluster_report
+from cmvae.evaluation.cluster_report import PAGE_NAME, make_page, read_clusters
+from cmvae.evaluation.cluster_summary import MIN_MAP_SAMPLES, ClusterSummary
 from cmvae.evaluation.clustering import evaluate_clustering
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.likelihood import evaluate_likelihood
 from cmvae.evaluation.prediction import evaluate_prediction
-from cmvae.evaluation.probes import encode_for_probes, evaluate_probes
+from cmvae.evaluation.probes import evaluate_probes
 from cmvae.evaluation.released import evaluate_released_clustering, evaluate_released_probes
 from cmvae.evaluation.report import GroupResult, write_report
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.export import weights_sha256
 from cmvae.tracking import resume_tracker
 from cmvae.utils.attempts import attempt
+from cmvae.utils.files import write_whole
+from cmvae.visualize import plots
+from cmvae.visualize.cluster_page import render_page
 from cmvae.visualize.previews import generate_cross_modal, generate_refinements
 
 _LOGGER = logging.getLogger(__name__)
@@ -58,9 +64,9 @@ def evaluate_run(config: ExperimentConfig, index: ShardIndex, run_dir: Path) -> 
             result.add(group)
         if accelerator.is_main_process:
             result.add(_show_generations(context))
+            html = _describe_clusters(context, config, run_dir, result)
             write_report(run_dir / "evaluation", result)
-            page = _write_page(context, config, run_dir)
-            _track(config, run_dir, result, page)
+            _track(config, run_dir, result, None if html is None else _write_page(run_dir, html))
         # A rank that leaves while rank 0 still writes would close its connections.
         accelerator.wait_for_everyone()
         return result if accelerator.is_main_process else None
@@ -111,10 +117,7 @@ def evaluate_groups(
     if "prediction" in wanted:
         yield evaluate_prediction(context)
     if "probe" in wanted:
-        latents = encode_for_probes(context)
-        yield evaluate_probes(context, latents)
-        if released:
-            yield evaluate_released_probes(context, latents)
+        yield evaluate_released_probes(context) if released else evaluate_probes(context)
     if "likelihood" in wanted:
         yield evaluate_likelihood(context)
 
@@ -152,26 +155,57 @@ def _show_generations(context: EvaluationContext) -> GroupResult:
     return result
 
 
-def _write_page(context: EvaluationContext, config: ExperimentConfig, run_dir: Path) -> Path | None:
-    """Write the page of the clusters in the evaluated split; None for a refiner, or if it failed."""
+def _describe_clusters(
+    context: EvaluationContext, config: ExperimentConfig, run_dir: Path, result: GroupResult
+) -> str | None:
+    """The page of the clusters in the evaluated split, whose map becomes a figure of the result.
+
+    Returns:
+        None for a refiner, or if it failed.
+    """
     if not isinstance(config, CMVAEExperiment):
         return None
-    page = run_dir / "evaluation" / PAGE_NAME
     try:
-        write_cluster_report(
-            config, context.index, run_dir, [context.settings.split], page, device=context.device
-        )
+        splits = [context.settings.split]
+        source, summary = read_clusters(config, context.index, run_dir, splits, device=context.device)
+        if "clustering" in context.settings.metrics:
+            _draw_map(summary, result)
+        return render_page(make_page(source, summary))
     # The metrics, which may have taken hours, are complete without the page.
     except Exception as error:
-        _LOGGER.warning(
-            "%s: not written (%s: %s). The evaluation is complete without it; cmvae report %s writes it",
-            page,
-            type(error).__name__,
-            error,
-            run_dir,
-        )
+        _warn_of_page(run_dir, error)
+        return None
+
+
+def _draw_map(summary: ClusterSummary, result: GroupResult) -> None:
+    """Add the points of the page's map as a figure, or the reason why it is left out."""
+    if summary.map_points is None:
+        result.left_out["figures/latent_map"] = f"takes at least {MIN_MAP_SAMPLES} samples"
+        return
+    members = summary.map.items()
+    clusters, labels = (np.array([getattr(m, name) for m in members]) for name in ("cluster", "label"))
+    shown = labels if (labels >= 0).any() else None
+    result.draw("latent_map", partial(plots.latent_map, summary.map_points, clusters, shown))
+
+
+def _write_page(run_dir: Path, html: str) -> Path | None:
+    page = run_dir / "evaluation" / PAGE_NAME
+    try:
+        write_whole(page, html.encode())
+    except OSError as error:
+        _warn_of_page(run_dir, error)
         return None
     return page
+
+
+def _warn_of_page(run_dir: Path, error: Exception) -> None:
+    _LOGGER.warning(
+        "%s: not written (%s: %s). The evaluation is complete without it; cmvae report %s writes it",
+        run_dir / "evaluation" / PAGE_NAME,
+        type(error).__name__,
+        error,
+        run_dir,
+    )
 
 
 def _track(config: ExperimentConfig, run_dir: Path, result: GroupResult, page: Path | None) -> None:

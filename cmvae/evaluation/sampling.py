@@ -31,12 +31,12 @@ Extract = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 def encode_sources(model: CMVAE, batch: Mapping[str, Any], with_private: bool = False) -> dict[str, Tensor]:
-    """Encode a batch for `SampleGenerator.conditional`.
+    """Encode a batch for `SampleGenerator.conditional` and for probes.
 
     Args:
         model: model in evaluation mode.
         batch: batch on its device.
-        with_private: whether to return q(w|x), which only `SampleGenerator.reconstruct` needs.
+        with_private: whether to return q(w|x), which `SampleGenerator.conditional` needs to reconstruct.
 
     Returns:
         `label` (B,), `loc/SOURCE` and `scale/SOURCE` (B, D_z) of q(z|x), `has/SOURCE` (B,) bool; with
@@ -76,20 +76,24 @@ class SampleGenerator:
         targets: Sequence[str],
         extract: Extract,
         refine: bool,
+        reconstruct: bool = False,
     ) -> dict[str, np.ndarray]:
         """Generate from the mixture of the sources.
 
         Args:
-            encoded: a split, see `encode_sources`.
+            encoded: a split, see `encode_sources`; with q(w|x) to reconstruct.
             sources: modalities to generate from.
             targets: modalities to generate.
             extract: what to keep of the generated data.
             refine: whether to refine as well, if there is a refiner; the results are named `refined/…`.
+            reconstruct: whether w of the targets, which must be sources, comes from q(w|x) instead of p(w).
+                The noise is the same.
 
         Returns:
             Name → values, one row per `samples_with(encoded, sources)`.
         """
         context = self._context
+        family, device = context.model.family, context.device
         stream = f"conditional/{'+'.join(sources)}"
         loc, scale = (
             torch.from_numpy(np.stack([encoded[f"{part}/{source}"] for source in sources], axis=1))
@@ -100,45 +104,16 @@ class SampleGenerator:
         def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
             rows = chosen[batch["position"].cpu()]
             component = (context.draw_uniform(f"{stream}/source", rows) * len(sources)).long()
-            shared_noise, private = _draw_latents(context, stream, rows)
-            posterior = context.model.family(
-                loc[rows, component].to(context.device), scale[rows, component].to(context.device)
-            )
-            latents = Latents(posterior.sample(shared_noise), {name: private[name] for name in targets})
+            shared_noise, private_noise = _draw_noise(context, stream, rows)
+            shared = family(loc[rows, component].to(device), scale[rows, component].to(device))
+            private = dict.fromkeys(targets, context.model.private_prior)
+            if reconstruct:
+                for name in targets:
+                    parts = (encoded[f"private_{part}/{name}"][rows.numpy()] for part in ("loc", "scale"))
+                    private[name] = family(*(torch.from_numpy(part).to(device) for part in parts))
+            private_samples = {name: w.sample(private_noise[name]) for name, w in private.items()}
+            latents = Latents(shared.sample(shared_noise), private_samples)
             return self._decode(latents, stream, rows, extract, refine)
-
-        return self._collect(len(chosen), compute)
-
-    def reconstruct(
-        self, encoded: Mapping[str, np.ndarray], source: str, extract: Extract
-    ) -> dict[str, np.ndarray]:
-        """Generate a modality from itself, with z ~ q(z|x) and w ~ q(w|x).
-
-        The noise is that of `conditional` from this source.
-
-        Args:
-            encoded: a split, see `encode_sources`, with q(w|x).
-            source: the modality.
-            extract: what to keep of the generated data.
-
-        Returns:
-            Name → values, one row per `samples_with(encoded, (source,))`.
-        """
-        context = self._context
-        family = context.model.family
-        parts = [
-            torch.from_numpy(encoded[f"{part}/{source}"])
-            for part in ("loc", "scale", "private_loc", "private_scale")
-        ]
-        chosen = torch.from_numpy(samples_with(encoded, (source,)))
-
-        def compute(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-            rows = chosen[batch["position"].cpu()]
-            loc, scale, private_loc, private_scale = (part[rows].to(context.device) for part in parts)
-            shared_noise, private_noise = _draw_noise(context, f"conditional/{source}", rows)
-            w = family(private_loc, private_scale).sample(private_noise[source])
-            latents = Latents(family(loc, scale).sample(shared_noise), {source: w})
-            return self._decode(latents, f"conditional/{source}", rows, extract, refine=False)
 
         return self._collect(len(chosen), compute)
 
@@ -153,8 +128,9 @@ class SampleGenerator:
             rows = batch["position"].cpu()
             uniform = context.draw_uniform("unconditional/cluster", rows)
             clusters = torch.searchsorted(cumulative, uniform, right=True).to(context.device)
-            shared_noise, private = _draw_latents(context, "unconditional", rows)
-            latents = Latents(prior.sample(clusters, shared_noise), {name: private[name] for name in targets})
+            shared_noise, private_noise = _draw_noise(context, "unconditional", rows)
+            private = {name: context.model.private_prior.sample(private_noise[name]) for name in targets}
+            latents = Latents(prior.sample(clusters, shared_noise), private)
             return self._decode(latents, "unconditional", rows, extract, refine=True)
 
         return self._collect(context.settings.num_generated, compute)
@@ -235,15 +211,6 @@ def generate_pairs(context: EvaluationContext, targets: Sequence[str]) -> Iterat
                     for values in (made[f"value/{target}"], encoded[f"value/{target}"][of_source])
                 )
                 yield Pair(source, target, generated, real)
-
-
-def _draw_latents(
-    context: EvaluationContext, stream: str, positions: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Noise of z (B, D_z), and modality → w ~ p(w) (B, D_w)."""
-    shared, private = _draw_noise(context, stream, positions)
-    prior = context.model.private_prior
-    return shared, {name: prior.sample(noise) for name, noise in private.items()}
 
 
 def _draw_noise(

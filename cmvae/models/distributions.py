@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ class LocationScale(ABC):
 
     loc: Tensor
     scale: Tensor
+    variance_factor: ClassVar[float]
+    """Variance of the distribution whose scale is 1."""
 
     @staticmethod
     @abstractmethod
@@ -46,15 +49,15 @@ class LocationScale(ABC):
     def log_prob(self, value: Tensor, event_dims: int = 1) -> Tensor:
         """Log-density in nats, summed over the last `event_dims` axes."""
 
-    @staticmethod
-    @abstractmethod
-    def variance_of(scale: Tensor) -> Tensor:
+    @classmethod
+    def variance_of(cls, scale: Tensor) -> Tensor:
         """Convert scales to variances, any shape."""
+        return cls.variance_factor * scale.square()
 
-    @staticmethod
-    @abstractmethod
-    def scale_of(variance: Tensor) -> Tensor:
+    @classmethod
+    def scale_of(cls, variance: Tensor) -> Tensor:
         """Convert variances to scales, any shape."""
+        return (variance / cls.variance_factor).sqrt()
 
     @property
     def variance(self) -> Tensor:
@@ -73,20 +76,12 @@ class LocationScale(ABC):
 class Normal(LocationScale):
     """Normal distribution. The scale is the standard deviation, the softplus of the raw value."""
 
+    variance_factor = 1
+
     @staticmethod
     @override
     def scale_from_raw(raw: Tensor) -> Tensor:
         return F.softplus(raw) + SCALE_FLOOR
-
-    @staticmethod
-    @override
-    def variance_of(scale: Tensor) -> Tensor:
-        return scale.square()
-
-    @staticmethod
-    @override
-    def scale_of(variance: Tensor) -> Tensor:
-        return variance.sqrt()
 
     @staticmethod
     @override
@@ -103,21 +98,13 @@ class Normal(LocationScale):
 class Laplace(LocationScale):
     """Laplace distribution. The scale is b, the mean absolute deviation."""
 
+    variance_factor = 2
+
     @staticmethod
     @override
     def scale_from_raw(raw: Tensor) -> Tensor:
         """Softmax over the last axis times its length, so that the mean of the scales is 1."""
         return raw.softmax(-1) * raw.shape[-1] + SCALE_FLOOR
-
-    @staticmethod
-    @override
-    def variance_of(scale: Tensor) -> Tensor:
-        return 2 * scale.square()
-
-    @staticmethod
-    @override
-    def scale_of(variance: Tensor) -> Tensor:
-        return (variance / 2).sqrt()
 
     @staticmethod
     @override

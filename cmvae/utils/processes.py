@@ -128,7 +128,7 @@ def divide_machine(num_jobs: int, parallel: int | None, num_devices: int) -> lis
         Variables of each slot: `OMP_NUM_THREADS`, unless the environment sets it, and with GPUs
         `CUDA_VISIBLE_DEVICES`.
     """
-    num_cores = _count_cores()
+    num_cores = count_cores()
     num_slots = min(num_jobs, parallel or num_devices or num_cores)
     slots: list[dict[str, str]] = [{} for _ in range(num_slots)]
     if "OMP_NUM_THREADS" not in os.environ:
@@ -142,7 +142,7 @@ def divide_machine(num_jobs: int, parallel: int | None, num_devices: int) -> lis
     return slots
 
 
-def _count_cores() -> int:
+def count_cores() -> int:
     """Number of cores that this process may use, which may be fewer than the machine has."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))

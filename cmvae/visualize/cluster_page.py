@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,6 @@ class ClusterView:
     summary: Sequence[str]
     """What sets it apart most, in a few words."""
     columns: Sequence[FeatureView]
-    histograms: Figure | None
     words: Sequence[FeatureView]
     categories: Sequence[FeatureView]
     presence: Sequence[FeatureView]
@@ -104,33 +103,16 @@ class ClusterPage:
     """Mean image of all samples per image modality."""
     neighbour_kind: str
     """What the distances of `ClusterView.neighbours` are."""
-    map: Figure | None
+    figures: Mapping[str, Figure]
+    """`map`, `tree`, `criteria`, `confusion`, `curves` and `histograms-CLUSTER`, each where there is one."""
     map_samples: Sequence[SampleView]
-    """The sample of each point, by its index."""
+    """The sample of each point of the map, by its index."""
     map_note: str
-    tree: Figure | None
-    criteria: Figure | None
-    confusion: Figure | None
     to_check: Sequence[CheckView]
     check_note: str
-    curves: Figure | None
     curves_note: str
     settings: str
     """The config, as YAML."""
-    figures: Mapping[str, Figure] = field(init=False)
-    """All figures by the id of their place on the page."""
-
-    def __post_init__(self) -> None:
-        named = {
-            "map": self.map,
-            "tree": self.tree,
-            "criteria": self.criteria,
-            "confusion": self.confusion,
-            "curves": self.curves,
-        }
-        named |= {f"histograms-{cluster.id}": cluster.histograms for cluster in self.clusters}
-        present = {name: figure for name, figure in named.items() if figure is not None}
-        object.__setattr__(self, "figures", present)
 
 
 def render_page(page: ClusterPage) -> str:

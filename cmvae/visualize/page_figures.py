@@ -180,60 +180,44 @@ def histogram_figure(histograms: Sequence[Histogram], colour: str) -> Figure:
     return {"data": data, "layout": layout}
 
 
-def curves_figure(curves: Mapping[str, Mapping[int, float]]) -> Figure:
-    """One panel per metric: its value over the steps of the training."""
-    layout = _panels(list(curves), height=150)
+def curves_figure(
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], hover: str, marked: int | None = None
+) -> Figure:
+    """One panel per curve.
+
+    Args:
+        curves: title → x and y.
+        hover: text at the pointer, with `%{x}` and `%{y}`.
+        marked: a value of x that is drawn as a line, in figures whose points are drawn; None draws neither.
+    """
+    layout = _panels(list(curves), height=160)
     data = [
         {
             "type": "scatter",
-            "mode": "lines" if len(points) > 1 else "markers",
-            "x": list(points),
-            "y": _numbers(np.array(list(points.values()))),
+            "mode": "lines" if marked is None else "lines+markers",
+            "x": list(x),
+            "y": _numbers(np.array(y)),
             "line": {"color": _COLOURS[0], "width": 1.5},
-            "hovertemplate": "step %{x}: %{y:.5g}<extra></extra>",
+            "marker": {"size": 4},
+            "hovertemplate": f"{hover}<extra></extra>",
             **_axes_of(panel),
         }
-        for panel, points in enumerate(curves.values(), 1)
+        for panel, (x, y) in enumerate(curves.values(), 1)
     ]
-    layout["showlegend"] = False
-    return {"data": data, "layout": layout}
-
-
-def criteria_figure(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], num_clusters: int) -> Figure:
-    """One panel per criterion: its values over the number of clusters.
-
-    Args:
-        curves: title → numbers of clusters and values.
-        num_clusters: number of clusters of the export, drawn as a line.
-    """
-    layout = _panels(list(curves), height=170)
-    data = []
-    for panel, (numbers, values) in enumerate(curves.values(), 1):
-        data.append(
+    if marked is not None:
+        layout["shapes"] = [
             {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "x": list(numbers),
-                "y": _numbers(np.array(values)),
-                "line": {"color": _COLOURS[0], "width": 1.5},
-                "marker": {"size": 4},
-                "hovertemplate": "%{x} clusters: %{y:.4g}<extra></extra>",
-                **_axes_of(panel),
+                "type": "line",
+                "x0": marked,
+                "x1": marked,
+                "y0": 0,
+                "y1": 1,
+                "xref": axes["xaxis"],
+                "yref": f"{axes['yaxis']} domain",
+                "line": {"dash": "dot", "width": 1.5, "color": _COLOURS[3]},
             }
-        )
-    layout["shapes"] = [
-        {
-            "type": "line",
-            "x0": num_clusters,
-            "x1": num_clusters,
-            "y0": 0,
-            "y1": 1,
-            "xref": _axes_of(panel)["xaxis"],
-            "yref": f"{_axes_of(panel)['yaxis']} domain",
-            "line": {"dash": "dot", "width": 1.5, "color": _COLOURS[3]},
-        }
-        for panel in range(1, len(curves) + 1)
-    ]
+            for axes in map(_axes_of, range(1, len(curves) + 1))
+        ]
     layout["showlegend"] = False
     return {"data": data, "layout": layout}
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from cmvae.modalities import Modality
 from cmvae.models.cmvae import CMVAE
-from cmvae.models.encoding import EncodedSplit
-from cmvae.visualize import grids, plots
+from cmvae.visualize import grids
 from cmvae.visualize.style import Figure
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
@@ -136,15 +135,6 @@ def draw_cluster_samples(model: CMVAE, num_samples: int, generator: torch.Genera
         for name, modality in model.modalities.items()
     }
     return grids.sample_rows(values, [f"cluster {c}" for c in clusters], modalities=model.modalities)
-
-
-def draw_latent_map(split: EncodedSplit, assignments: np.ndarray, num_samples: int, seed: int) -> Figure:
-    """Draw z of the first `num_samples` samples in two dimensions, from the first modality that each has."""
-    shown = slice(0, num_samples)
-    first = split.present[shown].argmax(axis=1)
-    points = plots.project_2d(split.shared_loc[shown][np.arange(len(first)), first], seed)
-    labels = split.label[shown] if (split.label >= 0).any() else None
-    return plots.latent_map(points, assignments[shown], labels)
 
 
 def _by_modality(model: CMVAE, mask: Tensor) -> dict[str, np.ndarray]:

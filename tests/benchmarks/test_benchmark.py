@@ -30,7 +30,7 @@ def test_training_beside_other_settings_and_the_plain_way(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "benchmark.json").read_text())
-    titles = [m["title"] for m in record["measured"]]
+    titles = [m["variant"]["title"] for m in record["measured"]]
     assert titles == [
         "as configured",
         "objective.cross_sources=1 train.mixed_precision=fp32",
@@ -40,32 +40,19 @@ def test_training_beside_other_settings_and_the_plain_way(tmp_path):
     ]
     own, fewer, reference, ceiling, ceiling_fp32 = record["measured"]
     assert [len(m["seconds"]) for m in record["measured"]] == [2] * 5
-    assert (own["facts"]["batch_size"], own["items"]) == (4, 4)
+    assert (own["facts"]["batch_size"], own["num_items"]) == (4, 4)
     assert fewer["facts"]["flops"] < own["facts"]["flops"] < reference["facts"]["flops"]
     assert own["facts"]["precision"] == "bf16"
     assert reference["facts"]["parameters"] == own["facts"]["parameters"]
     # In the table: the rate, its share of what convolutions reach in that precision, and the rate compared.
     for m, reached in ((own, ceiling), (reference, ceiling_fp32)):
-        (row,) = [line for line in done.stdout.splitlines() if line.startswith(f"| {m['title']} ")]
+        (row,) = [line for line in done.stdout.splitlines() if line.startswith(f"| {m['variant']['title']} ")]
         assert f"{m['median_items_per_second']:.3g}" in row
         assert f"{m['flops_per_second'] / reached['flops_per_second']:.0%}" in row
     ratio = own["median_items_per_second"] / reference["median_items_per_second"]
     assert own["times_as_fast"] == ratio
     assert f"{ratio:.2f} × pair by pair, fp32" in done.stdout
     assert reference["times_as_fast"] is None
-
-
-def test_reading_is_compared_at_the_same_number_of_workers(tmp_path, digits_shards, tool):
-    arguments = tool["parse_arguments"](
-        ["read", str(digits_shards), "--folder", "16", "--workers", "0", "2", "--batch-size", "4"]
-    )
-    variants = tool["read_variants"](arguments, tmp_path)
-    assert [(variant.title, variant.compared_with) for variant in variants] == [
-        ("shards, 0 workers", "folder, 0 workers"),
-        ("shards, 2 workers", "folder, 2 workers"),
-        ("folder, 0 workers", None),
-        ("folder, 2 workers", None),
-    ]
 
 
 def test_settings_stand_before_and_after_options(tool, capsys):

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import samplers
 import torch
 from accelerate import Accelerator
 from refiner_run import write_refiner_run
-from samplers import (
-    Measurement,
-    TimedDCMVAE,
-    describe_measurements,
-    draw_samplers,
-    measure_samplers,
-    sampler_titles,
-)
+from samplers import TimedDCMVAE, measure_samplers, sampler_titles
 
 from cmvae.config import SamplerConfig
 from cmvae.data.index import ShardIndex
@@ -60,7 +51,7 @@ def real_distance(shards, index, num_samples):
 
 def test_figures_are_those_of_the_evaluation_with_that_sampler(run, measured):
     config, index = run
-    floor, unrefined, *refined = measured
+    _, unrefined, *refined = measured
     assert [m.title for m in refined] == sampler_titles(SAMPLERS)
     for measurement, sampler in zip(refined, SAMPLERS, strict=True):
         changed = config.refiner.model_copy(update={"sampler": sampler})
@@ -71,11 +62,9 @@ def test_figures_are_those_of_the_evaluation_with_that_sampler(run, measured):
         of_refined = {key.removeprefix("refined/"): x for key, x in expected.items() if "refined/" in key}
         assert measurement.metrics == of_refined
         assert unrefined.metrics.items() <= expected.items()
-        assert measurement.sampler == sampler
         assert measurement.seconds > 0
         assert measurement.images_per_second > 0
     assert refined[0].metrics != refined[1].metrics
-    assert unrefined.sampler is floor.sampler is None
 
 
 @pytest.mark.parametrize("num_samples", [None, 40])
@@ -101,22 +90,14 @@ def test_unconditional_generations_alone_have_the_figures_that_they_have_among_o
     names = {"frechet/classifier/unconditional", "coherence/unconditional"}
     for measurement, among in zip(alone[1:], measured[1:], strict=True):
         assert measurement.metrics == {name: among.metrics[name] for name in names}
-    assert draw_samplers(alone).keys() == {"distance_by_steps", "distance_by_coherence"}
-
-
-def test_the_protocol_counts_what_is_measured(run):
-    config, index = run
-    whole = describe_measurements(config, index, config.run_dir)
-    assert (whole["num_samples"], whole["num_generated"]) == (90, 50)
-    fewer = describe_measurements(config, index, config.run_dir, 40)
-    assert (fewer["num_samples"], fewer["num_generated"]) == (40, 40)
-    more = describe_measurements(config, index, config.run_dir, 4000)
-    assert more == whole
 
 
 @pytest.mark.parametrize(
     ("num_samples", "settings", "expected"),
-    [(20, {}, "split test: 20 samples are too few"), (None, {"num_generated": 8}, "num_generated.*: 8 sam")],
+    [
+        (20, {}, r"frechet/classifier/\w+: 20 samples are too few"),
+        (None, {"num_generated": 8}, "frechet/classifier/unconditional: 8 sam"),
+    ],
 )
 def test_too_few_samples_for_a_distance_are_refused(run, num_samples, settings, expected):
     config, index = run
@@ -157,52 +138,3 @@ def test_titles_say_what_differs():
         "ddim, 5 steps, guidance 1",
         "dpm_solver, 10 steps, guidance 1",
     ]
-
-
-def lines(ax):
-    """Points of what an axes' legend names."""
-    return {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
-
-
-def test_the_figures_show_every_sampler_on_its_line(measured):
-    several = [
-        SamplerConfig(num_steps=10),
-        SamplerConfig(name="ddim", num_steps=5),
-        SamplerConfig(num_steps=5),
-    ]
-    floor, unrefined, refined, *_ = measured
-    made_up = [
-        Measurement(title, sampler, {key: x + i for key, x in refined.metrics.items()}, 1.0, 1.0)
-        for i, (sampler, title) in enumerate(zip(several, sampler_titles(several), strict=True))
-    ]
-    drawn = draw_samplers([floor, unrefined, *made_up])
-    for figure in drawn.values():
-        figure.canvas.draw()
-    panels = {ax.get_title(loc="left"): lines(ax) for ax in drawn["distance_by_steps"].axes}
-    assert list(panels) == ["unconditional", "conditional", "cross-modal"]
-    y = refined.metrics["frechet/classifier/conditional_cross"]
-    panel = panels["cross-modal"]
-    assert list(panel) == ["dpm_solver", "ddim", "CMVAE alone", "real train images"]
-    assert panel["dpm_solver"] == [[5, y + 2], [10, y]]
-    assert panel["ddim"] == [[5, y + 1]]
-    for measurement in (unrefined, floor):
-        (_, first), (_, last) = panel[measurement.title]
-        assert first == last == measurement.metrics["frechet/classifier/conditional_cross"]
-
-    axes = {ax.get_title(loc="left"): ax for ax in drawn["distance_by_coherence"].axes}
-    assert list(axes) == ["unconditional", "cross-modal"]
-    x = refined.metrics["coherence/conditional"]
-    panel = lines(axes["cross-modal"])
-    assert panel["dpm_solver"] == [[x + 2, y + 2], [x, y]]
-    own = [
-        unrefined.metrics[key] for key in ("coherence/conditional", "frechet/classifier/conditional_cross")
-    ]
-    assert panel["CMVAE alone"] == [own]
-    assert sorted(text.get_text() for text in axes["cross-modal"].texts) == ["10 steps", "5 steps", "5 steps"]
-
-
-def test_with_one_modality_there_are_distances_only(measured):
-    wanted = "frechet/classifier/conditional"
-    left = [replace(m, metrics={wanted: m.metrics[wanted]}) for m in measured]
-    (figure,) = draw_samplers(left).values()
-    assert [ax.get_title(loc="left") for ax in figure.axes] == ["conditional"]

@@ -46,3 +46,16 @@ def test_mistakes_are_named(call, make_run, make_refiner_run, tmp_path):
         code, _, err = call("report", *arguments)
         assert code == 2
         assert message in err
+
+
+def test_a_full_disk_is_named(call, make_run, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cmvae.commands.report.write_whole", full)
+    code, _, err = call("report", make_run("m0"))
+    assert code == 2
+    assert (
+        "report.html: cannot be written: [Errno 28] No space left on device. Give another path with --out"
+        in err
+    )

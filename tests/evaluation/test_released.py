@@ -115,9 +115,10 @@ def test_clusters_are_read_from_samples_of_the_posteriors(model, data, tmp_path)
 def test_probes_are_linear_and_not_on_each_latent_and_on_all_z(model, data):
     metrics = evaluate_released_probes(make_context(model, data, ("0", "1", "2"))).metrics
     single = {f"{latent}/{name}" for latent in ("z", "w", "both") for name in "ab"}
-    assert set(metrics) == {
+    assert set(metrics) == {f"probe/{probe}" for probe in single} | {
         f"released/probe/{kind}/{probe}" for kind in ("linear", "mlp") for probe in {*single, "z/all"}
     }
+    assert all(metrics[f"released/probe/linear/{probe}"] == metrics[f"probe/{probe}"] for probe in single)
     for kind in ("linear", "mlp"):
         for probe in ("z/a", "z/b", "both/a", "z/all"):
             assert metrics[f"released/probe/{kind}/{probe}"] == 1
@@ -141,7 +142,8 @@ def test_only_a_nonlinear_probe_reads_what_is_not_linear(model):
 def test_what_there_is_not_is_said(model, data, tmp_path):
     unlabelled = {split: {name: values[name] for name in "ab"} for split, values in data.items()}
     context = make_context(model, unlabelled)
-    assert evaluate_released_probes(context).left_out == {"released/probe": "the data has no labels"}
+    reason = "the data has no labels"
+    assert evaluate_released_probes(context).left_out == {"probe": reason, "released/probe": reason}
     save_export(model, data["validation"], tmp_path, "entropy")
     result = evaluate_released_clustering(context, tmp_path, beta=1.0)
     assert set(result.metrics) == {"released/clustering/num_clusters"}

@@ -77,6 +77,7 @@ def test_one_sample_without_a_label_gives_what_it_can_and_reasons_for_the_rest(t
     assert left_out == result.left_out
     page = (config.run_dir / "evaluation/report.html").read_text(encoding="utf-8")
     assert "A map takes at least 4 samples." in page
+    assert left_out["figures/latent_map"] == "takes at least 4 samples"
     assert "The data has no labels." in page
 
 
@@ -90,6 +91,7 @@ def test_a_page_that_fails_is_one_warning_and_the_evaluation_is_complete(run, mo
     result = evaluate_run(config, ShardIndex.load(config.data.shards), config.run_dir)
     written = json.loads((config.run_dir / "evaluation/metrics.json").read_text())
     assert written == result.metrics
+    assert "latent_map" in result.figures, "drawn from the same points as the map of the page"
     assert not (config.run_dir / "evaluation/report.html").exists()
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "plotly" in warning

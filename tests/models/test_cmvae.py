@@ -131,7 +131,7 @@ def test_dropped_clusters_leave_the_prior():
     torch.testing.assert_close(log_weights.exp(), torch.tensor([0.5, 0, 0.5, 0, 0]))
     with torch.no_grad():
         model.cluster_prior.means.copy_(1000.0 * torch.arange(5)[:, None].expand(5, 6))
-    z = model._sample_prior(500, None, torch.Generator().manual_seed(0))
+    z = model.sample_latents(500, generator=torch.Generator().manual_seed(0)).shared
     assert set((z.mean(1) / 1000).round().tolist()) == {0.0, 2.0}
 
 
@@ -187,13 +187,13 @@ def test_z_is_sampled_from_the_mixture_over_given_modalities(inputs):
             head.loc.weight.zero_()
         model.encoders["a"].shared_heads.loc.bias.fill_(100.0)
         model.encoders["b"].shared_heads.loc.bias.fill_(-100.0)
-    z = model._sample_posterior(many, None, torch.Generator().manual_seed(0))
+    z = model.sample_latents(given=many, generator=torch.Generator().manual_seed(0)).shared
     from_a = (z.mean(1) > 0).float().mean().item()
     assert from_a == pytest.approx(0.5, abs=0.1)
     assert posteriors.keys() == {"a", "b"}
     # Missing modalities are never the source.
     mask = torch.tensor([[True, False], [False, True], [True, True], [True, True]]).repeat(100, 1)
-    z = model._sample_posterior(many, mask, torch.Generator().manual_seed(0))
+    z = model.sample_latents(given=many, mask=mask, generator=torch.Generator().manual_seed(0)).shared
     from_a = z[:, 0] > 0
     assert from_a[0::4].all()
     assert not from_a[1::4].any()

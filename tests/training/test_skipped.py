@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from faulty_training import Training
 
 from cmvae.data.index import ShardIndex
-from cmvae.tracking import NullTracker
+from cmvae.tracking import Tracker
 from cmvae.training import run
 from cmvae.training.meters import SkippedSamples
 from cmvae.utils.errors import UserError
@@ -43,7 +43,7 @@ def test_more_damaged_samples_than_may_be_skipped_end_a_training(tmp_path, damag
 def test_what_was_skipped_is_a_curve(experiment, damaged_shards, monkeypatch):
     points = []
 
-    class Recorder(NullTracker):
+    class Recorder(Tracker):
         def log_metrics(self, metrics, step):
             points.extend((name, step, value) for name, value in metrics.items() if "skipped" in name)
 

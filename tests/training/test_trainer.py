@@ -13,7 +13,7 @@ from cmvae.clustering import find_cluster_means
 from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
 from cmvae.models.encoding import encode_split
-from cmvae.tracking import NullTracker
+from cmvae.tracking import Tracker
 from cmvae.training import cmvae_task as cmvae_task
 from cmvae.training import train_split, trainer
 from cmvae.training.checkpoint_folder import list_checkpoints
@@ -73,7 +73,7 @@ def test_a_run_leaves_checkpoints_config_and_an_export(experiment):
 def test_the_last_validation_can_be_read_without_a_tracker(experiment, monkeypatch):
     logged = []
     monkeypatch.setattr(
-        NullTracker, "log_metrics", lambda tracker, metrics, step: logged.append((step, dict(metrics)))
+        Tracker, "log_metrics", lambda tracker, metrics, step: logged.append((step, dict(metrics)))
     )
     config = experiment("train.validate_every=3")
     train(config)

@@ -113,7 +113,7 @@ run_jobs([make_job(Path({str(tmp_path)!r}), "a", POLITE)], [{{}}], lambda: False
 def test_cores_and_gpus_are_divided(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("cmvae.utils.processes._count_cores", lambda: 16)
+    monkeypatch.setattr("cmvae.utils.processes.count_cores", lambda: 16)
     assert divide_machine(5, None, num_devices=0) == [{"OMP_NUM_THREADS": "3"}] * 5
     assert divide_machine(40, None, num_devices=0) == [{"OMP_NUM_THREADS": "1"}] * 16
     assert divide_machine(5, 2, num_devices=0) == [{"OMP_NUM_THREADS": "8"}] * 2

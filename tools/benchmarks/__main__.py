@@ -10,9 +10,8 @@ import argparse
 import json
 import platform
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -113,7 +112,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "read",
         parents=[common],
         help="the reader",
-        description="Time the reader on a train split, and a DataLoader over the same images in a folder.",
+        description="Time the reader on a train split.",
     )
     read.add_argument("shards", metavar="shards/NAME")
     read.add_argument(
@@ -131,12 +130,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=32,
         metavar="N",
         help="batches per timed run (default: %(default)s, with 128 samples the shuffle window)",
-    )
-    read.add_argument(
-        "--folder",
-        type=positive_integer,
-        metavar="N",
-        help="also time a folder with the images of the first N samples",
     )
 
     select = commands.add_parser(
@@ -240,29 +233,6 @@ def train_variants(arguments: argparse.Namespace) -> list[Variant]:
     ]
 
 
-def read_variants(arguments: argparse.Namespace, folder: Path) -> list[Variant]:
-    """The reader, then the folder, each with every number of workers."""
-    from reading import write_folder
-    from turns import Variant
-
-    common = {"batch_size": arguments.batch_size, "num_batches": arguments.batches}
-    variants = [
-        Variant(f"shards, {n} workers", "shards", {**common, "shards": arguments.shards, "num_workers": n})
-        for n in arguments.workers
-    ]
-    if arguments.folder is not None:
-        write_folder(arguments.shards, folder, arguments.folder)
-        of_folder = [
-            Variant(f"folder, {n} workers", "folder", {**common, "folder": str(folder), "num_workers": n})
-            for n in arguments.workers
-        ]
-        variants = [
-            replace(variant, compared_with=other.title)
-            for variant, other in zip(variants, of_folder, strict=True)
-        ] + of_folder
-    return variants
-
-
 def measure(arguments: argparse.Namespace) -> list[Measured]:
     """Time what the arguments ask for."""
     from turns import Variant, measure_in_turns
@@ -271,9 +241,13 @@ def measure(arguments: argparse.Namespace) -> list[Measured]:
     if arguments.command == "train":
         return measure_in_turns(train_variants(arguments), repeats, warm_up, alone=arguments.read)
     if arguments.command == "read":
-        with tempfile.TemporaryDirectory() as folder:
-            # Reader processes work ahead, and would take the cores of another variant.
-            return measure_in_turns(read_variants(arguments, Path(folder)), repeats, warm_up, alone=True)
+        common = {"shards": arguments.shards, "batch_size": arguments.batch_size}
+        common["num_batches"] = arguments.batches
+        variants = [
+            Variant(f"{n} workers", "shards", {**common, "num_workers": n}) for n in arguments.workers
+        ]
+        # Reader processes work ahead, and would take the cores of another variant.
+        return measure_in_turns(variants, repeats, warm_up, alone=True)
     if arguments.command == "select":
         again = Variant("one pass per number of clusters", "selection", {"run": arguments.run, "again": True})
         once = Variant("one encoding pass", "selection", {"run": arguments.run, "again": False})
@@ -361,19 +335,10 @@ def to_record(arguments: argparse.Namespace, measured: Sequence[Measured]) -> di
         },
         "measured": [
             {
-                "title": m.variant.title,
-                "job": m.variant.job,
-                "arguments": m.variant.arguments,
-                "checkout": str(m.variant.checkout),
-                "items": m.num_items,
-                "seconds": m.seconds,
+                **asdict(m),
                 "median_items_per_second": m.median_rate,
-                "compared_with": m.variant.compared_with,
                 "times_as_fast": rate_ratio(m, measured),
                 "flops_per_second": m.median_flops,
-                "peak_memory_bytes": m.peak_memory_bytes,
-                "data_wait_share": m.data_wait_share,
-                "facts": m.facts,
             }
             for m in measured
         ],
@@ -387,7 +352,7 @@ def main() -> int:
     measured = measure(arguments)
     print(format_table(measured))
     if arguments.out is not None:
-        record = json.dumps(to_record(arguments, measured), indent=2)
+        record = json.dumps(to_record(arguments, measured), indent=2, default=str)
         try:
             write_whole(arguments.out, f"{record}\n".encode())
         except OSError as error:

@@ -23,7 +23,6 @@ MODULES = {
     "update": "training",
     "ceiling": "training",
     "shards": "reading",
-    "folder": "reading",
     "selection": "inference",
     "refining": "inference",
     "evaluation": "inference",

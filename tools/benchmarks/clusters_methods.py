@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from clusters_data import ALL, PIXELS, FeatureReader, FeatureSet, IntArray, dense
+from clusters_data import ALL, FeatureReader, FeatureSet, IntArray, dense
 from sklearn.cluster import KMeans, SpectralClustering
 from sklearn.mixture import GaussianMixture
 
@@ -152,8 +152,8 @@ def _import_mvlearn() -> Iterator[None]:
 METHODS: Mapping[str, Method] = {
     "kmeans": Method("k-means", _kmeans, lambda features: True),
     # There are more pixels than rows, and neighbours in pixels are about those in components.
-    "gmm": Method("Gaussian mixture", _mixture, lambda features: features.form != PIXELS),
-    "spectral": Method("spectral clustering", _spectral, lambda features: features.form != PIXELS),
+    "gmm": Method("Gaussian mixture", _mixture, lambda features: features.form != "pixels"),
+    "spectral": Method("spectral clustering", _spectral, lambda features: features.form != "pixels"),
     "mv-kmeans": Method(
         "mvlearn, multi-view k-means", _mvlearn_kmeans, lambda features: features == ALL, by_modality=True
     ),

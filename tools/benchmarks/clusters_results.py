@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,195 +40,81 @@ class Results:
         path: the file, which may not exist yet.
 
     Raises:
-        UserError: a line is damaged, or the file cannot be read.
+        UserError: a line is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lines: dict[Cell, Mapping[str, Any]] = {}
-        if not path.exists():
-            return
-        try:
-            content = path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):
-                os.truncate(path, len(whole))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error}. Give another --out") from error
+        self.lines: dict[Cell, Mapping[str, Any]] = {}
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(path, len(whole))
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 values = json.loads(line)
-                cell = Cell(**{name: values[name] for name in Cell.__dataclass_fields__})
+                self.lines[Cell(**{name: values[name] for name in Cell.__dataclass_fields__})] = values
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{path}: line {number} is no cell of this suite ({error!r}). Delete the line, and its "
                     "cell is run again"
                 ) from error
-            self._lines[cell] = values
 
     def __contains__(self, cell: Cell) -> bool:
         """Whether a cell was computed; cells that could not be run are tried again."""
-        return "not_run" not in self._lines.get(cell, {"not_run": ""})
+        return "not_run" not in self.lines.get(cell, {"not_run": ""})
 
     def add(self, cell: Cell, values: Mapping[str, Any]) -> None:
         """Append a line.
 
         Args:
             cell: the cell.
-            values: `num_clusters`, the metrics, `seconds`, `note` and `versions`; or `not_run`, the reason.
-
-        Raises:
-            UserError: the file cannot be written.
+            values: `num_clusters`, the metrics, `seconds` (may be None), `note` and `versions`; or `not_run`,
+                the reason.
         """
         line = {**asdict(cell), **values}
-        if line == self._lines.get(cell):
+        if line == self.lines.get(cell):
             return
-        self._lines[cell] = line
-        try:
-            with self._path.open("ab") as file:
-                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written: {error}. Give another --out") from error
+        self.lines[cell] = line
+        with self._path.open("ab") as file:
+            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
-    def groups(self) -> list[Group]:
-        """Group the cells that differ in their seed only, in the order of the file."""
+    def format_table(self, titles: Mapping[str, str], order: Sequence[str]) -> str:
+        """Format one Markdown table per data set, with means and standard deviations over seeds.
+
+        Args:
+            titles: method → title, in the order of the rows.
+            order: names of the data sets, in their order.
+        """
         groups: dict[Cell, list[Mapping[str, Any]]] = {}
-        for cell, line in self._lines.items():
-            groups.setdefault(Cell(**{**asdict(cell), "seed": 0}), []).append(line)
-        return [Group(cell, lines) for cell, lines in groups.items()]
+        for cell, line in self.lines.items():
+            groups.setdefault(replace(cell, seed=0), []).append(line)
+        methods = list(titles)
+        header = ["row", "method", "features", "number", "seeds", "clusters", *map(str.upper, METRICS)]
+        parts = ["# Clusters"]
+        for data in order:
+            cells = [cell for cell in groups if cell.data == data]
+            cells.sort(key=lambda cell: (cell.rows, methods.index(cell.method)))
+            rows = [_format_row(cell, titles[cell.method], groups[cell]) for cell in cells]
+            if rows:
+                parts += [f"## {data}", markdown_table([*header, "seconds", "note"], rows)]
+        return "\n\n".join(parts) + "\n"
 
 
-@dataclass(frozen=True)
-class Group:
-    """The cells that differ in their seed only."""
-
-    cell: Cell
-    """One of the cells; its seed is not used."""
-    lines: Sequence[Mapping[str, Any]]
-
-    @property
-    def not_run(self) -> str | None:
-        """Why no seed could be run; None if one was."""
-        reasons = [line.get("not_run") for line in self.lines]
-        return None if None in reasons else str(reasons[0])
-
-    @property
-    def notes(self) -> list[str]:
-        """The remarks of the cells, without duplicates."""
-        return list(dict.fromkeys(line["note"] for line in self.lines if line.get("note")))
-
-    def values(self, metric: str) -> list[float]:
-        """Values of a metric, one per seed that was run."""
-        return [line[metric] for line in self.lines if "not_run" not in line]
-
-    def mean(self, metric: str) -> float:
-        """Mean of a metric over the seeds that were run."""
-        return statistics.fmean(self.values(metric))
-
-
-def format_table(groups: Sequence[Group], titles: Mapping[str, str], order: Sequence[str]) -> str:
-    """Format a summary and one table per data set in Markdown, with means and standard deviations over seeds.
-
-    Args:
-        groups: all groups.
-        titles: method → title, in the order of the rows.
-        order: names of the data sets, in their order.
-    """
-    columns, rows = summarise(groups, titles, order)
-    summary = [
-        [row, *(" / ".join(f"{cell[m]:.3f}" for m in METRICS) if cell else "–" for cell in cells)]
-        for row, cells in rows.items()
-    ]
-    parts = ["# Clusters", "ACC / NMI / ARI, means over seeds.", markdown_table(["", *columns], summary)]
-    parts.append("Best modality: the one with the highest NMI, that is, chosen by labels.")
-    for data in order:
-        of_data = [group for group in groups if group.cell.data == data]
-        if of_data:
-            parts += [f"## {data}", _format_data_set(of_data, titles)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _format_data_set(groups: Sequence[Group], titles: Mapping[str, str]) -> str:
-    notes = list(dict.fromkeys(note for group in groups for note in group.notes))
-    kinds, methods = list(dict.fromkeys(group.cell.rows for group in groups)), list(titles)
-    many_rows = len(kinds) > 1
-    lines = []
-    for group in sorted(groups, key=lambda g: (kinds.index(g.cell.rows), methods.index(g.cell.method))):
-        cell = group.cell
-        marks = "".join(f" [{notes.index(note) + 1}]" for note in group.notes)
-        line = [*([cell.rows] if many_rows else []), titles[cell.method] + marks, cell.features]
-        line.append("told" if cell.told else "found")
-        if group.not_run is not None:
-            lines.append([*line, f"not run: {group.not_run}", *[""] * 5])
-            continue
-        line.append(str(len(group.values("seconds"))))
-        line.append(_counts(group.values("num_clusters")))
-        line += [_spread(group.values(metric), 3) for metric in METRICS]
-        lines.append([*line, f"{group.mean('seconds'):.1f}"])
-    header = ["method", "features", "number", "seeds", "clusters", "ACC", "NMI", "ARI", "seconds"]
-    table = markdown_table(["row", *header] if many_rows else header, lines)
-    footnotes = [f"[{number}] {note}." for number, note in enumerate(notes, 1)]
-    return "\n\n".join([table, *footnotes])
-
-
-def _counts(values: Sequence[float]) -> str:
-    """Numbers of clusters of the seeds; one number where they agree."""
-    counts = [f"{value:g}" for value in values]
-    return counts[0] if len(set(counts)) == 1 else ", ".join(counts)
+def _format_row(cell: Cell, title: str, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    done = [line for line in lines if "not_run" not in line]
+    row = [cell.rows, title, cell.features, "told" if cell.told else "found", str(len(done))]
+    if not done:
+        return [*row, *["–"] * (2 + len(METRICS)), f"not run: {lines[0]['not_run']}"]
+    row.append(", ".join(dict.fromkeys(f"{line['num_clusters']:g}" for line in done)))
+    row += [_spread([line[metric] for line in done], 3) for metric in METRICS]
+    seconds = [line["seconds"] for line in done if line["seconds"] is not None]
+    row.append(f"{statistics.fmean(seconds):.1f}" if seconds else "–")
+    return [*row, "; ".join(dict.fromkeys(line["note"] for line in done if line["note"]))]
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
     text = f"{statistics.fmean(values):.{digits}f}"
     return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
-
-
-Summary = tuple[list[str], dict[str, list[dict[str, float] | None]]]
-
-
-def summarise(groups: Sequence[Group], titles: Mapping[str, str], order: Sequence[str]) -> Summary:
-    """Summarise methods by data sets: each method on all modalities, and on the best one by NMI.
-
-    Args:
-        groups: all groups.
-        titles: method → title, in the order of the rows.
-        order: names of the data sets, in their order.
-
-    Returns:
-        Names of the columns (data sets, or rows of a data set), and title → mean metrics per column, None
-        where there are none.
-    """
-    found = [group for group in groups if group.not_run is None]
-    places = dict.fromkeys((group.cell.data, group.cell.rows) for group in found)
-    columns = sorted(places, key=lambda place: order.index(place[0]))
-    rows: dict[str, list[dict[str, float] | None]] = {}
-    for method, title in titles.items():
-        of_method = [group for group in found if group.cell.method == method]
-        ours = any(not group.cell.told for group in of_method)
-        choices = [
-            (f"{title}, all", lambda cell: cell.features == "all"),
-            (f"{title}, best modality", lambda cell: cell.features != "all"),
-        ]
-        if ours:  # always trained on all modalities
-            choices = [
-                (f"{title}, number found", lambda cell: not cell.told),
-                (f"{title}, number told", lambda cell: cell.told),
-            ]
-        for row, wanted in choices:
-            cells = [_best([g for g in of_method if _place(g) == at and wanted(g.cell)]) for at in columns]
-            if any(cells):
-                rows[row] = cells
-    several = {data for data, _ in columns if sum(other == data for other, _ in columns) > 1}
-    return [f"{data}, {kind}" if data in several else data for data, kind in columns], rows
-
-
-def _place(group: Group) -> tuple[str, str]:
-    return group.cell.data, group.cell.rows
-
-
-def _best(groups: Sequence[Group]) -> dict[str, float] | None:
-    if not groups:
-        return None
-    best = max(groups, key=lambda group: group.mean("nmi"))
-    return {metric: best.mean(metric) for metric in METRICS}

@@ -12,48 +12,35 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from job import now
-from plots import distance_by_coherence, distance_by_steps
 from torch import Tensor
 
 from cmvae.config import RefinerExperiment, SamplerConfig, check_against_shards, load_run_config
 from cmvae.data.index import ShardIndex
 from cmvae.distributed import start_evaluation_accelerator
-from cmvae.evaluation.classifiers import NUM_FEATURES, load_classifiers
-from cmvae.evaluation.context import EvaluationContext
+from cmvae.evaluation.classifiers import load_classifiers
 from cmvae.evaluation.feature_networks import FeatureNetworks
-from cmvae.evaluation.frechet import refusal
-from cmvae.evaluation.generative import Reference, measure_floor, measure_generated, read_reference
+from cmvae.evaluation.generative import measure_floor, measure_generated, read_reference
 from cmvae.evaluation.report import REFINED
 from cmvae.evaluation.run import load_context
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.dcmvae import DCMVAE
 from cmvae.models.export import weights_sha256
-from cmvae.models.precision import autocast_dtype, network_precision
+from cmvae.models.precision import autocast_dtype
 from cmvae.models.refiner import Refiner
 from cmvae.utils.arguments import positive_integer
 from cmvae.utils.errors import UserError
-from cmvae.utils.files import holds_earlier_output, whole_folder
+from cmvae.utils.files import write_whole
 from cmvae.utils.process_exit import run_main
 from cmvae.utils.tables import markdown_table
-from cmvae.visualize.style import Figure
 
 FLOOR, UNREFINED = "real train images", "CMVAE alone"
-RECORD_NAME = "samplers.json"
 
-KINDS: Mapping[str, tuple[str, str | None]] = {
-    "unconditional": ("frechet/classifier/unconditional", "coherence/unconditional"),
-    "conditional": ("frechet/classifier/conditional", None),
-    "cross-modal": ("frechet/classifier/conditional_cross", "coherence/conditional"),
-}
-"""Kind of generated samples → metrics of distance and coherence. Conditional samples include reconstructions,
-which coherence by definition does not."""
-
+# Conditional samples include reconstructions, which cross-modal ones and coherence by definition do not.
 COLUMNS = {
     "distance: uncond.": "frechet/classifier/unconditional",
     "conditional": "frechet/classifier/conditional",
@@ -62,6 +49,7 @@ COLUMNS = {
     "uncond.": "coherence/unconditional",
 }
 """Column of the table → metric."""
+_WORDS = {"start": "start", "guidance": "guidance", "guidance_from": "from", "candidates": "best of"}
 
 
 @dataclass(frozen=True)
@@ -69,14 +57,18 @@ class Measurement:
     """Results of one sampler, of the CMVAE alone, or of real images."""
 
     title: str
-    sampler: SamplerConfig | None
-    """None where nothing is refined."""
     metrics: Mapping[str, float]
     """See `measure_generated`, without the prefix of refined samples; real images have distances only."""
     seconds: float
     """Wall time of generating, refining and extracting features."""
     images_per_second: float | None = None
     """Refined images per second of refinement."""
+
+    def cells(self) -> list[str]:
+        """One row of the table."""
+        values = [(self.metrics.get(metric), 4) for metric in COLUMNS.values()]
+        values += [(self.seconds, 1), (self.images_per_second, 1)]
+        return [self.title, *("–" if x is None else f"{x:.{digits}f}" for x, digits in values)]
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -93,12 +85,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="settings that change the run's sampler, separated by commas, e.g. name=ddpm,num_steps=1000; "
         "equal samplers are measured once",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="output folder; an earlier comparison in it is replaced (default: samplers in the run's folder)",
-    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write all measurements here")
     parser.add_argument(
         "--num",
         type=positive_integer,
@@ -118,8 +105,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_intermixed_args(arguments)
 
 
-def read_experiment(run: Path, split: str) -> RefinerExperiment:
-    """The experiment of a refiner's run, with `split` as the split of its evaluation.
+def read_experiment(run: Path, split: str, num_samples: int | None) -> RefinerExperiment:
+    """The experiment of a refiner's run, with the split and number of samples of its evaluation changed.
 
     Raises:
         UserError: the folder is not the run of a refiner.
@@ -130,7 +117,10 @@ def read_experiment(run: Path, split: str) -> RefinerExperiment:
             f"{run}: is the run of a CMVAE, which has no sampler. Give the run of its refiner, or train one: "
             "cmvae train digits_refiner"
         )
-    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"split": split})})
+    settings = config.evaluation
+    num_generated = min(settings.num_generated, num_samples or settings.num_generated)
+    changed = settings.model_copy(update={"split": split, "num_generated": num_generated})
+    return config.model_copy(update={"evaluation": changed})
 
 
 def read_samplers(run: Path, texts: Sequence[str]) -> list[SamplerConfig]:
@@ -139,12 +129,10 @@ def read_samplers(run: Path, texts: Sequence[str]) -> list[SamplerConfig]:
     Raises:
         UserError: a setting is unknown, or its value is not valid.
     """
-    samplers: dict[SamplerConfig, None] = {}
-    for text in texts:
-        config = load_run_config(run, [f"refiner.sampler.{setting}" for setting in text.split(",")])
-        if isinstance(config, RefinerExperiment):
-            samplers[config.refiner.sampler] = None
-    return list(samplers)
+    configs = [
+        load_run_config(run, [f"refiner.sampler.{setting}" for setting in text.split(",")]) for text in texts
+    ]
+    return list(dict.fromkeys(c.refiner.sampler for c in configs if isinstance(c, RefinerExperiment)))
 
 
 def measure_samplers(
@@ -162,7 +150,7 @@ def measure_samplers(
         index: the index of `config.data.shards`.
         run_dir: folder of the refiner's run, with its export.
         samplers: the samplers to compare.
-        num_samples: measure only the first samples of the split, and at most so many unconditional samples.
+        num_samples: measure only the first samples of the split.
         unconditional: measure unconditional samples only.
 
     Yields:
@@ -172,8 +160,6 @@ def measure_samplers(
         UserError: an export, the shards or the classifiers are missing or damaged, there are too few samples
             for a distance, or the model generates values that are not finite.
     """
-    config = _limit(config, num_samples)
-    _check_sizes(config, index, num_samples)
     accelerator = start_evaluation_accelerator()
     try:
         if accelerator.num_processes > 1:
@@ -183,98 +169,44 @@ def measure_samplers(
         classifiers = load_classifiers(context.shards, index, images, context.device)
         networks = FeatureNetworks(images, classifiers, inception=None)
         reference = read_reference(context, networks, {"coherence", "frechet"}, num_samples)
+        for metric, reason in reference.left_out.items():
+            if metric.startswith("frechet/"):
+                raise UserError(f"{metric}: {reason}. Take more samples")
         started = time.perf_counter()
         floor = measure_floor(context, reference, "train")
-        yield Measurement(FLOOR, None, floor, time.perf_counter() - started)
+        yield Measurement(FLOOR, floor, time.perf_counter() - started)
         # Samples from several sources are not refined.
         max_sources = 0 if unconditional else 1
-        yield _measure(context, reference, UNREFINED, max_sources)
+        started = time.perf_counter()
+        metrics = measure_generated(context, reference, max_sources=max_sources).metrics
+        yield Measurement(UNREFINED, metrics, time.perf_counter() - started)
         dtype = autocast_dtype(config.train.mixed_precision, context.device)
         for sampler, title in zip(samplers, sampler_titles(samplers), strict=True):
             refiner = Refiner.from_pretrained(run_dir / "export", context.device, dtype, sampler)
             timed = TimedDCMVAE(context.model, refiner)
-            yield _measure(replace(context, dcmvae=timed), reference, title, max_sources)
+            started = time.perf_counter()
+            metrics = measure_generated(
+                replace(context, dcmvae=timed), reference, max_sources=max_sources
+            ).metrics
+            refined = {k.removeprefix(REFINED): x for k, x in metrics.items() if k.startswith(REFINED)}
+            yield Measurement(title, refined, time.perf_counter() - started, timed.images_per_second)
     finally:
         accelerator.end_training()
 
 
-def describe_measurements(
-    config: RefinerExperiment, index: ShardIndex, run_dir: Path, num_samples: int | None = None
-) -> dict[str, Any]:
-    """The protocol of `measure_samplers` with the same arguments, for JSON."""
-    settings = _limit(config, num_samples).evaluation
-    total = index.split(settings.split, config.data.shards).num_samples
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    return {
-        "run": str(run_dir),
-        "export_sha256": weights_sha256(run_dir / "export"),
-        "cmvae_sha256": weights_sha256(config.cmvae / "export"),
-        "data": index.name,
-        "split": settings.split,
-        "num_samples": min(total, num_samples or total),
-        "num_generated": settings.num_generated,
-        "seed": settings.seed,
-        "batch_size": settings.batch_size,
-        "precision": network_precision(config.train.mixed_precision, device),
-        "device": str(device),
-        "classifier_accuracy": {name: entry.accuracy for name, entry in index.classifiers.items()},
-    }
-
-
 def sampler_titles(samplers: Sequence[SamplerConfig]) -> list[str]:
     """One title per sampler, with the settings that differ: `dpm_solver, 20 steps, guidance 1.5`."""
-    return [names.title for names in _name(samplers)]
-
-
-def draw_samplers(measurements: Sequence[Measurement]) -> dict[str, Figure]:
-    """Draw a comparison.
-
-    Args:
-        measurements: all that `measure_samplers` yielded, with at least one sampler.
-
-    Returns:
-        File name without suffix → figure: `distance_by_steps` and, where there is coherence,
-        `distance_by_coherence`.
-    """
-    floor, unrefined, *refined = measurements
-    samplers = [measurement.sampler for measurement in refined if measurement.sampler is not None]
-    measured = list(
-        zip(_name(samplers), samplers, [measurement.metrics for measurement in refined], strict=True)
-    )
-    measured.sort(key=lambda row: row[1].num_steps)
-    lines = list(dict.fromkeys(names.line for names in _name(samplers)))
-
-    curves, references, points, unrefined_points = {}, {}, {}, {}
-    for kind, (distance, coherence) in KINDS.items():
-        if distance not in unrefined.metrics:
-            continue
-        references[kind] = {m.title: m.metrics[distance] for m in (unrefined, floor)}
-        curves[kind] = {
-            line: [
-                (sampler.num_steps, metrics[distance])
-                for names, sampler, metrics in measured
-                if names.line == line
+    differ = [key for key in _WORDS if len({getattr(sampler, key) for sampler in samplers}) > 1]
+    return [
+        ", ".join(
+            [
+                sampler.name,
+                f"{sampler.num_steps} step{'s' if sampler.num_steps > 1 else ''}",
+                *(f"{_WORDS[key]} {getattr(sampler, key):g}" for key in differ),
             ]
-            for line in lines
-        }
-        if coherence is None or coherence not in unrefined.metrics:
-            continue
-        unrefined_points[kind] = (unrefined.metrics[coherence], unrefined.metrics[distance])
-        points[kind] = {
-            line: [
-                (names.point, metrics[coherence], metrics[distance])
-                for names, _, metrics in measured
-                if names.line == line
-            ]
-            for line in lines
-        }
-    drawn = {"distance_by_steps": distance_by_steps(curves, references)}
-    if points:
-        floors = {kind: references[kind][FLOOR] for kind in points}
-        drawn["distance_by_coherence"] = distance_by_coherence(
-            points, unrefined_points, floors, (UNREFINED, FLOOR)
         )
-    return drawn
+        for sampler in samplers
+    ]
 
 
 class TimedDCMVAE(DCMVAE):
@@ -284,17 +216,10 @@ class TimedDCMVAE(DCMVAE):
         super().__init__(cmvae, refiner)
         self._calls: list[tuple[int, float]] = []
 
-    def refine(
-        self,
-        images: Mapping[str, Tensor],
-        shared: Tensor | None = None,
-        private: Mapping[str, Tensor] | None = None,
-        *,
-        seeds: Sequence[int] | None = None,
-    ) -> dict[str, Tensor]:
+    def refine(self, images: Mapping[str, Tensor], *latents: Any, **settings: Any) -> dict[str, Tensor]:
         """See `DCMVAE.refine`."""
         started = now()
-        refined = super().refine(images, shared, private, seeds=seeds)
+        refined = super().refine(images, *latents, **settings)
         known = [image for name, image in images.items() if name in self.refiner.modalities]
         self._calls.append((sum(map(len, known)), now() - started))
         return refined
@@ -306,151 +231,35 @@ class TimedDCMVAE(DCMVAE):
         return sum(images for images, _ in calls) / sum(seconds for _, seconds in calls)
 
 
-def _measure(context: EvaluationContext, reference: Reference, title: str, max_sources: int) -> Measurement:
-    started = time.perf_counter()
-    metrics = measure_generated(context, reference, max_sources=max_sources).metrics
-    seconds = time.perf_counter() - started
-    timed = context.dcmvae
-    if not isinstance(timed, TimedDCMVAE):
-        return Measurement(title, None, metrics, seconds)
-    refined = {
-        name.removeprefix(REFINED): value for name, value in metrics.items() if name.startswith(REFINED)
-    }
-    return Measurement(title, timed.refiner.config.sampler, refined, seconds, timed.images_per_second)
-
-
-def _limit(config: RefinerExperiment, num_samples: int | None) -> RefinerExperiment:
-    """The experiment with at most `num_samples` unconditional samples in its evaluation."""
-    if num_samples is None:
-        return config
-    smaller = min(config.evaluation.num_generated, num_samples)
-    settings = config.evaluation.model_copy(update={"num_generated": smaller})
-    return config.model_copy(update={"evaluation": settings})
-
-
-def _check_sizes(config: RefinerExperiment, index: ShardIndex, num_samples: int | None) -> None:
-    """Raise if there are too few samples for a distance."""
-    settings = config.evaluation
-    total = index.split(settings.split, config.data.shards).num_samples
-    for what, size in (
-        (f"split {settings.split}", min(total, num_samples or total)),
-        ("unconditional samples (evaluation.num_generated)", settings.num_generated),
-    ):
-        reason = refusal(size, NUM_FEATURES)
-        if reason is not None:
-            raise UserError(f"{what}: {reason}. Take more samples")
-
-
-class _Names(NamedTuple):
-    """Names of a sampler among others."""
-
-    title: str
-    """All settings that differ, and the number of steps."""
-    line: str
-    """Name of a line in a figure; samplers that differ in their number of steps only share one."""
-    point: str
-    """Label of the point on that line."""
-
-
-_WORDS = {"start": "start", "guidance": "guidance", "guidance_from": "from", "candidates": "best of"}
-
-
-def _name(samplers: Sequence[SamplerConfig]) -> list[_Names]:
-    """The names of samplers, in the same order."""
-    differ = {
-        key for key in SamplerConfig.model_fields if len({getattr(sampler, key) for sampler in samplers}) > 1
-    }
-    named = []
-    for sampler in samplers:
-        steps = f"{sampler.num_steps} step{'s' if sampler.num_steps > 1 else ''}"
-        others = [f"{_WORDS[key]} {getattr(sampler, key):g}" for key in _WORDS if key in differ]
-        line = ", ".join([sampler.name, *others])
-        point = steps if "num_steps" in differ else ", ".join(others) or line
-        named.append(_Names(", ".join([sampler.name, steps, *others]), line, point))
-    return named
-
-
-def format_comparison(protocol: Mapping[str, Any], measurements: Sequence[Measurement]) -> str:
-    """The comparison in Markdown."""
-    rows = [[measurement.title, *_format_values(measurement)] for measurement in measurements]
-    return (
-        f"# Samplers of {protocol['run']}\n\n"
-        f"{protocol['num_samples']:,} samples of the {protocol['split']} split of {protocol['data']} and "
-        f"{protocol['num_generated']:,} unconditional samples, seed {protocol['seed']}. Distances are "
-        "Fréchet distances to real images in the classifiers' features; `conditional` has reconstructions, "
-        f"`cross-modal` and coherence do not. Times are those of {protocol['device']}.\n\n"
-        f"{markdown_table(['sampler', *COLUMNS, 'seconds', 'images/s'], rows)}\n"
-    )
-
-
-def _format_values(measurement: Measurement) -> list[str]:
-    values = [(measurement.metrics.get(metric), 4) for metric in COLUMNS.values()]
-    values += [(measurement.seconds, 1), (measurement.images_per_second, 1)]
-    return ["–" if value is None else f"{value:.{digits}f}" for value, digits in values]
-
-
-def write_comparison(
-    folder: Path, table: str, protocol: Mapping[str, Any], measurements: Sequence[Measurement]
-) -> None:
-    """Write `samplers.json`, `samplers.md` and the figures, all of them or none.
-
-    Args:
-        folder: output folder.
-        table: the comparison in Markdown.
-        protocol: see `describe_measurements`.
-        measurements: all measurements.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    record = {
-        "protocol": protocol,
-        "measurements": [
-            {
-                "title": measurement.title,
-                "sampler": measurement.sampler.model_dump() if measurement.sampler is not None else None,
-                "metrics": measurement.metrics,
-                "seconds": measurement.seconds,
-                "images_per_second": measurement.images_per_second,
-            }
-            for measurement in measurements
-        ],
-    }
-    try:
-        with whole_folder(folder) as partial:
-            text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-            (partial / RECORD_NAME).write_text(text, encoding="utf-8")
-            (partial / "samplers.md").write_text(table, encoding="utf-8")
-            for name, figure in draw_samplers(measurements).items():
-                figure.savefig(partial / f"{name}.png")
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written: {error}") from error
-
-
 def main() -> int:
     """Check the arguments, measure, print and write."""
     arguments = parse_arguments()
-    out = arguments.out or arguments.run / "samplers"
-    config = read_experiment(arguments.run, arguments.split)
+    config = read_experiment(arguments.run, arguments.split, arguments.num)
     samplers = read_samplers(arguments.run, arguments.samplers)
     index = ShardIndex.load(config.data.shards)
     check_against_shards(config, index, str(arguments.run / "config.yaml"))
     index.split(config.evaluation.split, config.data.shards)
-    holds_earlier_output(out, RECORD_NAME)
-
-    protocol = describe_measurements(config, index, arguments.run, arguments.num)
+    if arguments.out is not None and not arguments.out.parent.is_dir():
+        raise UserError(f"--out {arguments.out}: there is no folder {arguments.out.parent}. Create it")
     measurements = []
     for measurement in measure_samplers(
         config, index, arguments.run, samplers, arguments.num, arguments.unconditional
     ):
         measurements.append(measurement)
         # At once, because the next one may take hours or be interrupted.
-        values = zip(COLUMNS, _format_values(measurement), strict=False)
-        print(f"{measurement.title}: {', '.join(f'{name} {value}' for name, value in values)}", flush=True)
-    table = format_comparison(protocol, measurements)
-    print(f"\n{table}")
-    write_comparison(out, table, protocol, measurements)
-    print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+        title, *cells = measurement.cells()
+        values = ", ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, cells, strict=False))
+        print(f"{title}: {values}", flush=True)
+    rows = [measurement.cells() for measurement in measurements]
+    print(f"\n{markdown_table(['sampler', *COLUMNS, 'seconds', 'images/s'], rows)}")
+    if arguments.out is not None:
+        record = {
+            "export_sha256": weights_sha256(arguments.run / "export"),
+            "evaluation": config.evaluation.model_dump(mode="json"),
+            "num_samples": arguments.num,
+            "measurements": [asdict(measurement) for measurement in measurements],
+        }
+        write_whole(arguments.out, f"{json.dumps(record, indent=2, allow_nan=False)}\n".encode())
     return 0
 
 

@@ -49,23 +49,15 @@ def read_labels(config: CMVAEExperiment) -> Clusters:
     """Read the labels of all labelled samples.
 
     Raises:
-        UserError: there are none.
+        UserError: the data has no labels.
     """
-    from cmvae.data.reader import EvaluationLoader
+    from clusters_data import read_rows
 
-    modalities, batch_size = list(config.model.modalities), config.evaluation.batch_size
     labels: dict[tuple[str, str], int] = {}
     for split in ShardIndex.load(config.data.shards).splits:
-        loader = EvaluationLoader(
-            config.data.shards, split=split, modalities=modalities, batch_size=batch_size
-        )
-        for batch in loader:
-            for place in (batch["valid"] & (batch["label"] >= 0)).nonzero().flatten().tolist():
-                labels[batch["key"][place], split] = int(batch["label"][place])
-    if not labels:
-        raise UserError(
-            f"{config.data.shards}: has no labels to measure accuracy with. Pack the data with --label"
-        )
+        rows = read_rows(config.data.shards, (split,), [])
+        named = zip(rows.keys, rows.labels.tolist(), strict=True)
+        labels |= {(key, split): label for key, label in named if label >= 0}
     return labels
 
 

@@ -75,18 +75,7 @@ def conv_transpose2d(
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` that uses `conv2d` of this module."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: _Size,
-        stride: _Size = 1,
-        padding: _Size = 0,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+    """`torch.nn.Conv2d` without dilation and groups that uses `conv2d` of this module."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C_in, H, W) to (B, C_out, H', W')."""
@@ -94,18 +83,7 @@ class Conv2d(nn.Conv2d):
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
-    """`torch.nn.ConvTranspose2d` that uses `conv_transpose2d` of this module."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: _Size,
-        stride: _Size = 1,
-        padding: _Size = 0,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+    """`torch.nn.ConvTranspose2d` without dilation and groups that uses `conv_transpose2d` of this module."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Map (B, C_in, H, W) to (B, C_out, H', W')."""
