@@ -15,6 +15,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -23,6 +24,7 @@ from cmvae.config import load_config
 from cmvae.data.index import ShardIndex
 from cmvae.distributed import start_accelerator
 from cmvae.training.checkpoint import Checkpointer
+from cmvae.training.checkpoint_folder import list_checkpoints
 from cmvae.training.optimization import build_optimizer
 from cmvae.training.run import average_weights
 from cmvae.training.tasks import build_task
@@ -74,12 +76,14 @@ def main() -> int:
                 checkpointer.state.step += 1
                 ways[way].append(measure(save))
                 checkpointer.wait()
+        newest = list_checkpoints(Path(folder) / "checkpoints")[-1]
+        size = sum(file.stat().st_size for file in newest.iterdir())
     rows = []
     for way, measured in ways.items():
         # The first ones allocate memory that later ones use again.
         columns = list(zip(*measured[1:], strict=True))
         rows.append([way, *(f"{median(c):.3f} ({min(c):.3f}–{max(c):.3f})" for c in columns)])
-    print(markdown_table(["", "seconds", "CPU seconds"], rows))
+    print(markdown_table([f"{size / 1e6:.1f} MB", "seconds", "CPU seconds"], rows))
     return 0
 
 
