@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cmvae.config import OptimizerConfig
@@ -136,13 +136,12 @@ class WeightAverage:
     def _assign(self, values: dict[str, torch.Tensor]) -> None:
         torch._foreach_copy_(list(self._current.values()), list(values.values()))
 
-    def save(self, folder: Path) -> None:
-        """Write the average into a checkpoint."""
-        content = {name: tensor.contiguous() for name, tensor in self._average.items()}
-        save_file(content, folder / EMA_NAME)
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average of each parameter by name; the tensors change with every update."""
+        return dict(self._average)
 
     def load(self, folder: Path) -> None:
-        """Load what `save` wrote.
+        """Load the average from a checkpoint.
 
         Raises:
             UserError: the checkpoint has no average, or one of other parameters.

@@ -75,7 +75,7 @@ def run_training(
         compile_networks(accelerator, task, config.train.compile)
     module, optimizer = accelerator.prepare(task, build_optimizer(task, config.optimizer))
     average = average_weights(accelerator, module, config.train.ema_decay)
-    checkpointer = Checkpointer(accelerator, config, task, average)
+    checkpointer = Checkpointer(accelerator, config, task, module, optimizer, average)
     resumed = resume and checkpointer.load_newest()
     run_on_main(accelerator, lambda: _prepare_run_folder(config, index, resumed, overwrite))
     _check_shared(accelerator, config.run_dir)
@@ -97,7 +97,8 @@ def run_training(
                     stop,
                     measure,
                 )
-                with trainer.heartbeat.watching(log_file), garbage_collected_on_request():
+                watching = trainer.heartbeat.watching(log_file)
+                with watching, checkpointer.finishing(), garbage_collected_on_request():
                     stopped_by = trainer.fit()
             if stopped_by is None:
                 folder = trainer.export()

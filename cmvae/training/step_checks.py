@@ -1,4 +1,4 @@
-"""What all ranks learn about a step together: whether its terms are finite, and whether to stop."""
+"""What all ranks learn about a step together: finite terms, a request to stop, what was saved meanwhile."""
 
 from __future__ import annotations
 
@@ -67,8 +67,9 @@ class StepCheck:
 
     Args:
         names: of the values that must be finite.
-        flags: (number of names + 1,), the same on all ranks: nonzero where a value is not finite, then the
-            number of the signal that some rank received, or zero.
+        flags: (number of names + 2,), the same on all ranks: nonzero where a value is not finite, then the
+            number of the signal that some rank received, or zero, then minus the smallest
+            `Checkpointer.num_finished` of all ranks, or zero.
     """
 
     def __init__(self, names: Sequence[str], flags: Tensor) -> None:
@@ -79,19 +80,19 @@ class StepCheck:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def read(self) -> signal.Signals | None:
-        """The signal that some rank received, or None.
+    def read(self) -> tuple[signal.Signals | None, int]:
+        """The signal that some rank received, or None, and the smallest `Checkpointer.num_finished`.
 
         Raises:
             NonFiniteError: a value is not finite.
         """
         if self._copied is not None:
             self._copied.synchronize()
-        *not_finite, caught = self._flags.tolist()
+        *not_finite, caught, finished = self._flags.tolist()
         broken = [name for name, flag in zip(self._names, not_finite, strict=True) if flag]
         if broken:
             raise NonFiniteError(", ".join(broken))
-        return signal.Signals(caught) if caught else None
+        return signal.Signals(caught) if caught else None, -finished
 
 
 class StepChecks:
@@ -107,6 +108,8 @@ class StepChecks:
     def __init__(self, late: bool) -> None:
         self.signal: signal.Signals | None = None
         """What some rank was asked to stop by, as far as checks were read."""
+        self.num_finished = 0
+        """The smallest `Checkpointer.num_finished` of all ranks, as far as checks were read."""
         self._late = late
         self._unread: deque[StepCheck] = deque()
 
@@ -123,7 +126,9 @@ class StepChecks:
             NonFiniteError: a value is not finite.
         """
         while self._unread:
-            self.signal = self._unread.popleft().read() or self.signal
+            caught, num_finished = self._unread.popleft().read()
+            self.signal = caught or self.signal
+            self.num_finished = max(self.num_finished, num_finished)
 
 
 def reads_late(device: torch.device) -> bool:
@@ -132,7 +137,11 @@ def reads_late(device: torch.device) -> bool:
 
 
 def all_reduce_step_check(
-    accelerator: Accelerator, loss: Tensor, report: Mapping[str, Tensor], stop: StopRequest
+    accelerator: Accelerator,
+    loss: Tensor,
+    report: Mapping[str, Tensor],
+    stop: StopRequest,
+    num_finished: int = 0,
 ) -> StepCheck:
     """Check on all ranks whether every term is finite and whether to stop; must be called on all ranks.
 
@@ -141,12 +150,14 @@ def all_reduce_step_check(
         loss: of this rank.
         report: terms of this rank by name, (B,) each.
         stop: whether this rank was asked to stop.
+        num_finished: `Checkpointer.num_finished` of this rank.
     """
     names = [*report, "loss"]
     finite = torch.stack([value.isfinite().all() for value in (*report.values(), loss.detach())])
-    flags = torch.zeros(len(names) + 1, dtype=torch.int32, device=loss.device)
-    flags[:-1] = (~finite).int()
-    flags[-1].fill_(stop.signal or 0)
+    flags = torch.zeros(len(names) + 2, dtype=torch.int32, device=loss.device)
+    flags[:-2] = (~finite).int()
+    flags[-2].fill_(stop.signal or 0)
+    flags[-1].fill_(-num_finished)
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
     return StepCheck(names, flags)

@@ -130,13 +130,14 @@ class Trainer:
         self._collect_records(TRIAL_BATCHES)
         batches, progress = self._batches(), self._progress_bar()
         while state.step < self.total_steps and checks.signal is None:
+            checkpointer.advance(checks.num_finished)
             if self._is_due(every.validate_every) and state.validated_step != state.step:
                 with self._final_weights():
                     state.record_validation(self.validate()["loss"])
             is_best = state.best_step == state.step
             if (is_best or self._is_due(every.checkpoint_every)) and checkpointer.saved_step != state.step:
                 self.heartbeat.beat("writing a checkpoint")
-                checkpointer.try_save()
+                checkpointer.start_save()
             values = self.task.reinitialize(state.step, self._first_train_batches)
             reinitialize_parameters(self.accelerator, self.optimizer, values)
             self._update(batches)
@@ -171,7 +172,8 @@ class Trainer:
                 loss, report = self.module(batch)
                 self.heartbeat.beat("waiting for the losses of the other ranks")
                 self.checks.read()
-                self.checks.add(all_reduce_step_check(accelerator, loss, report, self.stop))
+                saved = self.checkpointer.num_finished
+                self.checks.add(all_reduce_step_check(accelerator, loss, report, self.stop, saved))
                 self.heartbeat.beat("in the backward pass and the update")
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -205,7 +207,7 @@ class Trainer:
         if norm is None or self.config.train.mixed_precision == "fp16":
             return
         finite = torch.as_tensor(norm, device=self.accelerator.device).isfinite()
-        flags = torch.stack([~finite, torch.zeros_like(finite)]).int()
+        flags = torch.cat([~finite.view(1), finite.new_zeros(2)]).int()
         self.checks.add(StepCheck(["the gradient, though the loss is"], flags))
 
     def _is_due(self, every: int | None) -> bool:

@@ -186,6 +186,17 @@ def test_a_table_has_means_over_seeds(tmp_path):
     assert f"{row} 0.700 ± {spread:.3f} | -0.100 ± 0.000 | 2.0 | n |" in table
 
 
+def test_the_figure_has_the_best_features_of_each_method(tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    for features, seed, acc in (("raw", 0, 0.4), ("raw", 1, 0.6), ("pca", 0, 0.9), ("pca", 1, 0.7)):
+        results.add(Cell("wine", "sample", "kmeans", features, True, seed), {"acc": acc})
+    results.add(Cell("wine", "sample", "spectral", "raw", True, 0), {"not_run": "too large"})
+    (ax,) = results.draw({"kmeans": "k-means", "spectral": "Spectral"}, list(DATA_SETS)).axes
+    assert [text.get_text() for text in ax.texts] == ["0.80"]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["k-means, told", "Spectral, told"]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["wine, by sample"]
+
+
 def test_a_line_that_is_no_cell_is_named(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"data": 1}\n{"da')
     with pytest.raises(UserError, match=r"results.jsonl: line 1 is no cell"):

@@ -230,6 +230,32 @@ def test_a_broken_term_on_one_rank_stops_both_and_is_named(tmp_path, experiment_
     ]
 
 
+@pytest.mark.parametrize(
+    ("configuration", "rank"), [("ddp", 0), pytest.param("zero2", 1, marks=pytest.mark.faults)]
+)
+def test_a_checkpoint_that_one_rank_cannot_write_is_left_out_by_all(
+    tmp_path, experiment_file, configuration, rank
+):
+    """Both ranks log it and go on; what comes later is complete and can be resumed."""
+    train = [ROOT / "launch/train.py", experiment_file, "train.batch_size=8", "train.checkpoint_every=2"]
+    script = Path(__file__).with_name("one_rank_cannot_write.py")
+    done = launch(configuration, script, str(rank), *train)
+    assert done.returncode == 0, done.stderr
+    for log in ("rank-0.log", "rank-1.log"):
+        warned = [
+            line for line in (tmp_path / "run/logs" / log).read_text().splitlines() if "no check" in line
+        ]
+        assert len(warned) == 1
+        assert f"no checkpoint of step 4: rank {rank}: OSError: [Errno 5]" in warned[0]
+        assert warned[0].endswith("the last one is of step 2")
+    folder = tmp_path / "run/checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000006"]
+    done = launch(configuration, *train, "train.max_steps=8", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "at epoch 0, step 6" in done.stdout
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000006", "step-00000008"]
+
+
 @pytest.mark.parametrize("configuration", ["ddp", pytest.param("zero3", marks=pytest.mark.faults)])
 def test_wrong_gradients_in_bf16_on_one_rank_make_both_take_fp32(tmp_path, experiment_file, configuration):
     weights = []

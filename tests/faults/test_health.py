@@ -1,10 +1,12 @@
 """Full disks, folders that take no files, hangs, memory: told with what to do, and nothing older is lost."""
 
+import errno
 import logging
 import os
 import resource
 import shutil
 import subprocess
+import threading
 import time
 from collections import namedtuple
 from functools import partial
@@ -50,15 +52,14 @@ def test_a_full_disk_at_the_end_is_an_error_and_the_last_checkpoint_is_intact(tm
 
 def limit_file_size():
     """No file can be larger than the weights: the optimizer's state is cut off while it is written."""
-    from cmvae.training.checkpoint import Checkpointer
+    from cmvae.training import checkpoint
 
-    def limited(original, *arguments):
-        checkpoint = original(*arguments)
-        size = (checkpoint / "model.safetensors").stat().st_size
+    def limited(original, folder, *arguments):
+        original(folder, *arguments)
+        size = (folder / "step-00000002/model.safetensors").stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, resource.RLIM_INFINITY))
-        return checkpoint
 
-    replace(Checkpointer, "save", limited, 1)
+    replace(checkpoint, "thin_out", limited, 1)
 
 
 @pytest.mark.faults
@@ -69,34 +70,89 @@ def test_a_write_that_is_cut_off_leaves_nothing_behind(tmp_path, digits_shards):
     assert [path.name for path in (training.folder / "checkpoints").iterdir()] == ["step-00000002"]
 
 
-@pytest.mark.faults
-def test_a_real_full_disk(tmp_path, digits_shards):
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MB, mounted."""
     disk = tmp_path / "run"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small disk is not permitted here")
-    try:
-        training = Training(disk, digits_shards, ("train.max_steps=40", "train.checkpoint_every=1"))
-        code = training.run(partial(grow_checkpoints, disk))
-        assert code == 2, training.log[-3000:]
-        assert "MB are free, but a checkpoint takes" in training.log
-        assert len(training.steps) == 2
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    yield disk
+    subprocess.run(["umount", disk], check=True)
 
 
-def grow_checkpoints(disk):
-    """Something else fills the disk after the second checkpoint."""
-    from cmvae.training.checkpoint import Checkpointer
+def fill(disk):
+    """Something else takes all space but 20 kB."""
+    with (disk / "other").open("wb") as file:
+        file.write(bytes(max(0, shutil.disk_usage(disk).free - 20_000)))
 
-    def and_fill(original, *arguments):
-        checkpoint = original(*arguments)
-        with open(disk / "other", "wb") as file:
-            file.write(bytes(max(0, shutil.disk_usage(disk).free - 20_000)))
-        return checkpoint
 
-    replace(Checkpointer, "save", and_fill, 2)
+def fill_after_second_checkpoint(disk):
+    from cmvae.training import checkpoint
+
+    replace(checkpoint, "thin_out", lambda original, *arguments: (original(*arguments), fill(disk)), 2)
+
+
+@pytest.mark.faults
+def test_a_real_full_disk(small_disk, digits_shards):
+    training = Training(small_disk, digits_shards, ("train.max_steps=40", "train.checkpoint_every=1"))
+    assert training.run(partial(fill_after_second_checkpoint, small_disk)) == 2, training.log[-3000:]
+    assert "MB are free, but a checkpoint takes" in training.log
+    assert len(training.steps) == 2
+
+
+def fill_during_third_checkpoint(disk):
+    from cmvae.training import checkpoint
+
+    def filled(original, *arguments):
+        fill(disk)
+        try:
+            original(*arguments)
+        finally:
+            (disk / "other").unlink()
+
+    replace(checkpoint, "save_file", filled, 3)
+
+
+def test_a_disk_that_fills_while_a_checkpoint_is_written(small_disk, digits_shards):
+    """There was enough space at its start; later there is again."""
+    training = Training(small_disk, digits_shards, ("train.max_steps=8", "train.checkpoint_every=2"))
+    assert training.run(partial(fill_during_third_checkpoint, small_disk)) == 0, training.log[-3000:]
+    (told,) = [line for line in training.log.splitlines() if "no checkpoint of step 6: rank 0: " in line]
+    assert "No space left on device" in told
+    assert told.endswith("The training continues; the last one is of step 4")
+    assert training.steps == [4, 8]
+    assert not list((training.folder / "checkpoints").glob(".*"))
+
+
+def fail_in_flush():
+    """The storage fails when the second checkpoint is flushed, while the training is a step ahead."""
+    from cmvae.training import checkpoint
+    from cmvae.training.trainer import Trainer
+
+    ahead = threading.Event()
+
+    def fail(original, *arguments):
+        ahead.wait()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def note(original, *arguments):
+        original(*arguments)
+        ahead.set()
+
+    replace(Trainer, "_update", note, 5)
+    replace(checkpoint, "publish_folder", fail, 2)
+
+
+def test_a_storage_that_fails_while_the_training_continues(tmp_path, digits_shards):
+    training = Training(tmp_path / "run", digits_shards, SETTINGS)
+    assert training.run(fail_in_flush) == 0, training.log
+    (told,) = [line for line in training.log.splitlines() if "no checkpoint of step 4" in line]
+    assert "rank 0: OSError: [Errno 5] Input/output error. The training continues" in told
+    assert told.endswith("the last one is of step 2")
+    assert training.steps == [2, 6]
+    assert not list((training.folder / "checkpoints").glob(".*"))
 
 
 def test_a_folder_that_takes_no_files_is_named(tmp_path, digits_shards):

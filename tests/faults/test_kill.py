@@ -1,6 +1,8 @@
 """kill -9 at every kind of moment: what is resumed ends as the undisturbed run, to the bit and the sample."""
 
 import shutil
+import threading
+import time
 from functools import partial
 
 import pytest
@@ -25,16 +27,37 @@ def undisturbed(tmp_path_factory, digits_shards):
 
 def die_in_weights():
     """The third checkpoint's weights are half written."""
-    from accelerate import checkpointing
+    from cmvae.training import checkpoint
 
-    def half(original, state, path, **named):
-        original(state, path, **named)
+    def half(original, tensors, path):
+        original(tensors, path)
         with path.open("r+b") as file:
             file.truncate(path.stat().st_size // 2)
         die()
 
-    # Weights, optimizer: two calls a checkpoint.
-    replace(checkpointing, "save", half, 5)
+    # Weights and average: two calls per checkpoint.
+    replace(checkpoint, "save_file", half, 5)
+
+
+def die_while_saving():
+    """The checkpoint of step 6 is written but neither flushed nor renamed; the eighth step is under way."""
+    from accelerate import Accelerator
+
+    from cmvae.training import checkpoint
+
+    writing = threading.Event()
+
+    def stall(original, *arguments):
+        writing.set()
+        time.sleep(1000)
+
+    def die_then(original, *arguments):
+        writing.wait()
+        die()
+
+    # Checkpoints of steps 2, 4, 5 (the first validation) and 6.
+    replace(checkpoint, "publish_folder", stall, 4)
+    replace(Accelerator, "backward", die_then, 8)
 
 
 def die_in_deletion():
@@ -57,11 +80,12 @@ def die_in_deletion():
 CHECKPOINT = "cmvae.training.checkpoint"
 FAULTS = {
     "between forward and update": (
-        partial(die_before, "accelerate.accelerator:Accelerator", "backward", 8),
+        partial(die_before, "accelerate.accelerator:Accelerator", "backward", 8, num_saves=4),
         [5, 6],
     ),
+    "while a checkpoint is written": (die_while_saving, [4, 5]),
     "in the first step": (partial(die_before, "accelerate.accelerator:Accelerator", "backward", 1), []),
-    "before a checkpoint": (partial(die_before, f"{CHECKPOINT}:Checkpointer", "save", 3), [2, 4]),
+    "before a checkpoint": (partial(die_before, CHECKPOINT, "list_checkpoints", 3), [2, 4]),
     "in a checkpoint's weights": (die_in_weights, [2, 4]),
     "before a checkpoint's record": (
         partial(die_before, f"{CHECKPOINT}:CheckpointRecord", "write", 3),
@@ -70,10 +94,13 @@ FAULTS = {
     "before the flush and rename": (partial(die_before, CHECKPOINT, "publish_folder", 3), [2, 4]),
     "after the rename": (partial(die_before, CHECKPOINT, "thin_out", 3), [2, 4, 5]),
     "in the deletion of an old one": (die_in_deletion, [4, 5]),
-    "in a validation": (partial(die_before, "cmvae.training.trainer:Trainer", "validate", 1), [2, 4]),
+    "in a validation": (
+        partial(die_before, "cmvae.training.trainer:Trainer", "validate", 1, num_saves=2),
+        [2, 4],
+    ),
     "in the export": (partial(die_before, "cmvae.models.export", "save_file", 1), [10, 12]),
 }
-QUICK = ("in a checkpoint's weights", "in a validation")
+QUICK = ("while a checkpoint is written", "in a checkpoint's weights")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +126,7 @@ def test_a_killed_training_ends_as_if_nothing_had_happened(tmp_path, digits_shar
 @pytest.mark.faults
 def test_a_training_that_is_killed_in_every_step_gets_there_in_the_end(tmp_path, digits_shards, undisturbed):
     training = Training(tmp_path / "run", digits_shards, (*SETTINGS, "train.checkpoint_every=1"))
-    fault = partial(die_before, "accelerate.accelerator:Accelerator", "backward", 2)
+    fault = partial(die_before, "accelerate.accelerator:Accelerator", "backward", 2, num_saves=1)
     kills = 0
     while (code := training.run(fault, resume=True)) != 0:
         assert code == -9, training.log

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -50,11 +51,36 @@ def replace(owner: Any, name: str, replacement: Callable[..., object], at_call: 
     setattr(owner, name, replaced)
 
 
-def die_before(module: str, name: str, at_call: int) -> None:
-    """Kill the process instead of call number `at_call` of `name` in `module` or `module:Class`."""
+def die_before(module: str, name: str, at_call: int, num_saves: int = 0) -> None:
+    """Kill the process instead of call number `at_call` of `name` in `module` or `module:Class`.
+
+    A training continues while a checkpoint is written: with `num_saves`, wait until so many are complete.
+    """
     path, _, owner = module.partition(":")
     target = importlib.import_module(path)
-    replace(getattr(target, owner) if owner else target, name, die, at_call)
+    owned = getattr(target, owner) if owner else target
+    complete = signal_save(num_saves) if num_saves else None
+
+    def wait_and_die(*_: object) -> None:
+        if complete is not None:
+            complete.wait()
+        die()
+
+    replace(owned, name, wait_and_die, at_call)
+
+
+def signal_save(num_saves: int) -> threading.Event:
+    """Set the returned event as soon as so many checkpoints are complete."""
+    from cmvae.training import checkpoint
+
+    complete = threading.Event()
+
+    def note(original, *arguments):
+        original(*arguments)
+        complete.set()
+
+    replace(checkpoint, "thin_out", note, num_saves)
+    return complete
 
 
 @dataclass(frozen=True)

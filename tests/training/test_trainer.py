@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
 from cmvae.models.encoding import encode_split
 from cmvae.tracking import Tracker
+from cmvae.training import checkpoint, train_split, trainer
 from cmvae.training import cmvae_task as cmvae_task
-from cmvae.training import train_split, trainer
 from cmvae.training.checkpoint_folder import list_checkpoints
 from cmvae.training.run import run_training
 from cmvae.training.step_checks import NonFiniteError, StepCheck, StopRequest
@@ -68,6 +69,37 @@ def test_a_run_leaves_checkpoints_config_and_an_export(experiment):
             assert torch.equal(tensor, weights[f"model.{name}"]), name
     # The checkpoint goes on with all clusters, whatever the export has selected.
     assert weights["model.cluster_prior.active"].all()
+
+
+def test_a_checkpoint_holds_the_state_of_its_step_though_it_is_written_later(
+    experiment, tmp_path, monkeypatch
+):
+    """The thread starts to write the third step when the fifth has been computed."""
+    config = experiment("train.ema_decay=0.9")
+    short = experiment("train.ema_decay=0.9", "train.max_steps=3", f"output_dir={tmp_path / 'short'}")
+    train(short)
+    ahead = threading.Event()
+    save_file, update = checkpoint.save_file, trainer.Trainer._update
+
+    def save_late(*arguments):
+        assert ahead.wait(60)
+        save_file(*arguments)
+
+    def note(trainer, *arguments):
+        update(trainer, *arguments)
+        if trainer.state.step == 5:
+            ahead.set()
+
+    monkeypatch.setattr(checkpoint, "save_file", save_late)
+    monkeypatch.setattr(trainer.Trainer, "_update", note)
+    train(config)
+    found, expected = (run.run_dir / "checkpoints/step-00000003" for run in (config, short))
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert_equal(load_file(found / name), load_file(expected / name))
+    states = [torch.load(path / "optimizer.bin", weights_only=True)["state"] for path in (found, expected)]
+    for number, state in states[1].items():
+        assert_equal(states[0][number], state)
+    assert read_state(found) == read_state(expected)
 
 
 def test_the_last_validation_can_be_read_without_a_tracker(experiment, monkeypatch):
@@ -335,10 +367,12 @@ def test_a_non_finite_term_is_named_and_never_reaches_a_checkpoint(experiment, m
 def test_a_non_finite_gradient_never_reaches_a_checkpoint(experiment, monkeypatch):
     config = experiment("train.checkpoint_every=1")
     original = CMVAETask.forward
+    passes = []
 
     def broken(task, batch):
         loss, report = original(task, batch)
-        if task.training and len(list_checkpoints(config.run_dir / "checkpoints")) == 2:
+        passes.extend(["training"] * task.training)
+        if task.training and len(passes) == 3:
             loss = loss + (task.model.cluster_prior.means * 0).sqrt().sum()  # finite, its gradient is not
         return loss, report
 

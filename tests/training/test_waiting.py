@@ -115,4 +115,4 @@ def test_no_update_waits(make_task, monkeypatch):
     with Waits() as waits:
         check = update()
     assert waits.found == []
-    assert check.read() is None
+    assert check.read() == (None, 0)

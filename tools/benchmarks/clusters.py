@@ -1,6 +1,7 @@
 """Compare clusterings: python tools/benchmarks/clusters.py --shared ../shared/data --out runs/clusters.
 
-Packs missing data, runs missing cells, appends each finished cell to results.jsonl, and writes table.md.
+Packs missing data, runs missing cells, appends each finished cell to results.jsonl, and writes table.md and
+figure.png.
 After an interruption, the same command continues.
 """
 
@@ -76,7 +77,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         type=Path,
         default=Path("runs/clusters"),
         metavar="FOLDER",
-        help="for results.jsonl, table.md, and the runs of our models (default: %(default)s)",
+        help="for results.jsonl, table.md, figure.png, and the runs of our models (default: %(default)s)",
     )
     parser.add_argument(
         "--data",
@@ -223,7 +224,7 @@ def run_suite(arguments: argparse.Namespace, results: Results) -> None:
 
 
 def main() -> int:
-    """Run, and write the table of all cells, including those of earlier calls."""
+    """Run, and write the table and the figure of all cells, including those of earlier calls."""
     arguments = parse_arguments()
     # As an exception, so that a running training ends, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -241,7 +242,8 @@ def main() -> int:
         finally:
             table = results.format_table(_ALL_TITLES, list(DATA_SETS))
             write_whole(arguments.out / "table.md", table.encode())
-    print(f"written to {arguments.out}: results.jsonl, table.md")
+            results.draw(_ALL_TITLES, list(DATA_SETS)).savefig(arguments.out / "figure.png")
+    print(f"written to {arguments.out}: results.jsonl, table.md, figure.png")
     return 0
 
 

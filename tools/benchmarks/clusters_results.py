@@ -1,4 +1,4 @@
-"""Results of the clustering suite: one JSON line per cell, and tables of means."""
+"""Results of the clustering suite: one JSON line per cell, and tables and a figure of means."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cmvae.utils.errors import UserError
 from cmvae.utils.tables import markdown_table
+from cmvae.visualize.style import INK, Figure
 
 METRICS = ("acc", "nmi", "ari")
 
@@ -88,10 +91,7 @@ class Results:
             titles: method → title, in the order of the rows.
             order: names of the data sets, in their order.
         """
-        groups: dict[Cell, list[Mapping[str, Any]]] = {}
-        for cell, line in self.lines.items():
-            groups.setdefault(replace(cell, seed=0), []).append(line)
-        methods = list(titles)
+        groups, methods = self._groups(), list(titles)
         header = ["row", "method", "features", "number", "seeds", "clusters", *map(str.upper, METRICS)]
         parts = ["# Clusters"]
         for data in order:
@@ -101,6 +101,48 @@ class Results:
             if rows:
                 parts += [f"## {data}", markdown_table([*header, "seconds", "note"], rows)]
         return "\n\n".join(parts) + "\n"
+
+    def draw(self, titles: Mapping[str, str], order: Sequence[str]) -> Figure:
+        """Draw the mean accuracy of each method on each data set, with its best features.
+
+        Args:
+            titles: method → title, in the order of the rows.
+            order: names of the data sets, in the order of the columns.
+        """
+        best: dict[tuple[str, str], float] = {}
+        for cell, lines in self._groups().items():
+            accuracies = [line["acc"] for line in lines if "not_run" not in line]
+            if accuracies:
+                place = _row_title(cell, titles), f"{cell.data}, by {cell.rows}"
+                best[place] = max(statistics.fmean(accuracies), best.get(place, 0.0))
+        known = sorted(self.lines, key=lambda cell: (order.index(cell.data), cell.rows))
+        columns = list(dict.fromkeys(f"{cell.data}, by {cell.rows}" for cell in known))
+        known.sort(key=lambda cell: (list(titles).index(cell.method), cell.told))
+        rows = list(dict.fromkeys(_row_title(cell, titles) for cell in known))
+        values = np.array([[best.get((row, column), np.nan) for column in columns] for row in rows])
+        figure = Figure(figsize=(4 + 0.6 * len(columns), 1.5 + 0.3 * len(rows)), layout="constrained")
+        ax = figure.subplots()
+        if values.size:
+            ax.imshow(values, vmin=0, vmax=1, cmap="YlGnBu", aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                colour = "white" if value > 0.5 else INK
+                ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7.5, color=colour)
+        ax.set_title("ACC", color=INK)
+        ax.set_yticks(range(len(rows)), rows, fontsize=8, color=INK)
+        ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8, color=INK)
+        return figure
+
+    def _groups(self) -> dict[Cell, list[Mapping[str, Any]]]:
+        """The lines of cells that differ in the seed only, which is 0 in the key."""
+        groups: dict[Cell, list[Mapping[str, Any]]] = {}
+        for cell, line in self.lines.items():
+            groups.setdefault(replace(cell, seed=0), []).append(line)
+        return groups
+
+
+def _row_title(cell: Cell, titles: Mapping[str, str]) -> str:
+    return f"{titles[cell.method]}, {'told' if cell.told else 'found'}"
 
 
 def _format_row(cell: Cell, title: str, lines: Sequence[Mapping[str, Any]]) -> list[str]:
