@@ -154,8 +154,8 @@ def open_like(arguments: argparse.Namespace, run: Path) -> ColumnSource:
 def print_summary(index: ShardIndex, seconds: float) -> None:
     """Samples and shards of every split, and how long it took."""
     num_samples = sum(split.num_samples for split in index.splits.values())
-    num_bytes = sum(shard.num_bytes for split in index.splits.values() for shard in split.shards)
+    num_bytes = sum(split.num_bytes for split in index.splits.values())
     for name, split in index.splits.items():
-        print(f"{name:>10}  {split.num_samples:>7,} samples in {len(split.shards)} shards")
+        print(f"{name:>10}  {split.num_samples:>7,} samples in {split.num_shards} shards")
     rate = num_samples / seconds
     print(f"{num_samples:,} samples, {num_bytes:,} bytes in {seconds:.1f} s: {rate:,.0f} samples/s")

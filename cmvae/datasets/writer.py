@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset
@@ -29,13 +30,18 @@ from cmvae.data.index import (
     SplitSchema,
     TableSchema,
 )
+from cmvae.data.shard_table import write_shard_table
 from cmvae.datasets.base import SPLIT_NUMBERS, DamagedSampleError, Sample, Source, random_stream
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
 
 SKIPPED_NAME = "skipped.txt"
 """Lists the damaged samples that were left out, one per line."""
-_OWN_FILE = re.compile(rf"{re.escape(SKIPPED_NAME)}|({'|'.join(SPLIT_NUMBERS)})-\d{{6}}\.tar|\..+\.partial")
+MAX_LISTED_SHARDS = 10_000
+"""The shards of a larger split are not in the index but in a file of their own."""
+_OWN_FILE = re.compile(
+    rf"{re.escape(SKIPPED_NAME)}|({'|'.join(SPLIT_NUMBERS)})(-\d{{6,}}\.tar|\.shards)|\..+\.partial"
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def write_shards(
             raise UserError(f"{folder}: all samples of the {split} split are damaged. Replace their files")
         splits[split] = SplitSchema(
             num_samples=sum(schema.num_samples for schema in schemas),
-            shards=schemas,
+            **_list_shards(folder, split, schemas),
             num_groups=len(frozenset().union(*(shard.groups for shard in of_split))),
         )
     skipped = [problem for shard in shards for problem in shard.skipped]
@@ -129,6 +135,13 @@ def write_shards(
     )
     write_whole(folder / INDEX_NAME, index.model_dump_json(indent=2).encode())
     return index
+
+
+def _list_shards(folder: Path, split: SplitName, shards: tuple[ShardSchema, ...]) -> dict[str, Any]:
+    """The fields of a split that say which shards it has."""
+    if len(shards) <= MAX_LISTED_SHARDS:
+        return {"shards": shards}
+    return {"shard_table": write_shard_table(folder / f"{split}.shards", shards)}
 
 
 def _clear(folder: Path, force: bool) -> None:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cmvae.config import ExperimentConfig, flatten
-from cmvae.data.plan import WorldSizeChange
 from cmvae.distributed import raise_on_all_ranks, run_on_main, zero_stage
 from cmvae.training.checkpoint_folder import (
     checkpoint_path,
@@ -185,8 +184,6 @@ class Checkpointer:
         hook = self._accelerator.register_load_state_pre_hook(load_weights)
         self._accelerator.load_state(str(path))
         hook.remove()
-        state = record.state
-        state.world_size_changes.append(WorldSizeChange(state.epoch, state.batch, record.world_size))
 
 
 def _failure(write: Callable[[], object]) -> str | None:
