@@ -121,7 +121,8 @@ def test_a_lost_machine_is_done_without(tmp_path, experiment_file, one_rank):
     settings = [*SETTINGS, f"output_dir={tmp_path / 'run'}", "train.max_steps=12", "--resume"]
 
     def start(is_host, **environment):
-        timing = f"is_host={is_host},last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"
+        # The time that the first agent waits for the second, and that one waits for a replacement.
+        conf = f"is_host={is_host},last_call_timeout=20"
         agent = [
             "torchrun",
             "--nnodes=1:2",
@@ -129,7 +130,7 @@ def test_a_lost_machine_is_done_without(tmp_path, experiment_file, one_rank):
             "--max-restarts=3",
             "--local-addr=127.0.0.1",
         ]
-        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-conf={timing}"]
+        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-conf={conf}"]
         return subprocess.Popen(
             [*map(str, [*agent, *rendezvous, LOGGED, tmp_path / "log", TRAIN, experiment_file, *settings])],
             cwd=ROOT,
