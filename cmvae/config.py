@@ -294,7 +294,7 @@ class DataConfig(_Settings):
     num_workers: Resumable[int] = Field(default=1, ge=0)
     """Reader processes per rank; the order of samples does not depend on it."""
     shuffle_window: PositiveInt = 4096
-    """Samples are shuffled among neighbouring shards that hold at least this number of samples together."""
+    """A global batch is drawn from shards that hold at least this number of samples together."""
     cache_megabytes: Resumable[int] = Field(default=256, ge=0)
     """A decoded train split of at most this size is kept in the memory of each reader process."""
     on_device: Resumable[bool] = False
@@ -330,6 +330,9 @@ class TrainConfig(_Settings):
 
     batch_size: PositiveInt = 128
     """Samples per rank in one forward pass."""
+    global_batch_size: PositiveInt | None = None
+    """Samples of all ranks together in one forward pass, in place of `batch_size`: a run then gives the same
+    results on any number of ranks that divides it, and may change the number on resume."""
     gradient_accumulation_steps: PositiveInt = 1
     epochs: PositiveInt | None = None
     max_steps: PositiveInt | None = None
@@ -364,6 +367,21 @@ class TrainConfig(_Settings):
         if self.epochs is None and self.max_steps is None:
             raise ValueError("say how long to train: set epochs or max_steps")
         return self
+
+    def batch_size_per_rank(self, world_size: int) -> int:
+        """Samples of one of `world_size` ranks in one forward pass.
+
+        Raises:
+            UserError: the ranks cannot share the global batch evenly.
+        """
+        if self.global_batch_size is None:
+            return self.batch_size
+        if self.global_batch_size % world_size:
+            raise UserError(
+                f"train.global_batch_size: {self.global_batch_size} samples cannot be shared evenly by "
+                f"{world_size} ranks. Set it to a multiple of {world_size}, or launch another number of ranks"
+            )
+        return self.global_batch_size // world_size
 
 
 MetricGroup = Literal[

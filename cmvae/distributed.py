@@ -171,7 +171,7 @@ def _check_world_size(accelerator: Accelerator) -> None:
 def _configure_deepspeed(accelerator: Accelerator, config: ExperimentConfig) -> None:
     settings = accelerator.deepspeed_plugin.deepspeed_config
     # `auto` needs a prepared loader, and ours is already split over ranks.
-    settings["train_micro_batch_size_per_gpu"] = config.train.batch_size
+    settings["train_micro_batch_size_per_gpu"] = config.train.batch_size_per_rank(accelerator.num_processes)
     settings["gradient_accumulation_steps"] = config.train.gradient_accumulation_steps
     settings["gradient_clipping"] = config.optimizer.max_grad_norm or 0.0
 

@@ -65,6 +65,15 @@ def test_a_saved_config_reads_back_equal(tmp_path):
     assert yaml.safe_load(dump_yaml(config))["seed"] == 3
 
 
+def test_ranks_share_a_global_batch_evenly_or_not_at_all():
+    train = load_config(ROOT / "configs/digits.yaml", ["train.global_batch_size=24"]).train
+    assert [train.batch_size_per_rank(ranks) for ranks in (1, 2, 3, 24)] == [24, 12, 8, 1]
+    with pytest.raises(UserError, match=r"train\.global_batch_size: 24 .* by 5 ranks"):
+        train.batch_size_per_rank(5)
+    per_rank = load_config(ROOT / "configs/digits.yaml").train
+    assert {per_rank.batch_size_per_rank(ranks) for ranks in (1, 5)} == {per_rank.batch_size}
+
+
 def test_flat_settings_have_dotted_keys():
     flat = flatten(load_config(DIGITS))
     assert flat["model.modalities.m0.likelihood.scale"] == 0.75

@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cmvae.data.index import ShardIndex, ShardSchema
+from cmvae.data.index import ShardIndex, ShardSchema, ShardTableSchema
 from cmvae.data.remote import Location, is_remote
 from cmvae.utils.arguments import command_parser
 from cmvae.utils.attempts import attempt
@@ -66,8 +66,7 @@ def describe(index: ShardIndex) -> str:
     has_groups = any(split.num_groups for split in index.splits.values())
     lines.append(f"{'split':<12}{'samples':>10}{'shards':>8}{'bytes':>15}" + f"{'groups':>10}" * has_groups)
     for name, split in index.splits.items():
-        num_bytes = sum(shard.num_bytes for shard in split.shards)
-        line = f"{name:<12}{split.num_samples:>10,}{len(split.shards):>8,}{num_bytes:>15,}"
+        line = f"{name:<12}{split.num_samples:>10,}{split.num_shards:>8,}{split.num_bytes:>15,}"
         lines.append(line + f"{split.num_groups:>10,}" * has_groups)
     lines.append(f"{'modality':<12}{'kind':>12}{'dtype':>8}{'shape':>15}")
     for modality_name, modality in index.modalities.items():
@@ -105,7 +104,9 @@ def verify(location: Location, index: ShardIndex) -> dict[str, Tally]:
         tally = tallies[name] = Tally()
         keys: set[str] = set()
         reader = SplitReader(location, name, modalities=tuple(optional))
-        for shard in progress_bar(split.shards, desc=f"verify {name}", unit=" shards", leave=False):
+        if split.shard_table is not None and not is_remote(location):
+            check_sum(Path(location), split.shard_table)
+        for shard in progress_bar(reader.shards, desc=f"verify {name}", unit=" shards", leave=False):
             try:
                 # What is fetched has been compared.
                 if not is_remote(location):
@@ -149,8 +150,8 @@ def describe_tallies(index: ShardIndex, tallies: dict[str, Tally]) -> str:
     return "\n".join(lines)
 
 
-def check_sum(folder: Path, shard: ShardSchema) -> None:
-    """Compare the SHA-256 of a shard with the index.
+def check_sum(folder: Path, shard: ShardSchema | ShardTableSchema) -> None:
+    """Compare the SHA-256 of a shard, or of the file that lists them, with the index.
 
     Raises:
         UserError: it differs.
@@ -159,7 +160,7 @@ def check_sum(folder: Path, shard: ShardSchema) -> None:
     found = sha256_of(path)
     if found != shard.sha256:
         raise UserError(
-            f"{path}: its SHA-256 is {found}, its index says {shard.sha256}. The shard was "
+            f"{path}: its SHA-256 is {found}, its index says {shard.sha256}. The file was "
             "changed or damaged: pack the data set again with cmvae pack"
         )
 

@@ -252,9 +252,9 @@ def open_like(arguments: argparse.Namespace, run: Path) -> ColumnSource:
 def print_summary(index: ShardIndex, started: float | None) -> None:
     """Samples and shards of every split, and how long it took since `started`."""
     num_samples = sum(split.num_samples for split in index.splits.values())
-    num_bytes = sum(shard.num_bytes for split in index.splits.values() for shard in split.shards)
+    num_bytes = sum(split.num_bytes for split in index.splits.values())
     for name, split in index.splits.items():
-        print(f"{name:>10}  {split.num_samples:>7,} samples in {len(split.shards)} shards")
+        print(f"{name:>10}  {split.num_samples:>7,} samples in {split.num_shards} shards")
     summary = f"{num_samples:,} samples, {num_bytes:,} bytes"
     if started is not None:
         seconds = time.perf_counter() - started

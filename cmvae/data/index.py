@@ -65,16 +65,46 @@ class ShardSchema(_Schema):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
+class ShardTableSchema(_Schema):
+    """The file that lists the shards of a large split; see `cmvae.data.shard_table`."""
+
+    name: str = Field(pattern=r"^(train|validation|test)\.shards$")
+    num_shards: int = Field(ge=1)
+    shard_bytes: int = Field(ge=1)
+    """Number of bytes of all shards together."""
+    num_bytes: int = Field(ge=1)
+    """Number of bytes of this file."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class SplitSchema(_Schema):
     """The shards of one split, in the order in which they were written."""
 
     num_samples: int = Field(ge=1)
-    shards: tuple[ShardSchema, ...]
+    shards: tuple[ShardSchema, ...] = ()
+    """Empty if `shard_table` lists them; `cmvae.data.shard_table.open_shards` reads either."""
+    shard_table: ShardTableSchema | None = None
     num_groups: int = Field(default=0, ge=0)
     """Number of groups of its samples; 0 if no sample has a group, and batches have no groups then."""
 
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return len(self.shards) if self.shard_table is None else self.shard_table.num_shards
+
+    @property
+    def num_bytes(self) -> int:
+        """Number of bytes of all shards together."""
+        if self.shard_table is not None:
+            return self.shard_table.shard_bytes
+        return sum(shard.num_bytes for shard in self.shards)
+
     @model_validator(mode="after")
     def _counts_agree(self) -> SplitSchema:
+        if self.shard_table is not None:
+            if self.shards:
+                raise ValueError("has both shards and shard_table")
+            return self
         total = sum(shard.num_samples for shard in self.shards)
         if total != self.num_samples:
             raise ValueError(f"num_samples is {self.num_samples}, but its shards have {total}")
@@ -155,7 +185,9 @@ class ShardIndex(_Schema):
     def digest(self) -> str:
         """SHA-256 of the names and contents of all shards; classifiers do not change it."""
         shards = [
-            (split, shard.name, shard.sha256) for split, of in self.splits.items() for shard in of.shards
+            (split, file.name, file.sha256)
+            for split, of in self.splits.items()
+            for file in (of.shards if of.shard_table is None else [of.shard_table])
         ]
         return hashlib.sha256(json.dumps([self.name, shards]).encode()).hexdigest()
 

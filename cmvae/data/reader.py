@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from cmvae.data.index import OnError
-from cmvae.data.plan import EvaluationPlan, Plan, RankPlan, TrainingPlan, WorldSizeChange
+from cmvae.data.plan import EvaluationPlan, RankPlan, TrainingPlan
 from cmvae.data.remote import Location
 from cmvae.data.split_reader import Batch, DecodedSample, RawSample, SplitReader
 from cmvae.utils.errors import UserError
@@ -26,10 +27,11 @@ PREFETCHED_BATCHES = 8
 
 
 class TrainingLoader:
-    """Shuffled batches of this rank, in an order that is a function of (seed, epoch) and the world size.
+    """Shuffled batches of this rank: its places of global batches that do not depend on the number of ranks.
 
     Every sample is read at most once per epoch, and fewer samples than one global batch are left out. All
-    ranks have `batches_per_epoch` full batches. Reader processes start with the first epoch and stay.
+    ranks have `batches_per_epoch` full batches. Reader processes start with the first epoch and stay. See
+    `TrainingPlan`.
 
     Args:
         location: folder that `cmvae pack` wrote, or its URL.
@@ -40,12 +42,11 @@ class TrainingLoader:
         rank: number of this rank.
         world_size: W, number of ranks.
         num_workers: number of reader processes; 0 reads in this process. It does not affect the order.
-        shuffle_window: minimum number of samples that are shuffled together.
+        shuffle_window: minimum number of samples in the windows that a global batch is drawn from.
         cache_bytes: if the decoded split is at most this large, each reader process keeps the samples that it
             decodes in memory.
         on_error: `error` raises an error for a damaged sample; `skip` replaces it, marked invalid, and
             reports it in `skipped`.
-        world_size_changes: where the number of ranks changed within the run; W·B did not.
 
     Raises:
         UserError: the data set has no such split or modality, a shard is missing, or the split is smaller
@@ -66,21 +67,17 @@ class TrainingLoader:
         shuffle_window: int = 4096,
         cache_bytes: int = 0,
         on_error: OnError = "error",
-        world_size_changes: Sequence[WorldSizeChange] = (),
     ) -> None:
         shards = SplitReader(location, split, modalities, on_error)
-        self._plan = TrainingPlan(
-            shards.sizes, batch_size, world_size, seed, shuffle_window, world_size_changes
-        )
+        plan = TrainingPlan(shards.sizes, batch_size * world_size, seed, shuffle_window)
+        self.batches_per_epoch = plan.batches_per_epoch
+        """Number of batches per epoch on each rank."""
         self._dataset = _PlannedDataset(
-            shards, self._plan, rank, keep_decoded=shards.num_bytes <= cache_bytes
+            shards,
+            partial(plan.for_rank, rank=rank, world_size=world_size),
+            keep_decoded=shards.num_bytes <= cache_bytes,
         )
         self._loader = _make_loader(self._dataset, num_workers)
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Number of batches per epoch on each rank."""
-        return self._plan.batches_per_epoch
 
     def epoch_batches(self, epoch: int, skip_batches: int = 0) -> Iterator[Batch]:
         """Batches of one epoch after the first `skip_batches`, which are not decoded.
@@ -127,11 +124,11 @@ class EvaluationLoader:
         on_error: OnError = "error",
     ) -> None:
         shards = SplitReader(location, split, modalities, on_error)
-        self._plan = EvaluationPlan(shards.sizes, batch_size, world_size, num_samples)
-        self._loader = _make_loader(_PlannedDataset(shards, self._plan, rank), num_workers)
+        self._plan = EvaluationPlan(shards.sizes, batch_size, rank, world_size, num_samples)
+        self._loader = _make_loader(_PlannedDataset(shards, self._plan.for_epoch), num_workers)
 
     def __len__(self) -> int:
-        return self._plan.batches_per_epoch
+        return self._plan.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
         yield from _raise_errors(self._loader)
@@ -144,10 +141,11 @@ class _PlannedDataset(IterableDataset):
     in the order of the plan.
     """
 
-    def __init__(self, shards: SplitReader, plan: Plan, rank: int, keep_decoded: bool = False) -> None:
+    def __init__(
+        self, shards: SplitReader, make_plan: Callable[[int], RankPlan], keep_decoded: bool = False
+    ) -> None:
         self.shards = shards
-        self.plan = plan
-        self.rank = rank
+        self.make_plan = make_plan
         self.keep_decoded = keep_decoded
         # Decoded samples by position, over all epochs; each reader process has its own.
         self._kept: dict[int, DecodedSample | UserError] = {}
@@ -163,48 +161,49 @@ class _PlannedDataset(IterableDataset):
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         epoch, skip_batches = self._next.tolist()
-        plan = self.plan.for_rank(epoch, self.rank)
-        mine = slice(skip_batches + first, None, step)
+        plan = self.make_plan(epoch)
         try:
-            yield from self._read(RankPlan(plan.batches[mine], plan.valid[mine], plan.window_of_shard))
+            yield from self._read(plan, range(skip_batches + first, plan.num_batches, step))
         except UserError as error:
             # DataLoader would wrap the message of an exception in the worker's traceback.
             yield str(error)
 
-    def _read(self, plan: RankPlan) -> Iterator[Batch]:
-        """The batches of `plan`. Undecoded samples are held from the loading of their window to their use."""
-        sizes = np.asarray(self.shards.sizes)
-        starts = np.cumsum(sizes) - sizes
-        window_of_position = np.repeat(plan.window_of_shard, sizes)
-        uses = np.bincount(plan.batches.ravel(), minlength=sizes.sum())
-        uses[list(self._kept)] = 0
-        loaded: dict[int, RawSample | UserError] = {}
-        for positions, valid in zip(plan.batches.tolist(), plan.valid, strict=True):
-            samples: list[DecodedSample | UserError] = []
-            for position in positions:
-                if position in self._kept:
-                    samples.append(self._kept[position])
-                    continue
-                if position not in loaded:
-                    shards = np.flatnonzero(plan.window_of_shard == window_of_position[position])
-                    for shard in shards.tolist():
-                        loaded.update(self._load(shard, int(starts[shard]), uses))
-                samples.append(self.shards.decode(loaded[position]))
-                uses[position] -= 1
-                if uses[position] == 0:
-                    del loaded[position]
-                if self.keep_decoded:
-                    self._kept[position] = samples[-1]
-            batch = self.shards.collate(samples, valid)
-            batch["position"] = torch.tensor(positions, dtype=torch.int64)
+    def _read(self, plan: RankPlan, numbers: range) -> Iterator[Batch]:
+        """These batches. Undecoded samples are held from the loading of their window to their use."""
+        loaded: dict[int, tuple[int, RawSample | UserError]] = {}
+        current: tuple[int, int, DecodedSample | UserError] | None = None
+        for number in numbers:
+            slots, valid = plan.batch(number)
+            samples: list[tuple[int, DecodedSample | UserError]] = []
+            for slot in slots.tolist():
+                # Only the last sample of a part is repeated, to fill up batches.
+                if current is None or current[0] != slot:
+                    if slot not in loaded:
+                        loaded.update(self._load(plan, slot, numbers))
+                    position, raw = loaded.pop(slot)
+                    current = slot, position, self._kept.get(position) or self.shards.decode(raw)
+                    if self.keep_decoded:
+                        self._kept[position] = current[2]
+                samples.append(current[1:])
+            batch = self.shards.collate([sample for _, sample in samples], valid)
+            batch["position"] = torch.tensor([position for position, _ in samples], dtype=torch.int64)
             yield batch
 
-    def _load(self, shard: int, start: int, uses: np.ndarray) -> Mapping[int, RawSample | UserError]:
-        """The samples of a shard that are still to be used, by position."""
-        if not uses[start : start + self.shards.sizes[shard]].any():
-            return {}
-        samples = self.shards.read_shard(self.shards.shards[shard])
-        return {position: sample for position, sample in enumerate(samples, start) if uses[position] > 0}
+    def _load(
+        self, plan: RankPlan, slot: int, numbers: range
+    ) -> Iterator[tuple[int, tuple[int, RawSample | UserError]]]:
+        """By slot, the position and the content of the samples of a window that are read in these batches."""
+        slots, positions = plan.window(slot)
+        is_read = plan.is_read(slots, numbers)
+        slot_of = dict(zip(positions[is_read].tolist(), slots[is_read].tolist(), strict=True))
+        for position in slot_of.keys() & self._kept.keys():
+            yield slot_of.pop(position), (position, {})
+        ends = self.shards.ends
+        for shard in np.unique(np.searchsorted(ends, list(slot_of), side="right")).tolist():
+            start = int(ends[shard]) - self.shards.shards[shard].num_samples
+            for position, sample in enumerate(self.shards.read_shard(self.shards.shards[shard]), start):
+                if position in slot_of:
+                    yield slot_of[position], (position, sample)
 
 
 def _make_loader(dataset: _PlannedDataset, num_workers: int) -> DataLoader:

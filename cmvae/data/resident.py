@@ -24,16 +24,21 @@ class ResidentLoader:
 
     Args:
         shards: the split.
-        plan: which rank reads which sample when.
+        plan: the order of the samples.
         rank: number of this rank.
+        world_size: number of ranks.
         device: where the split is kept.
 
     Raises:
         UserError: a shard is damaged, or the split takes more than half of the free memory of a GPU.
     """
 
-    def __init__(self, shards: SplitReader, plan: TrainingPlan, rank: int, device: torch.device) -> None:
-        self._plan, self._rank, self._device = plan, rank, device
+    def __init__(
+        self, shards: SplitReader, plan: TrainingPlan, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self._plan, self._rank, self._world_size, self._device = plan, rank, world_size, device
+        self.batches_per_epoch = plan.batches_per_epoch
+        """Number of batches per epoch on each rank."""
         _check_memory(shards.num_bytes, device)
         self._tensors: dict[str, Tensor] = {}
         self._lists: dict[str, list[str | None]] = {}
@@ -42,7 +47,7 @@ class ResidentLoader:
 
     def _load(self, shards: SplitReader) -> None:
         """Read the split shard by shard, so that only one is in memory twice."""
-        start, size = 0, sum(shards.sizes)
+        start, size = 0, int(shards.ends[-1])
         for shard in shards.shards:
             samples = [shards.decode(sample) for sample in shards.read_shard(shard)]
             part = shards.collate(samples, np.ones(len(samples), dtype=bool))
@@ -62,14 +67,9 @@ class ResidentLoader:
             }
             start += len(samples)
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Number of batches per epoch on each rank."""
-        return self._plan.batches_per_epoch
-
     def epoch_batches(self, epoch: int, skip_batches: int = 0) -> Iterator[Batch]:
         """Batches of one epoch after the first `skip_batches`; tensors are on the device."""
-        batches = self._plan.for_rank(epoch, self._rank).batches[skip_batches:]
+        batches = self._plan.for_rank(epoch, self._rank, self._world_size).positions()[skip_batches:]
         # Copied once per epoch, so that no step waits for it.
         on_device = torch.from_numpy(np.ascontiguousarray(batches)).to(self._device)
         for rows, positions in zip(on_device, batches.tolist(), strict=True):

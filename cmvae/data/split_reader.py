@@ -21,6 +21,7 @@ from cmvae.data.download import WrongContentError
 from cmvae.data.groups import group_number
 from cmvae.data.index import OnError, ShardIndex, ShardSchema
 from cmvae.data.remote import Location, is_remote, open_file
+from cmvae.data.shard_table import ShardTable, open_shards
 from cmvae.data.tar import read_members
 from cmvae.modalities import Modality
 from cmvae.utils.errors import UserError
@@ -78,7 +79,7 @@ class SplitReader:
         self.on_error = on_error
         self.index = ShardIndex.load(location)
         of_split = self.index.split(split, location)
-        self.shards, self.has_groups = of_split.shards, of_split.num_groups > 0
+        self.shards, self.has_groups = open_shards(of_split, location), of_split.num_groups > 0
         for name in modalities:
             if name not in self.index.modalities:
                 raise UserError(
@@ -96,14 +97,22 @@ class SplitReader:
             self._wanted.add("group")
         self._required = {suffixes[n] for n in modalities if not self.modalities[n].optional}
         self._required |= required_labels
-        self.sizes = [shard.num_samples for shard in self.shards]
-        self.num_bytes = sum(self.sizes) * sum(
+        self.sizes = (
+            self.shards.num_samples
+            if isinstance(self.shards, ShardTable)
+            else np.array([shard.num_samples for shard in self.shards])
+        )
+        """Number of samples of each shard, (num_shards,) integers."""
+        self.ends = np.cumsum(self.sizes, dtype=np.int64)
+        """Position after the last sample of each shard, (num_shards,) int64."""
+        self.num_bytes = of_split.num_samples * sum(
             math.prod(modality.shape) * np.dtype(modality.dtype).itemsize
             for modality in self.modalities.values()
         )
         """Number of bytes of the whole split, decoded."""
         if not is_remote(location):
-            for shard in self.shards:
+            # A million files are not looked at in the first second: a missing one is found when it is opened.
+            for shard in of_split.shards:
                 _check_size(Path(location), shard, on_error)
 
     def read_shard(self, shard: ShardSchema) -> Iterator[RawSample | UserError]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Set
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -30,6 +30,7 @@ from cmvae.data.index import (
     SplitSchema,
     TableSchema,
 )
+from cmvae.data.shard_table import write_shard_table
 from cmvae.datasets.base import SPLIT_NUMBERS, Source
 from cmvae.modalities import AnyModality, ModalityName
 from cmvae.utils.errors import UserError, raise_all
@@ -39,7 +40,11 @@ SKIPPED_NAME = "skipped.txt"
 """Lists the damaged samples that were left out, one per line."""
 PARTS_FOLDER = "parts"
 """Holds what was packed and the records of shards, until the index is made."""
-_OWN_FILE = re.compile(rf"{re.escape(SKIPPED_NAME)}|({'|'.join(SPLIT_NUMBERS)})-\d{{6}}\.tar|\..+\.partial")
+MAX_LISTED_SHARDS = 10_000
+"""The shards of a larger split are not in the index but in a file of their own."""
+_OWN_FILE = re.compile(
+    rf"{re.escape(SKIPPED_NAME)}|({'|'.join(SPLIT_NUMBERS)})(-\d{{6,}}\.tar|\.shards)|\..+\.partial"
+)
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -268,7 +273,8 @@ def join_shards(folder: Path) -> ShardIndex:
         index = _make_index(folder, packing, records)
         skipped = [problem for record in records.values() for problem in record.skipped]
         try:
-            _remove_others(folder, {shard.name for split in index.splits.values() for shard in split.shards})
+            tables = {f"{name}.shards" for name, split in index.splits.items() if split.shard_table}
+            _remove_others(folder, {*(r.shard.name for r in records.values() if r.shard), *tables})
             if skipped:
                 write_whole(folder / SKIPPED_NAME, "".join(f"{problem}\n" for problem in skipped).encode())
             write_whole(folder / INDEX_NAME, index.model_dump_json(indent=2).encode(), token=writer_token())
@@ -288,7 +294,7 @@ def _make_index(folder: Path, packing: Packing, records: Mapping[ShardPlan, Shar
             raise UserError(f"{folder}: all samples of the {split} split are damaged. Replace their files")
         splits[split] = SplitSchema(
             num_samples=sum(shard.num_samples for shard in shards),
-            shards=shards,
+            **_list_shards(folder, split, shards),
             num_groups=len({group for record in of_split for group in record.groups}),
         )
     options = {"seed": packing.seed, "shard_size": packing.shard_size, "limit": packing.limit}
@@ -302,6 +308,13 @@ def _make_index(folder: Path, packing: Packing, records: Mapping[ShardPlan, Shar
         splits=splits,
         table=packing.table,
     )
+
+
+def _list_shards(folder: Path, split: SplitName, shards: tuple[ShardSchema, ...]) -> dict[str, Any]:
+    """The fields of a split that say which shards it has."""
+    if len(shards) <= MAX_LISTED_SHARDS:
+        return {"shards": shards}
+    return {"shard_table": write_shard_table(folder / f"{split}.shards", shards)}
 
 
 def _read_records(folder: Path, packing: Packing) -> dict[ShardPlan, ShardRecord]:

@@ -81,8 +81,8 @@ class EvaluationContext:
         They are padded as `EvaluationPlan` pads a split, as `collect` requires.
         """
         world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
-        plan = EvaluationPlan([num_samples], self.settings.batch_size, world_size).for_rank(0, rank)
-        for positions, valid in zip(plan.batches, plan.valid, strict=True):
+        plan = EvaluationPlan([num_samples], self.settings.batch_size, rank, world_size)
+        for positions, valid in map(plan.batch, range(plan.num_batches)):
             yield {
                 "position": torch.from_numpy(positions).to(self.device),
                 "valid": torch.from_numpy(valid).to(self.device),

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn, optim
 
 from cmvae.config import ExperimentConfig, flatten
-from cmvae.data.plan import WorldSizeChange
 from cmvae.distributed import raise_on_all_ranks, run_on_main, zero_stage
 from cmvae.training.background import BackgroundJobs
 from cmvae.training.checkpoint_folder import (
@@ -250,9 +249,6 @@ class Checkpointer:
         if self._average is not None:
             self._average.load(path)
         self.state, self.saved_step = record.state, record.state.step
-        if record.world_size != accelerator.num_processes:
-            change = WorldSizeChange(self.state.epoch, self.state.batch, record.world_size)
-            self.state.world_size_changes.append(change)
         accelerator.print(f"resumed from {path} at epoch {self.state.epoch}, step {self.state.step}")
         return True
 

@@ -58,7 +58,7 @@ def keep_sound_precision(accelerator: Accelerator, task: Task, config: Experimen
     fault = None
     # Ranks on other devices may compute in fp32 already, but must take part in the gathering.
     if task.autocast_dtype is torch.bfloat16:
-        fault = _find_fault(task, _first_samples(config, task), accelerator.device)
+        fault = _find_fault(task, _first_samples(config, task, accelerator.num_processes), accelerator.device)
     found = gather_problems(accelerator, fault)
     if not found:
         return
@@ -72,8 +72,8 @@ def keep_sound_precision(accelerator: Accelerator, task: Task, config: Experimen
         )
 
 
-def _first_samples(config: ExperimentConfig, task: Task) -> dict[str, Any]:
-    size = min(CHECKED_SAMPLES, config.train.batch_size)
+def _first_samples(config: ExperimentConfig, task: Task, world_size: int) -> dict[str, Any]:
+    size = min(CHECKED_SAMPLES, config.train.batch_size_per_rank(world_size))
     loader = EvaluationLoader(
         config.data.shards,
         split="train",

@@ -208,10 +208,11 @@ def out_of_memory_advice(config: ExperimentConfig, zero_stage: int) -> str:
         zero_stage: stage of ZeRO; 0 for plain data parallelism.
     """
     train, remedies = config.train, []
-    if train.batch_size > 1:
-        half, twice = train.batch_size // 2, train.gradient_accumulation_steps * 2
+    name = "batch_size" if train.global_batch_size is None else "global_batch_size"
+    if (size := getattr(train, name)) > 1:
+        half, twice = size // 2, train.gradient_accumulation_steps * 2
         remedies.append(
-            f"train.batch_size={half} with train.gradient_accumulation_steps={twice}, which is the same "
+            f"train.{name}={half} with train.gradient_accumulation_steps={twice}, which is the same "
             "global batch"
         )
     if train.mixed_precision == "fp32":

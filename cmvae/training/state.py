@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from cmvae.config import ExperimentConfig, flatten, is_resumable
-from cmvae.data.plan import WorldSizeChange
 from cmvae.training.checkpoint_folder import list_checkpoints
 from cmvae.utils.errors import UserError
 
 STATE_NAME = "state.json"
 
-_BATCH_SIZE = "train.batch_size"
+_BATCH_SIZE, _GLOBAL_BATCH_SIZE = "train.batch_size", "train.global_batch_size"
 _LENGTH = ("train.epochs", "train.max_steps")
 
 
@@ -34,24 +32,12 @@ class TrainState:
     best_step: int | None = None
     """Step of the validation with the lowest loss."""
     best_loss: float | None = None
-    world_size_changes: list[WorldSizeChange] = field(default_factory=list)
-    """Where the number of ranks changed, in the order of time."""
 
     def record_validation(self, loss: float) -> None:
         """Record a validation at this step; it is the best so far if no earlier one had this loss or less."""
         self.validated_step = self.step
         if self.best_loss is None or not loss >= self.best_loss:
             self.best_step, self.best_loss = self.step, loss
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> TrainState:
-        """The inverse of `dataclasses.asdict`.
-
-        Raises:
-            TypeError: a counter is not one of these.
-        """
-        changes = [WorldSizeChange(**change) for change in content["world_size_changes"]]
-        return cls(**{**content, "world_size_changes": changes})
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,7 @@ class CheckpointRecord:
         path = checkpoint / STATE_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**content | {"state": TrainState.from_json(content["state"])})
+            return cls(**content | {"state": TrainState(**content["state"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}: cannot be read: {error}. Delete this checkpoint") from error
 
@@ -98,14 +84,15 @@ class CheckpointRecord:
             UserError: names the first such setting, or says how to launch.
         """
         now = flatten(config)
+        same_batch = _global_batch(now, world_size) == _global_batch(self.settings, self.world_size)
         if world_size != self.world_size:
-            self._check_world_size_change(checkpoint, now, world_size)
+            self._check_world_size_change(checkpoint, world_size, same_batch)
         length_decides = _what_the_length_decides(now)
         for key in sorted(self.settings.keys() | now.keys()):
             before = self.settings.get(key)
             if before == now.get(key) or is_resumable(type(config), key):
                 continue
-            if key == _BATCH_SIZE and world_size != self.world_size:
+            if key in (_BATCH_SIZE, _GLOBAL_BATCH_SIZE) and same_batch:
                 continue
             reason = ""
             if key in _LENGTH:
@@ -117,9 +104,7 @@ class CheckpointRecord:
                 "resume, or start a new run with output_dir=…"
             )
 
-    def _check_world_size_change(
-        self, checkpoint: Path, settings: Mapping[str, object], world_size: int
-    ) -> None:
+    def _check_world_size_change(self, checkpoint: Path, world_size: int, same_batch: bool) -> None:
         """Ranks of another number may resume if each has everything, and with the same global batch."""
         written = f"{checkpoint}: written by {self.world_size} rank(s)"
         if self.zero_stage:
@@ -128,20 +113,23 @@ class CheckpointRecord:
                 f"{world_size}. Launch the same number: cmvae train CONFIG … --launch zero{self.zero_stage} "
                 f"--num-processes {self.world_size} --resume"
             )
-        global_batch = self.world_size * int(str(self.settings[_BATCH_SIZE]))
-        if world_size * int(str(settings[_BATCH_SIZE])) == global_batch:
-            return
+        global_batch = _global_batch(self.settings, self.world_size)
         if global_batch % world_size:
             raise UserError(
                 f"{written} with a global batch of {global_batch} samples, which the {world_size} ranks of "
                 f"this run cannot share evenly. Launch it with --num-processes {self.world_size} as before, "
                 f"or another divisor of {global_batch}"
             )
-        raise UserError(
-            f"{written} with a global batch of {global_batch} samples; this run has {world_size} rank(s). "
-            f"Set {_BATCH_SIZE}={global_batch // world_size} to keep the global batch, or launch it with "
-            f"--num-processes {self.world_size} as before"
-        )
+        if not same_batch:
+            raise UserError(
+                f"{written} with a global batch of {global_batch} samples; this run has {world_size} rank(s) "
+                f"with another one. Set {_GLOBAL_BATCH_SIZE}={global_batch} to keep it on any number of ranks"
+            )
+
+
+def _global_batch(settings: Mapping[str, object], world_size: int) -> int:
+    """Samples of all ranks in one forward pass."""
+    return int(str(settings[_GLOBAL_BATCH_SIZE] or world_size * int(str(settings[_BATCH_SIZE]))))
 
 
 def _what_the_length_decides(settings: Mapping[str, object]) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from cmvae.config import ExperimentConfig
-from cmvae.data.plan import TrainingPlan, WorldSizeChange
+from cmvae.data.plan import TrainingPlan
 from cmvae.data.reader import TrainingLoader
 from cmvae.data.resident import ResidentLoader
 from cmvae.data.split_reader import SplitReader
@@ -20,7 +20,6 @@ def open_train_split(
     *,
     rank: int = 0,
     world_size: int = 1,
-    world_size_changes: Sequence[WorldSizeChange] = (),
 ) -> TrainingLoader | ResidentLoader:
     """Open the train split of `config.data`, as `data.on_device` says.
 
@@ -30,18 +29,15 @@ def open_train_split(
         device: device of the training.
         rank: number of this rank.
         world_size: number of ranks.
-        world_size_changes: see `TrainingLoader`.
 
     Raises:
         UserError: as `TrainingLoader` and `ResidentLoader`.
     """
-    data, batch_size = config.data, config.train.batch_size
+    data, batch_size = config.data, config.train.batch_size_per_rank(world_size)
     if data.on_device:
         shards = SplitReader(data.shards, "train", modalities, data.on_error)
-        plan = TrainingPlan(
-            shards.sizes, batch_size, world_size, config.seed, data.shuffle_window, world_size_changes
-        )
-        return ResidentLoader(shards, plan, rank, device)
+        plan = TrainingPlan(shards.sizes, batch_size * world_size, config.seed, data.shuffle_window)
+        return ResidentLoader(shards, plan, rank, world_size, device)
     return TrainingLoader(
         data.shards,
         modalities=modalities,
@@ -53,5 +49,4 @@ def open_train_split(
         shuffle_window=data.shuffle_window,
         cache_bytes=data.cache_megabytes * 2**20,
         on_error=data.on_error,
-        world_size_changes=world_size_changes,
     )

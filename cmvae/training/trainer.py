@@ -96,7 +96,6 @@ class Trainer:
             accelerator.device,
             rank=rank,
             world_size=world_size,
-            world_size_changes=self.state.world_size_changes,
         )
         self.validation_loader = EvaluationLoader(
             config.data.shards,
@@ -108,7 +107,8 @@ class Trainer:
             on_error=config.data.on_error,
         )
         self.accumulation = config.train.gradient_accumulation_steps
-        self.samples_per_batch = config.train.batch_size * world_size
+        self.batch_size = config.train.batch_size_per_rank(world_size)
+        self.samples_per_batch = self.batch_size * world_size
         self.total_steps = self._count_steps()
         task.begin(self.total_steps)
         self.meter = Meter()
@@ -194,9 +194,9 @@ class Trainer:
         if config.data.on_error == "skip":
             self.heartbeat.beat("waiting for the other ranks to count skipped samples")
             self.skipped.add(accelerator, batch["skipped"])
-        first = (part * accelerator.num_processes + accelerator.process_index) * config.train.batch_size
+        first = part * self.samples_per_batch + accelerator.process_index * self.batch_size
         batch["_seed"] = derive_seed(config.seed, "step", self.state.step)
-        batch["_place"] = range(first, first + config.train.batch_size)
+        batch["_place"] = range(first, first + self.batch_size)
         return to_device(batch, self.task.modalities, accelerator.device)
 
     def _clip_gradients(self) -> None:

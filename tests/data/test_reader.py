@@ -68,7 +68,7 @@ def test_only_the_modalities_that_are_asked_for_are_read(make_folder):
 def test_order_is_the_plan_s_whatever_the_number_of_workers(make_folder):
     folder = make_folder(SIZES)
     plan = TrainingPlan(SIZES, 3, seed=5, shuffle_window=12)
-    planned = [[f"k{p:05d}" for p in batch] for e in (0, 1, 4) for batch in plan.for_rank(e, 0).batches]
+    planned = [[f"k{p:05d}" for p in batch] for e in (0, 1, 4) for batch in plan.for_rank(e).positions()]
     for num_workers in (0, 1, 2, 3):
         loader = training(folder, num_workers=num_workers)
         read = [batch for epoch in (0, 1, 4) for batch in loader.epoch_batches(epoch)]
@@ -553,7 +553,7 @@ def test_what_is_missing_is_named_at_once(make_folder):
         training(folder, modalities=["m7"])
     with pytest.raises(UserError, match=r"no split 'test'; it has train"):
         training(folder, split="test")
-    with pytest.raises(UserError, match=r"train\.batch_size: 9"):
+    with pytest.raises(UserError, match=r"train\.batch_size: the ranks together read 9"):
         training(folder, batch_size=9)
     (folder / "train-1.tar").unlink()
     with pytest.raises(UserError, match=r"train-1\.tar: missing"):

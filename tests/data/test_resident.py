@@ -7,7 +7,7 @@ import torch
 from mixed import Mixed
 
 from cmvae.data.index import ShardIndex
-from cmvae.data.plan import TrainingPlan, WorldSizeChange
+from cmvae.data.plan import TrainingPlan
 from cmvae.data.reader import TrainingLoader
 from cmvae.data.resident import ResidentLoader
 from cmvae.data.split_reader import SplitReader
@@ -27,11 +27,11 @@ def both(folder, **changes):
 
 def resident_loader(
     folder, *, modalities, batch_size, split="train", seed=0, rank=0, world_size=1, shuffle_window=4096,
-    on_error="error", world_size_changes=(), device=CPU,
+    on_error="error", device=CPU,
 ):  # fmt: skip
     shards = SplitReader(folder, split, modalities, on_error)
-    plan = TrainingPlan(shards.sizes, batch_size, world_size, seed, shuffle_window, world_size_changes)
-    return ResidentLoader(shards, plan, rank, device)
+    plan = TrainingPlan(shards.sizes, batch_size * world_size, seed, shuffle_window)
+    return ResidentLoader(shards, plan, rank, world_size, device)
 
 
 def assert_equal(first, second):
@@ -50,7 +50,6 @@ def assert_equal(first, second):
         {},
         {"rank": 1, "world_size": 2},
         {"modalities": ["m1"]},
-        {"rank": 1, "world_size": 3, "batch_size": 2, "world_size_changes": [WorldSizeChange(1, 4, 2)]},
     ],
 )
 def test_batches_are_those_of_the_shards(make_folder, changes):

@@ -12,6 +12,8 @@ from packing import NumberSource, contents
 
 from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
+from cmvae.data.shard_table import open_shards
+from cmvae.datasets import packing as packing_module
 from cmvae.datasets.writer import write_shards
 from cmvae.utils.errors import UserError
 
@@ -71,6 +73,19 @@ def test_a_finished_data_set_is_replaced_only_by_force(tmp_path):
     assert sorted(contents(tmp_path)) == [
         "index.json", "notes.txt", "test-000000.tar", "train-000000.tar", "train-000001.tar"
     ]  # fmt: skip
+
+
+def test_many_shards_are_listed_in_a_file_of_their_own(tmp_path, monkeypatch):
+    listed = write_shards(NumberSource(), tmp_path / "listed", shard_size=7)
+    monkeypatch.setattr(packing_module, "MAX_LISTED_SHARDS", 2)
+    index = write_shards(NumberSource(), tmp_path / "tabled", shard_size=7)
+    assert index == ShardIndex.load(tmp_path / "tabled")
+    train = index.splits["train"]
+    assert train.shards == ()
+    assert tuple(open_shards(train, tmp_path / "tabled")) == listed.splits["train"].shards
+    assert len(index.splits["test"].shards) == 2, "a small split stays in the index"
+    write_shards(NumberSource(), tmp_path / "tabled", shard_size=30, force=True)
+    assert not (tmp_path / "tabled/train.shards").exists()
 
 
 def test_a_limit_takes_as_large_a_part_of_every_split(tmp_path):

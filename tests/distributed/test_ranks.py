@@ -188,7 +188,7 @@ def test_the_documented_training_runs_and_resumes_on_two_ranks(tmp_path, experim
         [sys.executable, ROOT / "launch/train.py", experiment_file, "train.batch_size=8", "--resume"], ROOT
     )
     assert refused.returncode == 2
-    how = "train.batch_size=16" if configuration == "ddp" else f"--launch {configuration[:5]}"
+    how = "train.global_batch_size=16" if configuration == "ddp" else f"--launch {configuration[:5]}"
     assert how in refused.stderr
 
 

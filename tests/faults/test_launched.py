@@ -132,8 +132,8 @@ def test_another_number_of_ranks_or_setting_is_refused_before_torch_is_imported(
         (
             [],
             {"WORLD_SIZE": "4"},
-            "written by 1 rank(s) with a global batch of 16 samples; this run has 4 rank(s). "
-            "Set train.batch_size=4",
+            "written by 1 rank(s) with a global batch of 16 samples; this run has 4 rank(s) with another "
+            "one. Set train.global_batch_size=16",
         ),
         (["train.batch_size=8"], {}, "train.batch_size was 16 and is now 8. Set it back"),
     ):

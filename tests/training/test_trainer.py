@@ -59,7 +59,6 @@ def test_a_run_leaves_checkpoints_config_and_an_export(experiment):
         "validated_step": 0,
         "best_step": None,
         "best_loss": None,
-        "world_size_changes": [],
     }
     assert (config.run_dir / "config.yaml").is_file()
     exported = CMVAE.from_pretrained(config.run_dir / "export")

@@ -50,9 +50,9 @@ def main() -> None:
     answer({"ready": True})
     for _ in sys.stdin:
         answer(job.measure())
-    peak_memory = _peak_memory()
+    peak = peak_memory()
     facts = job.facts | (job.afterwards() if job.afterwards is not None else {})
-    answer({"num_items": job.num_items, "facts": facts, "peak_memory_bytes": peak_memory})
+    answer({"num_items": job.num_items, "facts": facts, "peak_memory_bytes": peak})
 
 
 def _builder(name: str) -> Callable[..., Job]:
@@ -61,7 +61,7 @@ def _builder(name: str) -> Callable[..., Job]:
     return builder
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Peak memory in bytes: of tensors on a GPU, or else the main memory of this process."""
     import torch
 
