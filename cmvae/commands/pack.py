@@ -23,6 +23,7 @@ from cmvae.config import load_run_table
 from cmvae.data.index import OnError, ShardIndex
 from cmvae.datasets import SOURCES
 from cmvae.datasets.columns import ColumnSource
+from cmvae.datasets.embedding import embed_source
 from cmvae.datasets.table import check_report, open_new_rows
 from cmvae.utils.arguments import command_parser, non_negative_integer, positive_integer
 from cmvae.utils.errors import UserError
@@ -78,13 +79,15 @@ def main() -> int:
     like: Path | None = getattr(arguments, "like", None)
     on_error: OnError = getattr(arguments, "on_error", "error")
     known_config = module.config_for(arguments)
-    config = known_config if known_config is not None else arguments.config
+    config: Path | None = known_config if known_config is not None else arguments.config
     checks = getattr(arguments, "check", False)
     if checks:
         print(check_report(arguments))
     elif known_config is None and config is not None:
         check_config_path(config, arguments.force)
     source = module.from_arguments(arguments) if like is None else open_like(arguments, like)
+    if isinstance(source, ColumnSource) and getattr(arguments, "embed", None) and not checks:
+        source = embed_source(source, arguments.embed, only=arguments.embed_only, on_error=on_error)
     if known_config is None and like is None:
         try_starter_config(source, arguments.out, on_error)
     if checks:

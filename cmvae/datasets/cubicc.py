@@ -23,6 +23,7 @@ from cmvae.datasets.archive import add_download_arguments, download_and_unpack
 from cmvae.datasets.base import random_stream
 from cmvae.datasets.columns import (
     ArrayColumn,
+    ArrayImageColumn,
     Column,
     ColumnSource,
     ImageColumn,
@@ -30,7 +31,9 @@ from cmvae.datasets.columns import (
     fit_image,
     fit_text,
 )
+from cmvae.datasets.embedding import add_embed_arguments
 from cmvae.datasets.splits import Splits, draw_splits, fractions, fractions_text
+from cmvae.datasets.user_data import add_config_argument
 from cmvae.modalities import ImageModality, TextModality
 from cmvae.modalities.text import EOS, PAD, SPECIAL_TOKENS, UNKNOWN
 from cmvae.utils.errors import UserError
@@ -111,10 +114,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shares of the splits in every subspecies; the release has its own splits "
         "(default: 0.7,0.15,0.15)",
     )
+    add_config_argument(parser)
+    add_embed_arguments(parser)
 
 
-def config_for(arguments: argparse.Namespace) -> Path:
-    """The experiment configs/cubicc.yaml, or configs/cub_mini.yaml for cub_mini64 on a CPU."""
+def config_for(arguments: argparse.Namespace) -> Path | None:
+    """The experiment configs/cubicc.yaml, or configs/cub_mini.yaml for cub_mini64 on a CPU.
+
+    None with --config or --embed, for a starter config.
+    """
+    if arguments.config is not None or arguments.embed:
+        return None
     return Path("configs/cubicc.yaml" if arguments.mini is None else "configs/cub_mini.yaml")
 
 
@@ -163,9 +173,10 @@ def open_mini(folder: Path, shares: tuple[float, float, float], seed: int) -> Co
     subspecies = [_strip_number(classes[label]) for label in labels.tolist()]
     kept = [number for number, name in enumerate(subspecies) if _group_of(name, FAMILIES) is not None]
     rows = _CaptionRows([captions[number] for number in kept])
-    pixels = images[kept].transpose(0, 3, 1, 2)
+    pixels = list(images[kept].transpose(0, 3, 1, 2))
+    of_row = [pixels[image] for image in rows.image_of_row.tolist()]
     return rows.source(
-        ArrayColumn(pixels[rows.image_of_row], None, ImageModality(shape=pixels.shape[1:])),
+        ArrayImageColumn(of_row, rows.texts, ImageModality(shape=pixels[0].shape)),
         [subspecies[number] for number in kept],
         [Path(files[number]).stem for number in kept],
         FAMILIES,
