@@ -93,7 +93,7 @@ class ArrayColumn:
 
 
 class ImageFile(Protocol):
-    """A `Path`, or a member of a tar; `str` of it is its name for messages."""
+    """A `Path`, or a member of a tar."""
 
     def read_bytes(self) -> bytes:
         """The content of the file."""
@@ -138,7 +138,7 @@ class ImageColumn:
         try:
             return read_image(file, self.modality)
         except ValueError as error:
-            raise DamagedSampleError(f"{self.places[row]}: {file}: {error}") from error
+            raise DamagedSampleError(f"{name_original(self.places[row], file)}: {error}") from error
 
 
 class DamagedColumn:
@@ -170,6 +170,11 @@ def originals_of(column: Column) -> Sequence[Any] | None:
     None for columns that keep stored values only.
     """
     return getattr(column, "originals", None)
+
+
+def name_original(place: str, original: Any) -> str:
+    """Name of an original value for messages: that of its sample, and its path if it is a file."""
+    return f"{place}: {original}" if isinstance(original, Path) else place
 
 
 def fit_image(files: Sequence[ImageFile | None], size: int, channels: int = 3) -> ImageModality:
@@ -465,9 +470,11 @@ def open_image(file: ImageFile, mode: str) -> Image.Image:
                 # The colour of fully transparent pixels is arbitrary.
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert(mode)
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        # Pillow's own message names an address in memory.
+        what = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(
-            f"cannot be read as an image ({error}). Replace it; supported formats are "
+            f"cannot be read as an image ({what}). Replace it; supported formats are "
             f"{', '.join(IMAGE_FORMATS)}"
         ) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import re
 import sys
@@ -19,6 +20,7 @@ from cmvae.datasets.columns import (
     ColumnSource,
     DamagedColumn,
     fit_vector,
+    name_original,
     number_column,
     originals_of,
 )
@@ -145,21 +147,25 @@ def embed_column(
     network = load_network(embedding.network, embedding.weights)
     if network.sha256 != embedding.sha256:
         raise UserError(
-            f"{embedding.network}{f' of {embedding.weights}' if embedding.weights else ''}: its weights have "
-            f"SHA-256 {network.sha256[:12]}…, but the model was trained with {embedding.sha256[:12]}…. Use "
-            "the same weights"
+            f"{network.where}: its weights have SHA-256 {network.sha256[:12]}…, but the model was trained "
+            f"with {embedding.sha256[:12]}…. Use the same weights"
         )
     if network.version != embedding.version:
-        print(
-            f"note: {embedding.network}: version {network.version} of the library, the training had "
-            f"{embedding.version}",
-            file=sys.stderr,
-        )
+        _note_version(network.where, network.version, embedding.version)
 
     def restate(vectors: np.ndarray) -> VectorModality:
         return modality.model_copy(update={"optional": bool(np.isnan(vectors).any())})
 
     return _make_column(originals, places, network, restate, on_error)
+
+
+@functools.cache
+def _note_version(where: str, found: str, expected: str) -> None:
+    """Report another version of a library on stderr, once."""
+    print(
+        f"note: {where}: the library has version {found}, but the model was trained with {expected}",
+        file=sys.stderr,
+    )
 
 
 def _check_request(request: EmbedRequest, columns: Mapping[str, Column]) -> None:
@@ -209,12 +215,15 @@ def _embed(
     vectors = np.full((len(originals), network.dim), np.nan)
     damaged: dict[int, str] = {}
     distinct = iter(rows_of.values())
-    with progress_bar(total=len(rows_of), desc=network.name, unit=" values", leave=False, delay=2) as bar:
+    with progress_bar(total=len(rows_of), desc=network.where, unit=" values", leave=False, delay=2) as bar:
         while batch := list(itertools.islice(distinct, _BATCH_SIZE)):
             features, problems = network.embed([originals[rows[0]] for rows in batch])
             for place, rows in enumerate(batch):
                 vectors[rows] = features[place]
                 if place in problems:
-                    damaged |= {row: f"{places[row]}: {originals[row]}: {problems[place]}" for row in rows}
+                    original = originals[rows[0]]
+                    damaged |= {
+                        row: f"{name_original(places[row], original)}: {problems[place]}" for row in rows
+                    }
             bar.update(len(batch))
     return vectors, damaged

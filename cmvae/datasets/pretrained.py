@@ -24,7 +24,7 @@ class Network:
     """A frozen network.
 
     Args:
-        name: LIBRARY:NETWORK.
+        where: LIBRARY:NETWORK[@PATH].
         module: the network.
         prepare: makes an image or a sentence ready for the network.
         forward: features (B, D) of B such inputs.
@@ -33,14 +33,14 @@ class Network:
 
     def __init__(
         self,
-        name: str,
+        where: str,
         module: nn.Module,
         prepare: Callable[[Any], Any],
         forward: Callable[[list[Any]], np.ndarray],
         example: Any,
     ) -> None:
-        self.name, self._prepare, self._forward = name, prepare, forward
-        self.version = version(name.partition(":")[0])
+        self.where, self._prepare, self._forward = where, prepare, forward
+        self.version = version(where.partition(":")[0])
         self.sha256 = _hash_weights(module)
         self.dim = forward([prepare(example)]).shape[1]
 
@@ -89,7 +89,7 @@ def load_network(name: str, weights: str | None) -> Network:
     if weights is not None and not Path(weights).exists():
         raise UserError(f"{where}: no such file. Copy the weights there")
     try:
-        return _LOADERS[library](name, network, weights)
+        return _LOADERS[library](where, network, weights)
     except ImportError as error:
         raise UserError(f"{where}: {error}. Run pip install 'cmvae[embed]'") from error
     except Exception as error:  # these libraries raise what downloads and unpicklers raise
@@ -100,17 +100,19 @@ def load_network(name: str, weights: str | None) -> Network:
         ) from error
 
 
-def _load_timm(name: str, network: str, weights: str | None) -> Network:
+def _load_timm(where: str, network: str, weights: str | None) -> Network:
     import cmvae.utils.torchvision_shim  # noqa: F401, I001
     import timm
 
     overlay = None if weights is None else {"file": weights}
-    module = timm.create_model(network, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0)
+    # With num_classes=0 timm would accept weights that lack others than those of the classifier, too.
+    module: Any = timm.create_model(network, pretrained=True, pretrained_cfg_overlay=overlay)
+    module.reset_classifier(0)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(module))
-    return _image_network(name, module, transform)
+    return _image_network(where, module, transform)
 
 
-def _load_torchvision(name: str, network: str, weights: str | None) -> Network:
+def _load_torchvision(where: str, network: str, weights: str | None) -> Network:
     import cmvae.utils.torchvision_shim  # noqa: F401, I001
     import safetensors.torch
     import torch
@@ -128,10 +130,10 @@ def _load_torchvision(name: str, network: str, weights: str | None) -> Network:
     # The last linear layer computes the scores of classes.
     classifier = [path for path, part in module.named_modules() if isinstance(part, torch.nn.Linear)][-1]
     module.set_submodule(classifier, torch.nn.Identity())
-    return _image_network(name, module, of_library.transforms())
+    return _image_network(where, module, of_library.transforms())
 
 
-def _load_sentence_transformers(name: str, network: str, weights: str | None) -> Network:
+def _load_sentence_transformers(where: str, network: str, weights: str | None) -> Network:
     from sentence_transformers import SentenceTransformer
 
     # Classes that a model names are imported from the library alone.
@@ -142,7 +144,7 @@ def _load_sentence_transformers(name: str, network: str, weights: str | None) ->
     def forward(sentences: list[str]) -> np.ndarray:
         return module.encode(sentences, batch_size=len(sentences), show_progress_bar=False)
 
-    return Network(name, module, str, forward, "a sentence")
+    return Network(where, module, str, forward, "a sentence")
 
 
 _LOADERS: dict[str, Callable[[str, str, str | None], Network]] = {
@@ -152,7 +154,7 @@ _LOADERS: dict[str, Callable[[str, str, str | None], Network]] = {
 }
 
 
-def _image_network(name: str, module: nn.Module, transform: Callable[[Image.Image], Any]) -> Network:
+def _image_network(where: str, module: nn.Module, transform: Callable[[Image.Image], Any]) -> Network:
     import torch
 
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -169,7 +171,7 @@ def _image_network(name: str, module: nn.Module, transform: Callable[[Image.Imag
     def forward(images: list[torch.Tensor]) -> np.ndarray:
         return module(torch.stack(images).to(device)).float().cpu().numpy()
 
-    return Network(name, module, prepare, forward, np.zeros((1, 8, 8), dtype=np.uint8))
+    return Network(where, module, prepare, forward, np.zeros((1, 8, 8), dtype=np.uint8))
 
 
 def _hash_weights(module: nn.Module) -> str:

@@ -55,9 +55,6 @@ class Member(NamedTuple):
     offset: int
     size: int
 
-    def __str__(self) -> str:
-        return f"the member at byte {self.offset}"
-
     def read_bytes(self) -> bytes:
         """Its content.
 
