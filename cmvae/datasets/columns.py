@@ -13,13 +13,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cmvae.data.index import OnError, SplitName, TableSchema
 from cmvae.datasets.base import DamagedSampleError, Sample
+from cmvae.datasets.boxes import square_around
 from cmvae.datasets.splits import Splits
 from cmvae.modalities import (
     BinaryModality,
@@ -99,8 +100,23 @@ class ImageFile(Protocol):
         """The content of the file."""
 
 
+class BoxedFile(NamedTuple):
+    """An image file, of which the square around a box is used."""
+
+    path: Path
+    box: Sequence[float]
+    """Left, top, width and height, in pixels of the file."""
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read_bytes(self) -> bytes:
+        """The content of the file."""
+        return self.path.read_bytes()
+
+
 class ImageColumn:
-    """Image files of any size: the largest square in the middle, resized.
+    """Image files of any size: the largest square in the middle, or around a box, resized.
 
     Args:
         files: (N,) file of each row, None where it is missing.
@@ -174,7 +190,7 @@ def originals_of(column: Column) -> Sequence[Any] | None:
 
 def name_original(place: str, original: Any) -> str:
     """Name of an original value for messages: that of its sample, and its path if it is a file."""
-    return f"{place}: {original}" if isinstance(original, Path) else place
+    return f"{place}: {original}" if isinstance(original, (Path, BoxedFile)) else place
 
 
 def fit_image(files: Sequence[ImageFile | None], size: int, channels: int = 3) -> ImageModality:
@@ -438,6 +454,8 @@ class ColumnSource:
 def read_image(file: ImageFile, modality: Modality) -> np.ndarray:
     """Read the largest square, or rectangle of the modality's proportions, in the middle of an image file.
 
+    Of a `BoxedFile` it reads the square around the box instead.
+
     Returns:
         (channels, height, width) uint8.
 
@@ -446,7 +464,11 @@ def read_image(file: ImageFile, modality: Modality) -> np.ndarray:
     """
     channels, height, width = modality.shape
     image = open_image(file, "L" if channels == 1 else "RGB")
-    pixels = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+    size, filter_ = (width, height), Image.Resampling.LANCZOS
+    if isinstance(file, BoxedFile):
+        pixels = np.asarray(image.resize(size, filter_, square_around(file.box, image.size)))
+    else:
+        pixels = np.asarray(ImageOps.fit(image, size, filter_))
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 

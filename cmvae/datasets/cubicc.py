@@ -17,16 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from cmvae.data.index import SplitName
 from cmvae.datasets.archive import add_download_arguments, download_and_unpack
 from cmvae.datasets.base import random_stream
+from cmvae.datasets.boxes import square_around
 from cmvae.datasets.columns import (
     ArrayColumn,
     ArrayImageColumn,
+    BoxedFile,
     Column,
     ColumnSource,
     ImageColumn,
+    ImageFile,
     TextColumn,
     fit_image,
     fit_text,
@@ -66,6 +70,9 @@ FAMILIES = {
 }
 """The same for cub_mini64. Its four single subspecies, bunting, cormorant, crow and flicker, are left out:
 each would be a class of one subspecies, a third as large as the others."""
+
+_MINI_FRAMES = ((500, 375), (375, 500), (502, 502))
+"""Sizes that an original of cub_mini64 may have, as (width, height); some boxes end a pixel outside."""
 
 _SPLIT_STREAM = 0
 _SPLIT_FILES: dict[SplitName, str] = {
@@ -107,6 +114,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder of --cub)",
     )
     parser.add_argument(
+        "--crop",
+        action="store_true",
+        help="with --cub or --mini: the square around the bird instead of the whole photograph",
+    )
+    parser.add_argument(
         "--fractions",
         type=fractions,
         default=(0.7, 0.15, 0.15),
@@ -119,13 +131,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_for(arguments: argparse.Namespace) -> Path | None:
-    """The experiment configs/cubicc.yaml, or configs/cub_mini.yaml for cub_mini64 on a CPU.
+    """The experiment configs/cubicc.yaml, or configs/cubicc_cpu.yaml for cub_mini64.
 
     None with --config or --embed, for a starter config.
     """
     if arguments.config is not None or arguments.embed:
         return None
-    return Path("configs/cubicc.yaml" if arguments.mini is None else "configs/cub_mini.yaml")
+    return Path("configs/cubicc.yaml" if arguments.mini is None else "configs/cubicc_cpu.yaml")
 
 
 def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
@@ -139,20 +151,27 @@ def from_arguments(arguments: argparse.Namespace) -> ColumnSource:
             "--captions: can only be used with --cub; the other sources contain captions. Remove it"
         )
     if arguments.mini is not None:
-        return open_mini(arguments.mini, arguments.fractions, arguments.seed)
+        return open_mini(arguments.mini, arguments.fractions, arguments.seed, crop=arguments.crop)
     if arguments.cub is not None:
-        return open_cub(arguments.cub, arguments.captions, arguments.fractions, arguments.seed)
+        return open_cub(
+            arguments.cub, arguments.captions, arguments.fractions, arguments.seed, crop=arguments.crop
+        )
+    if arguments.crop:
+        raise UserError("--crop: the release has no bounding boxes. Remove it, or pack CUB-200-2011 by --cub")
     folder = download_release(arguments.cache) if arguments.download else arguments.released
     return open_release(folder, arguments.fractions, arguments.seed)
 
 
-def open_mini(folder: Path, shares: tuple[float, float, float], seed: int) -> ColumnSource:
+def open_mini(
+    folder: Path, shares: tuple[float, float, float], seed: int, *, crop: bool = False
+) -> ColumnSource:
     """Open cub_mini64, grouped into families, without its four single subspecies.
 
     Args:
         folder: folder of images.npz and captions.json.
         shares: shares of the splits in the images of every subspecies.
         seed: seed of the splits.
+        crop: crop the photographs to the birds.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -162,18 +181,20 @@ def open_mini(folder: Path, shares: tuple[float, float, float], seed: int) -> Co
     try:
         with np.load(folder / "images.npz", allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
+            boxes = arrays["bbox"] if crop else None
         classes, files, captions = texts["classes"], texts["files"], texts["captions"]
     except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{folder}: cannot be read as cub_mini64 ({error}). Give a folder with images.npz (images, "
-            "labels) and captions.json (classes, files, captions)"
+            "labels, bbox) and captions.json (classes, files, captions)"
         ) from error
     if not len(images) == len(labels) == len(files) == len(captions):
         raise UserError(f"{folder}: the numbers of images, labels, files and captions differ. Copy it again")
     subspecies = [_strip_number(classes[label]) for label in labels.tolist()]
     kept = [number for number, name in enumerate(subspecies) if _group_of(name, FAMILIES) is not None]
     rows = _CaptionRows([captions[number] for number in kept])
-    pixels = list(images[kept].transpose(0, 3, 1, 2))
+    images = images[kept] if boxes is None else _crop_frames(images[kept], boxes[kept])
+    pixels = list(images.transpose(0, 3, 1, 2))
     of_row = [pixels[image] for image in rows.image_of_row.tolist()]
     return rows.source(
         ArrayImageColumn(of_row, rows.texts, ImageModality(shape=pixels[0].shape)),
@@ -182,23 +203,29 @@ def open_mini(folder: Path, shares: tuple[float, float, float], seed: int) -> Co
         FAMILIES,
         shares,
         seed,
-        {"source": "cub_mini64", "folder": str(folder), "left_out": len(files) - len(kept)},
+        {"source": "cub_mini64", "folder": str(folder), "crop": crop, "left_out": len(files) - len(kept)},
     )
 
 
 def open_cub(
-    folder: Path, captions: Path | None, shares: tuple[float, float, float], seed: int
+    folder: Path,
+    captions: Path | None,
+    shares: tuple[float, float, float],
+    seed: int,
+    *,
+    crop: bool = False,
 ) -> ColumnSource:
-    """Open the subspecies of CUBICC in CUB-200-2011, with whole photographs.
+    """Open the subspecies of CUBICC in CUB-200-2011.
 
     Args:
         folder: `CUB_200_2011` or its parent, with `images/NUMBER.CLASS/NAME.jpg`.
         captions: folder with `NUMBER.CLASS/NAME.txt`; None searches for it in `folder`.
         shares: shares of the splits in the images of every subspecies.
         seed: seed of the splits.
+        crop: crop the photographs to the birds, by images.txt and bounding_boxes.txt.
 
     Raises:
-        UserError: folders or captions are missing.
+        UserError: folders, captions or boxes are missing.
     """
     root = folder / "CUB_200_2011" if (folder / "CUB_200_2011").is_dir() else folder
     if captions is None:
@@ -223,15 +250,18 @@ def open_cub(
         )
     paths = [path for folder in classes for path in sorted(folder.glob("*.jpg"))]
     rows = _CaptionRows([_read_captions(captions / path.parent.name / f"{path.stem}.txt") for path in paths])
-    of_row = [paths[image] for image in rows.image_of_row.tolist()]
+    files: Sequence[ImageFile] = paths
+    if crop:
+        files = [BoxedFile(path, box) for path, box in zip(paths, _read_boxes(root, paths), strict=True)]
+    of_row = [files[image] for image in rows.image_of_row.tolist()]
     return rows.source(
-        ImageColumn(of_row, [str(path) for path in of_row], fit_image(of_row, IMAGE_SIZE)),
+        ImageColumn(of_row, [str(file) for file in of_row], fit_image(of_row, IMAGE_SIZE)),
         [_strip_number(path.parent.name) for path in paths],
         [path.stem for path in paths],
         SPECIES,
         shares,
         seed,
-        {"source": "CUB-200-2011", "folder": str(root), "captions": str(captions)},
+        {"source": "CUB-200-2011", "folder": str(root), "captions": str(captions), "crop": crop},
     )
 
 
@@ -362,6 +392,60 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path}: no such file. Give the folder that contains it") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}). Copy it again") from error
+
+
+def _read_boxes(root: Path, photographs: Sequence[Path]) -> list[tuple[float, ...]]:
+    """Left, top, width and height of the bird in each photograph, in pixels."""
+    names, boxes = (
+        dict(line.split(maxsplit=1) for line in _read_lines(root / file))
+        for file in ("images.txt", "bounding_boxes.txt")
+    )
+    try:
+        box_of = {name: tuple(map(float, boxes[number].split())) for number, name in names.items()}
+        found = [box_of[f"{path.parent.name}/{path.name}"] for path in photographs]
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{root}: images.txt and bounding_boxes.txt do not give a box for each photograph ({error}). "
+            "Unpack CUB-200-2011 again, or omit --crop"
+        ) from error
+    if any(len(box) != 4 or min(box[2:]) <= 0 for box in found):
+        raise UserError(
+            f"{root / 'bounding_boxes.txt'}: a line is not NUMBER LEFT TOP WIDTH HEIGHT. Unpack CUB-200-2011 "
+            "again, or omit --crop"
+        )
+    return found
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}). Unpack CUB-200-2011 again, or omit --crop"
+        ) from error
+
+
+def _crop_frames(images: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Crop whole frames, squeezed to 64 × 64 pixels, to the birds.
+
+    Boxes are in pixels of the originals, whose sizes cub_mini64 does not have. Most photographs of
+    CUB-200-2011 are 500 × 375 pixels; one that its box does not fit is taken as upright, or as a square.
+
+    Args:
+        images: (N, 64, 64, 3) uint8.
+        boxes: (N, 4) left, top, width and height.
+    """
+    cropped = np.empty_like(images)
+    for row, (image, box) in enumerate(zip(images, boxes.tolist(), strict=True)):
+        frame = next(
+            frame for frame in _MINI_FRAMES if box[0] + box[2] <= frame[0] and box[1] + box[3] <= frame[1]
+        )
+        scale = image.shape[1] / frame[0], image.shape[0] / frame[1]
+        left, top, right, bottom = square_around(box, frame)
+        square = left * scale[0], top * scale[1], right * scale[0], bottom * scale[1]
+        pixels = Image.fromarray(image).resize(image.shape[1::-1], Image.Resampling.BICUBIC, square)
+        cropped[row] = np.asarray(pixels)
+    return cropped
 
 
 def _read_captions(path: Path) -> list[str]:

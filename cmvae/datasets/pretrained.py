@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from cmvae.datasets.columns import open_image, to_pixels
+from cmvae.datasets.boxes import square_around
+from cmvae.datasets.columns import BoxedFile, open_image, to_pixels
 from cmvae.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -165,7 +166,11 @@ def _image_network(where: str, module: nn.Module, transform: Callable[[Image.Ima
             pixels = to_pixels(original)
             image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
             return transform(image.convert("RGB"))
-        return transform(open_image(original, "RGB"))
+        image = open_image(original, "RGB")
+        if isinstance(original, BoxedFile):
+            left, top, right, bottom = map(round, square_around(original.box, image.size))
+            image = image.crop((left, top, right, bottom))
+        return transform(image)
 
     @torch.inference_mode()
     def forward(images: list[torch.Tensor]) -> np.ndarray:

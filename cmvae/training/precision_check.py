@@ -27,7 +27,7 @@ CHECKED_SAMPLES = 8
 """Number of train samples: the check takes about a second for a model that suits a CPU."""
 TOLERANCE = 1.0
 """Largest error of a layer's gradient in bf16, relative to its norm in fp32. Rounding alone gave 0.03 for
-configs/digits.yaml and 0.5 for configs/cub_mini.yaml, whose objective weights ten samples by their
+configs/digits.yaml and 0.5 for a small configs/cubicc.yaml, whose objective weights ten samples by their
 likelihood. The error of a gradient of zeros is 1, that of one in another direction is larger."""
 NEGLIGIBLE = 1e-3
 """Smallest norm of a layer's gradient that counts, relative to that of the whole gradient. If a

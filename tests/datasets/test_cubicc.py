@@ -41,7 +41,7 @@ def read(*flags: object):
         (["--released", "x"], "cubicc"),
         (["--download"], "cubicc"),
         (["--cub", "x"], "cubicc"),
-        (["--mini", "x"], "cub_mini"),
+        (["--mini", "x"], "cubicc_cpu"),
     ],
 )
 def test_each_form_has_the_experiment_that_fits_it(flags, name):
@@ -99,6 +99,7 @@ def cub(tmp_path_factory) -> Path:
     """Every subspecies of CUBICC and one other, ten grey photographs each; brightness is the number."""
     root = tmp_path_factory.mktemp("cub") / "CUB_200_2011"
     names = [name for members in cubicc.SPECIES.values() for name in members] + ["House_Sparrow"]
+    files: list[str] = []
     for number, name in enumerate(names, 1):
         folder = f"{number:03d}.{name}"
         (root / "images" / folder).mkdir(parents=True)
@@ -106,10 +107,81 @@ def cub(tmp_path_factory) -> Path:
         for photograph in range(10):
             stem = f"{name}_{photograph:04d}"
             grey = 10 * number + photograph
-            Image.new("RGB", (90, 70), (grey,) * 3).save(root / "images" / folder / f"{stem}.jpg", quality=95)
+            image = Image.new("RGB", (120, 70), (grey,) * 3)
+            # A bird at the left border, which the square in the middle does not show.
+            image.paste((0, 0, 255), (0, 20, 8, 50))
+            image.save(root / "images" / folder / f"{stem}.jpg", quality=95)
+            files.append(f"{folder}/{stem}.jpg")
             lines = [f"A {name.replace('_', ' ')}, seen from angle {caption}." for caption in range(10)]
             (root / "text" / folder / f"{stem}.txt").write_text("\n".join(lines) + "\n\n")
+    numbered = list(enumerate(files, 1))
+    (root / "images.txt").write_text("".join(f"{number} {file}\n" for number, file in numbered))
+    (root / "bounding_boxes.txt").write_text(
+        "".join(f"{number} 0.0 20.0 8.0 30.0\n" for number, _ in numbered)
+    )
     return root
+
+
+def test_photographs_are_cropped_to_the_birds(cub):
+    image = read("--cub", cub, "--crop").sample("test", 0).values["image"].astype(int)
+    # The square is 33 pixels high and wide: the box of 8 × 30 is its left quarter.
+    assert image.shape == (3, 64, 64)
+    blue = image[2] - image[0] > 100
+    assert blue[8:56, :12].all()
+    assert not blue[:, 20:].any()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("images.txt", None, r"images\.txt: cannot be read.*omit --crop"),
+        ("bounding_boxes.txt", "1 0 0 5 5\n", r"do not give a box for each photograph.*omit --crop"),
+        ("bounding_boxes.txt", None, r"bounding_boxes\.txt: cannot be read"),
+    ],
+)
+def test_missing_boxes_are_reported(cub, tmp_path, file, content, message):
+    for name in ("images", "text"):
+        (tmp_path / name).symlink_to(cub / name)
+    for name in ("images.txt", "bounding_boxes.txt"):
+        shutil.copy(cub / name, tmp_path)
+    (tmp_path / file).unlink() if content is None else (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read("--cub", tmp_path, "--crop")
+
+
+def test_the_release_has_no_boxes(tmp_path):
+    with pytest.raises(UserError, match=r"--crop: the release has no bounding boxes"):
+        read("--released", tmp_path, "--crop")
+
+
+def test_squeezed_frames_are_cropped_in_pixels_of_the_original(tmp_path):
+    # An original of 500 × 375 and one of 375 × 500 pixels; the bird is white.
+    boxes = np.array([[100, 50, 200, 100], [50, 280, 200, 200]], np.float32)
+    images = np.zeros((2, 64, 64, 3), np.uint8)
+    for image, (left, top, width, height), (across, down) in zip(
+        images, boxes, ((500, 375), (375, 500)), strict=True
+    ):
+        x, y = 64 / across, 64 / down
+        image[round(top * y) : round((top + height) * y), round(left * x) : round((left + width) * x)] = 255
+    np.savez(
+        tmp_path / "images.npz",
+        images=np.tile(images, (4, 1, 1, 1)),
+        labels=np.tile([0, 1], 4),
+        bbox=np.tile(boxes, (4, 1)),
+    )
+    captions = {
+        "classes": ["001.Sooty_Albatross", "002.Purple_Finch"],
+        "files": [f"{number}.jpg" for number in range(8)],
+        "captions": [["a bird"] * 10] * 8,
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    column = read("--mini", tmp_path, "--crop").columns["image"]
+    wide, square = (column.read(row)[0] > 127 for row in (0, 10))
+    # The square has 1.1 times the longer side: 220 pixels.
+    assert abs(wide.mean() - 200 * 100 / 220**2) < 0.05
+    assert abs(square.mean() - 1 / 1.1**2) < 0.05
+    assert wide[32, 32]
+    assert square[32, 32]
 
 
 def test_the_original_folder_gives_the_subspecies_of_cubicc(cub):

@@ -14,7 +14,9 @@ from PIL import Image
 from pretrained import TIMM_NAME, TORCHVISION_NAME, WORDS, save_sentence_transformer, save_timm
 from safetensors.torch import load_file, save_file
 
+from cmvae.datasets.columns import BoxedFile
 from cmvae.datasets.embedding import embed_request, embed_source
+from cmvae.datasets.pretrained import load_network
 from cmvae.modalities import Embedding, VectorModality
 from cmvae.utils.errors import UserError
 
@@ -105,6 +107,18 @@ def test_features_of_sentences_see_the_words_as_they_are(table, tmp_path):
     for row, vector in found.items():
         places = [WORDS.index(word) for word in ("a", WORDS[1 + row % 3], "thing")]
         np.testing.assert_allclose(vector, words[places].mean(dim=0), rtol=1e-5)
+
+
+def test_a_network_sees_the_box_of_a_photograph(tmp_path):
+    name, _, weights = save_timm(tmp_path / "weights.safetensors").partition("@")
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    # A square of 20 pixels, with a tenth more, around (30, 25).
+    boxed = BoxedFile(tmp_path / "photo.png", (20.0, 15.0, 20.0, 20.0))
+    features, damaged = load_network(name, weights).embed([boxed, pixels[14:36, 19:41], pixels])
+    assert not damaged
+    np.testing.assert_allclose(features[0], features[1], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(features[0], features[2], atol=1e-2)
 
 
 def test_a_damaged_image_is_named_or_skipped(table, tmp_path):
