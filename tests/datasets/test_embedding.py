@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from packing import read, write_csv
 from PIL import Image
 from pretrained import TIMM_NAME, TORCHVISION_NAME, WORDS, save_sentence_transformer, save_timm
 from safetensors.torch import load_file, save_file
+from webdataset import TarWriter
 
+from cmvae.datasets import webdataset
 from cmvae.datasets.columns import BoxedFile
 from cmvae.datasets.embedding import embed_request, embed_source
 from cmvae.datasets.pretrained import load_network
@@ -107,6 +110,24 @@ def test_features_of_sentences_see_the_words_as_they_are(table, tmp_path):
     for row, vector in found.items():
         places = [WORDS.index(word) for word in ("a", WORDS[1 + row % 3], "thing")]
         np.testing.assert_allclose(vector, words[places].mean(dim=0), rtol=1e-5)
+
+
+def test_images_in_tars_are_embedded_as_files_are(table, tmp_path):
+    network = save_timm(tmp_path / "weights.safetensors")
+    with TarWriter(str(tmp_path / "photos.tar")) as writer:
+        for number in range(10):
+            writer.write({"__key__": f"p{number}", "png": (tmp_path / f"{number % 5}.png").read_bytes()})
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    webdataset.add_arguments(parser)
+    arguments = parser.parse_args([str(tmp_path / "photos.tar"), "--image", "png", "--out", "photos"])
+    source = embed_source(webdataset.from_arguments(arguments), [embed_request(f"image={network}")])
+    in_tar, in_files = vectors(source, "image_features"), embed(table, f"photo={network}")
+    assert sorted(in_tar) == list(range(10))
+    for row in (0, 1, 2, 4, 9):
+        expected = in_files.columns["photo_features"].read(row)
+        np.testing.assert_allclose(in_tar[row], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_sees_the_box_of_a_photograph(tmp_path):
