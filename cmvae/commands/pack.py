@@ -86,7 +86,7 @@ def main() -> int:
     elif known_config is None and config is not None:
         check_config_path(config, arguments.force)
     source = module.from_arguments(arguments) if like is None else open_like(arguments, like)
-    if isinstance(source, ColumnSource) and getattr(arguments, "embed", None) and not checks:
+    if isinstance(source, ColumnSource) and hasattr(arguments, "embed") and not checks:
         source = embed_source(source, arguments.embed, only=arguments.embed_only, on_error=on_error)
     if known_config is None and like is None:
         try_starter_config(source, arguments.out, on_error)

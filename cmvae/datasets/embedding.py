@@ -7,6 +7,7 @@ import functools
 import itertools
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,6 +98,13 @@ def embed_source(
     """
     columns = dict(source.columns)
     schema = source.table
+    if only and not requests:
+        raise UserError(
+            "--embed-only: there is nothing to pack instead. Add --embed MODALITY=LIBRARY:NETWORK"
+        )
+    for modality, count in Counter(request.modality for request in requests).items():
+        if count > 1:
+            raise UserError(f"--embed {modality}=…: is given {count} times. Give one network per modality")
     for request in requests:
         _check_request(request, columns)
     for request in requests:

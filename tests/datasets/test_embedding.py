@@ -170,6 +170,10 @@ def test_wrong_requests_say_what_is_wrong(table, tmp_path, monkeypatch):
         embed(table, f"image={network}")
     with pytest.raises(UserError, match=r"modalities of kind image .* which are: photo"):
         embed(table, f"caption={network}")
+    with pytest.raises(UserError, match="photo=…: is given 2 times"):
+        embed(table, f"photo={network}", f"photo=torchvision:{TORCHVISION_NAME}")
+    with pytest.raises(UserError, match="--embed-only: there is nothing to pack instead"):
+        embed(table, only=True)
     with pytest.raises(UserError, match=r"missing\.safetensors: no such file"):
         embed(table, f"photo=timm:{TIMM_NAME}@missing.safetensors")
     with pytest.raises(UserError, match="timm:no_such_network: cannot be loaded"):
