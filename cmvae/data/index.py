@@ -214,7 +214,7 @@ def _missing_index(location: Location) -> str:
         )
     return (
         f"{location}/{INDEX_NAME}: missing, so packing was not finished (it may have been interrupted). Run "
-        f"cmvae pack again with --out {location}"
+        f"cmvae pack again with --out {location}; if it was packed with --part, cmvae pack join {location}"
     )
 
 

@@ -1,65 +1,50 @@
-"""Pack a source into shards in several processes; files appear complete, a seed gives the same bytes."""
+"""Write the shards of a source in several processes; files appear complete, a seed gives the same bytes."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
-import re
+import secrets
 import signal
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import parent_process
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import webdataset
 
-from cmvae.data.groups import check_group_names
-from cmvae.data.index import (
-    CLASSIFIERS_FOLDER,
-    INDEX_NAME,
-    OnError,
-    ShardIndex,
-    ShardSchema,
-    SplitName,
-    SplitSchema,
-    TableSchema,
-)
+from cmvae.data.index import OnError, ShardIndex, ShardSchema, TableSchema
 from cmvae.datasets.base import SPLIT_NUMBERS, DamagedSampleError, Sample, Source, random_stream
+from cmvae.datasets.packing import (
+    Packing,
+    Part,
+    ShardPlan,
+    ShardRecord,
+    begin_packing,
+    describe_packing,
+    join_shards,
+    read_record,
+    write_record,
+    writer_token,
+)
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import write_whole
-
-SKIPPED_NAME = "skipped.txt"
-"""Lists the damaged samples that were left out, one per line."""
-_OWN_FILE = re.compile(rf"{re.escape(SKIPPED_NAME)}|({'|'.join(SPLIT_NUMBERS)})-\d{{6}}\.tar|\..+\.partial")
 
 
 @dataclass(frozen=True)
 class _ShardTask:
     """One shard to write."""
 
-    path: Path
-    split: SplitName
+    plan: ShardPlan
     indices: np.ndarray
     """(n,) indices of the samples, in the order of the shard."""
-
-
-@dataclass(frozen=True)
-class _WrittenShard:
-    """One written shard."""
-
-    schema: ShardSchema | None
-    """None if all of its samples were left out."""
-    skipped: tuple[str, ...]
-    """What is wrong with each sample that was left out."""
-    groups: frozenset[str]
-    """Names of the groups of its samples."""
-    is_labelled: bool
-    """Whether all samples have a label."""
 
 
 def write_shards(
@@ -78,7 +63,7 @@ def write_shards(
     """Pack `source` into `folder`.
 
     The samples are shuffled. The index is written last, so a folder of an interrupted run does not look
-    complete; the next run cleans it up.
+    complete; the next run begins again.
 
     Args:
         source: the data set. It reaches the writer processes by fork or pickling.
@@ -89,7 +74,7 @@ def write_shards(
         limit: maximum number of train samples; the other splits are reduced by the same factor.
         force: replace a data set in `folder`.
         table: how the rows of the table that is packed are read; None for other sources.
-        on_error: `skip` leaves out samples with a missing or damaged file, and lists them in `SKIPPED_NAME`.
+        on_error: `skip` leaves out samples with a missing or damaged file, and lists them in skipped.txt.
         report: called after each shard with the number of samples written and in total.
 
     Returns:
@@ -99,108 +84,94 @@ def write_shards(
         UserError: the folder already holds a data set, the source is damaged, the disk is full, a writer
             process was killed, or two groups have the same number.
     """
-    folder = Path(folder)
-    _clear(folder, force)
-    tasks = _deal(source, folder, seed, shard_size, limit)
-    shards = _run(source, tasks, num_workers, on_error, report)
-    check_group_names(sorted(frozenset().union(*(shard.groups for shard in shards))))
-    splits = {}
-    for split in source.split_sizes:
-        of_split = [shard for task, shard in zip(tasks, shards, strict=True) if task.split == split]
-        schemas = tuple(shard.schema for shard in of_split if shard.schema is not None)
-        if not schemas:
-            raise UserError(f"{folder}: all samples of the {split} split are damaged. Replace their files")
-        splits[split] = SplitSchema(
-            num_samples=sum(schema.num_samples for schema in schemas),
-            shards=schemas,
-            num_groups=len(frozenset().union(*(shard.groups for shard in of_split))),
-        )
-    skipped = [problem for shard in shards for problem in shard.skipped]
-    if skipped:
-        write_whole(folder / SKIPPED_NAME, "".join(f"{problem}\n" for problem in skipped).encode())
-    index = ShardIndex(
-        name=source.name,
-        source={**source.settings, "seed": seed, "shard_size": shard_size, "limit": limit},
-        modalities=dict(source.modalities),
-        class_names=source.class_names,
-        partly_labelled=source.class_names is not None and not all(shard.is_labelled for shard in shards),
-        splits=splits,
+    packing = describe_packing(
+        source,
+        secrets.token_hex(),  # No other call goes on with what this one leaves.
+        seed=seed,
+        shard_size=shard_size,
+        limit=limit,
         table=table,
+        on_error=on_error,
     )
-    write_whole(folder / INDEX_NAME, index.model_dump_json(indent=2).encode())
-    return index
+    begin_packing(Path(folder), packing, force=force)
+    write_part(source, Path(folder), packing, num_workers=num_workers, report=report)
+    return join_shards(Path(folder))
 
 
-def _clear(folder: Path, force: bool) -> None:
-    """Create the folder, and remove index, shards and classifiers of an earlier run."""
-    index = folder / INDEX_NAME
-    if index.exists() and not force:
-        raise UserError(
-            f"{folder}: already holds a packed data set. Choose another --out, or add --force to replace it"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # The index is removed first: without it, the folder counts as incomplete.
-        index.unlink(missing_ok=True)
-        for path in folder.iterdir():
-            if _OWN_FILE.fullmatch(path.name):
-                path.unlink()
-        # They were trained on the data that is replaced.
-        for path in (folder / CLASSIFIERS_FOLDER).glob("*.safetensors"):
-            path.unlink()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be prepared: {error}. Choose another --out") from error
-
-
-def _deal(source: Source, folder: Path, seed: int, shard_size: int, limit: int | None) -> list[_ShardTask]:
-    """Divide the shuffled samples of every split into shards."""
-    sizes = source.split_sizes
-    part = 1.0 if limit is None else min(1.0, limit / sizes.get("train", sum(sizes.values())))
-    tasks = []
-    for split, size in sizes.items():
-        order = random_stream(seed, SPLIT_NUMBERS[split]).permutation(size)[: max(1, round(part * size))]
-        for number, start in enumerate(range(0, len(order), shard_size)):
-            path = folder / f"{split}-{number:06d}.tar"
-            tasks.append(_ShardTask(path, split, order[start : start + shard_size]))
-    return tasks
-
-
-def _run(
+def write_part(
     source: Source,
-    tasks: list[_ShardTask],
-    num_workers: int,
-    on_error: OnError,
-    report: Callable[[int, int], None],
-) -> list[_WrittenShard]:
-    """Write all shards; the first failure cancels those that have not started."""
-    pool = ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(source, on_error))
+    folder: Path,
+    packing: Packing,
+    part: Part = Part(1, 1),  # noqa: B008 (immutable)
+    *,
+    num_workers: int = 1,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write the shards of a part that are not in the folder yet, each with its record.
+
+    Another process may write the same part at the same time: both write the same bytes.
+
+    Args:
+        source: see `write_shards`.
+        folder: as `begin_packing` or `begin_part` left it.
+        packing: what `describe_packing` returned for the source.
+        part: the part.
+        num_workers: see `write_shards`.
+        report: see `write_shards`.
+
+    Raises:
+        UserError: the source is damaged, the disk is full, or a writer process was killed.
+    """
+    tasks = list(_deal(packing, part))
+    missing = [task for task in tasks if read_record(folder, packing, task.plan) is None]
+    total = sum(len(task.indices) for task in tasks)
+    done = total - sum(len(task.indices) for task in missing)
+    report(done, total)
+    if not missing:
+        return
+    writer = _Writer(source, folder, packing, part)
+    pool = ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(writer,))
     try:
-        futures: dict[Future[_WrittenShard], _ShardTask] = {
-            pool.submit(_write_shard, task): task for task in tasks
-        }
-        done, total = 0, sum(len(task.indices) for task in tasks)
+        futures = {pool.submit(_write_shard, task): task for task in missing}
         for future in as_completed(futures):
             future.result()
             done += len(futures[future].indices)
             report(done, total)
-        return [future.result() for future in futures]
     except BrokenProcessPool as error:
         raise UserError(
-            f"{tasks[0].path.parent}: a writer process was killed, most likely because memory ran out. "
+            f"{folder}: a writer process was killed, most likely because memory ran out. "
             "Run again with fewer --workers or a smaller --shard-size"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_source: Source
-"""The data set of this writer process; set once by `_start_worker`, so it is not part of every task."""
-_on_error: OnError
+def _deal(packing: Packing, part: Part) -> Iterator[_ShardTask]:
+    """The shards of a part, and which samples each of them has."""
+    orders = {
+        split: random_stream(packing.seed, SPLIT_NUMBERS[split]).permutation(size)
+        for split, size in packing.split_sizes.items()
+    }
+    for plan in islice(packing.shards(), part.number - 1, None, part.num_parts):
+        yield _ShardTask(plan, orders[plan.split][plan.start : plan.stop])
 
 
-def _start_worker(source: Source, on_error: OnError) -> None:
-    global _source, _on_error
-    _source, _on_error = source, on_error
+class _Writer(NamedTuple):
+    """What all tasks of a writer process have in common."""
+
+    source: Source
+    folder: Path
+    packing: Packing
+    part: Part
+
+
+_writer: _Writer
+"""Set once per process by `_start_worker`, so it is not part of every task."""
+
+
+def _start_worker(writer: _Writer) -> None:
+    global _writer
+    _writer = writer
     # Ctrl-C reaches every process of the terminal; the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -214,7 +185,8 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _write_shard(task: _ShardTask) -> _WrittenShard:
+def _write_shard(task: _ShardTask) -> None:
+    source, folder, packing, part = _writer
     buffer = io.BytesIO()
     groups, skipped = set(), []
     is_labelled = True
@@ -222,33 +194,42 @@ def _write_shard(task: _ShardTask) -> _WrittenShard:
     with webdataset.TarWriter(buffer, user="", group="", mode=0o444, mtime=0, encoder=False) as tar:
         for index in task.indices.tolist():
             try:
-                sample = _source.sample(task.split, index)
+                sample = source.sample(task.plan.split, index)
             except DamagedSampleError as error:
-                if _on_error == "error":
+                if packing.on_error == "error":
                     raise
                 skipped.append(str(error))
                 continue
-            key = sample.key if sample.key is not None else f"{task.split}-{index:06d}"
-            tar.write({"__key__": key, **_encode(_source, sample)})
+            key = sample.key if sample.key is not None else f"{task.plan.split}-{index:06d}"
+            tar.write({"__key__": key, **_encode(source, sample)})
             is_labelled &= sample.label is not None
             if sample.group is not None:
                 groups.add(sample.group)
-    if len(skipped) == len(task.indices):
-        return _WrittenShard(None, tuple(skipped), frozenset(), is_labelled)
-    content = buffer.getvalue()
+    shard = None
+    path = folder / task.plan.name
     try:
-        write_whole(task.path, content)
+        if len(skipped) < len(task.indices):
+            content = buffer.getvalue()
+            write_whole(path, content, token=writer_token())
+            shard = ShardSchema(
+                name=path.name,
+                num_samples=len(task.indices) - len(skipped),
+                num_bytes=len(content),
+                sha256=hashlib.sha256(content).hexdigest(),
+            )
+        record = ShardRecord(
+            packing=packing.digest,
+            part=part,
+            shard=shard,
+            skipped=tuple(skipped),
+            groups=tuple(sorted(groups)),
+            is_labelled=is_labelled,
+        )
+        write_record(folder, path.name, record)
     except OSError as error:
         raise UserError(
-            f"{task.path}: cannot be written: {error}. Free some space, or choose another --out"
+            f"{path}: cannot be written: {error}. Free some space, or choose another --out"
         ) from error
-    schema = ShardSchema(
-        name=task.path.name,
-        num_samples=len(task.indices) - len(skipped),
-        num_bytes=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
-    )
-    return _WrittenShard(schema, tuple(skipped), frozenset(groups), is_labelled)
 
 
 def _encode(source: Source, sample: Sample) -> dict[str, bytes]:

@@ -13,19 +13,26 @@ from typing import BinaryIO
 from cmvae.utils.errors import UserError
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically: readers see the old or the new content, also after a crash."""
-    with whole_file(path) as file:
+def write_whole(path: Path, content: bytes, *, token: str = "") -> None:
+    """Write a file atomically: readers see the old or the new content, also after a crash.
+
+    See `whole_file` for `token`.
+    """
+    with whole_file(path, token=token) as file:
         file.write(content)
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, *, token: str = "") -> Iterator[BinaryIO]:
     """Write a file atomically in pieces: it appears at `path` when the block ends without an error.
+
+    Args:
+        path: the file.
+        token: differs between processes that may write the same file at the same time; the last one wins.
 
     Yields the file to write into.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{token}.partial")
     with partial.open("wb") as file:
         yield file
         file.flush()

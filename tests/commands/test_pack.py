@@ -123,3 +123,33 @@ def test_a_config_that_cannot_be_written_is_refused_before_anything_is_read(tmp_
     )
     assert done.returncode == 2
     assert "error: --config file/c.yaml: cannot be written" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--part=4/3"], "'4/3': there are only 3 parts"),
+        (["--part=1"], "argument --part: invalid"),
+        (["--part=1/3", "--force"], "error: --force: would delete what other parts packed"),
+    ],
+)
+def test_a_part_that_cannot_be_packed_is_refused_before_anything_is_written(tmp_path, flags, message):
+    done = run_cmvae("pack", "digits", "--out=o", *flags, folder=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_parts_are_joined_once_all_are_there(tmp_path):
+    flags = ["digits", "--out=o", "--pairings=1", "--limit=60", "--shard-size=25"]
+    assert run_cmvae("pack", *flags, "--part=2/2", folder=tmp_path).returncode == 0
+    joined = run_cmvae("pack", "join", "o", folder=tmp_path)
+    assert joined.returncode == 2
+    assert "error: o: 4 of 7 shards are missing or damaged" in joined.stderr
+    # What is missing can be packed without --part as well.
+    done = run_cmvae("pack", *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "cmvae train digits data.shards=o\n" in done.stdout
+    joined = run_cmvae("pack", "join", "o", folder=tmp_path)
+    assert joined.returncode == 2
+    assert "error: o: has an index already" in joined.stderr

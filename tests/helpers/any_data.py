@@ -24,7 +24,8 @@ from PIL import Image
 from cmvae.config import CMVAEExperiment, check_against_shards
 from cmvae.data.reader import EvaluationLoader
 from cmvae.datasets import folder, table
-from cmvae.datasets.writer import SKIPPED_NAME, write_shards
+from cmvae.datasets.packing import SKIPPED_NAME
+from cmvae.datasets.writer import write_shards
 from cmvae.modalities.tokenizer import split_words
 from cmvae.training.starter_config import write_starter_config
 from cmvae.training.trial import try_starter_config
