@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import tempfile
@@ -29,6 +30,7 @@ from cmvae.config import (
 from cmvae.data.batch import stack_values, to_device
 from cmvae.data.index import TableSchema
 from cmvae.datasets.columns import ColumnSource, read_row
+from cmvae.datasets.embedding import EmbedRequest, embed_request, embed_source
 from cmvae.datasets.memory import names_of, read_values
 from cmvae.datasets.splits import draw_splits
 from cmvae.datasets.values import (
@@ -41,6 +43,7 @@ from cmvae.datasets.values import (
     make_column,
 )
 from cmvae.datasets.writer import write_shards
+from cmvae.modalities import Modality, embedding_of
 from cmvae.models.cmvae import CMVAE, stack_shared_locations
 from cmvae.models.export import load_clusters
 from cmvae.models.hub import find_export
@@ -72,6 +75,8 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
             different single words, else text.
         columns: for one data frame: by modality the name of a column or a list of names.
         seed: of the weights, the order of samples and all noise.
+        embed: by modality of images or sentences a pretrained network, `LIBRARY:NETWORK[@PATH]` as for
+            `cmvae pack --embed`: its features become another modality, `NAME_features`.
         image_size: height and width to which images in files are resized; arrays keep their size.
         validation_fraction: share of the samples that are held out of the training. They are used to
             validate, and to choose the number of clusters by `clusters.criterion: entropy`.
@@ -94,6 +99,7 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         *,
         kinds: Mapping[str, Kind] | None = None,
         columns: Mapping[str, str | Sequence[str]] | None = None,
+        embed: Mapping[str, str] | None = None,
         seed: int = 0,
         image_size: int = 64,
         validation_fraction: float = 0.1,
@@ -104,6 +110,7 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         self.num_clusters = num_clusters
         self.kinds = kinds
         self.columns = columns
+        self.embed = embed
         self.seed = seed
         self.image_size = image_size
         self.validation_fraction = validation_fraction
@@ -272,6 +279,7 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
             "num_clusters": self.num_clusters,
             "kinds": self._kinds,
             "columns": self._columns_as_lists(),
+            "embed": None if self.embed is None else dict(self.embed),
             "seed": self.seed,
             "image_size": self.image_size,
         }
@@ -321,7 +329,7 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         with _errors_as_value_errors():
             config = load_cmvae_run(run_dir)
             model = CMVAE.from_pretrained(run_dir / "export", num_clusters=num_clusters)
-            kinds = {name: cast(Kind, modality.kind) for name, modality in model.modalities.items()}
+            kinds = {name: _given_kind(modality) for name, modality in model.modalities.items()}
             columns: dict[str, str | Sequence[str]] | None = None
             if (run_dir / TABLE_NAME).is_file():
                 table = load_run_table(run_dir)
@@ -392,6 +400,7 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
             name: fit_modality(name, part, splits["train"], settings) for name, part in values.items()
         }
         columns = {name: make_column(name, part, modalities[name]) for name, part in values.items()}
+        named = {name: tuple(names_of(chosen)) for name, chosen in (self.columns or {}).items()}
         source = ColumnSource(
             name="memory",
             columns=columns,
@@ -401,12 +410,12 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
             keys=[f"row-{row:09d}" for row in range(num_samples)],
             settings={"source": "memory"},
             groups=None if groups is None else [str(group) for group in groups],
+            # `cmvae cluster` reads new rows from tables with the same columns.
+            table=TableSchema(columns=named) if named else None,
         )
+        source = embed_source(source, self._embed_requests())
         shards = folder / "shards"
-        # `cmvae cluster` reads new rows from tables with the same columns.
-        named = {name: tuple(names_of(chosen)) for name, chosen in (self.columns or {}).items()}
-        table = TableSchema(columns=named) if named else None
-        index = write_shards(source, shards, seed=self.seed, force=True, table=table)
+        index = write_shards(source, shards, seed=self.seed, force=True, table=source.table)
         path = folder / EXPERIMENT_NAME
         path.write_text(write_starter_config(index, shards), encoding="utf-8")
         overrides = [
@@ -427,6 +436,12 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
         if run_training(self.config_, index, overwrite=True) is not None:
             raise KeyboardInterrupt
 
+    def _embed_requests(self) -> list[EmbedRequest]:
+        try:
+            return [embed_request(f"{name}={network}") for name, network in (self.embed or {}).items()]
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"embed: {error}") from error
+
     def _set_clusters(self) -> None:
         self._active = self.model_.cluster_prior.active.cpu().numpy().nonzero()[0]
         self.num_clusters_ = len(self._active)
@@ -440,6 +455,10 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
             if unknown:
                 known = ", ".join(self.model_.modalities)
                 raise UserError(f"no modality {', '.join(unknown)}: the model was trained on {known}")
+            for name, modality in self.model_.modalities.items():
+                embedding = embedding_of(modality)
+                if embedding is not None and embedding.of in values:
+                    values.setdefault(name, values[embedding.of])
             columns = {
                 name: make_column(name, values[name], self.model_.modalities[name])
                 for name in self.model_.modality_names
@@ -460,6 +479,12 @@ class MultimodalClusterer(ClusterMixin, TransformerMixin, BaseEstimator):
     def _as_given(self, name: str, stored: np.ndarray) -> Any:
         modality = self.model_.modalities[name]
         return [modality.describe(row) for row in stored] if modality.num_categories else stored
+
+
+def _given_kind(modality: Modality) -> Kind:
+    """The kind of the values that a modality is made from."""
+    embedding = embedding_of(modality)
+    return cast(Kind, modality.kind if embedding is None else embedding.kind)
 
 
 def _as_cmvae(config: Any) -> CMVAEExperiment:

@@ -16,6 +16,7 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from cmvae.estimator import MultimodalClusterer
+from cmvae.modalities import embedding_of
 from cmvae.utils.errors import UserError
 from cmvae.utils.files import remove_folder
 
@@ -52,8 +53,8 @@ def write_mlflow_model(run_dir: Path, folder: Path, num_clusters: int | None = N
     """Write the model of a run as an MLflow model with a signature and an example.
 
     Args:
-        run_dir: folder of a run that was trained on a table. Images are not served: a row is clustered by its
-            other columns.
+        run_dir: folder of a run that was trained on a table. Images and features of pretrained networks are
+            not served: a row is clustered by its other columns.
         folder: where to; an earlier model there is replaced.
         num_clusters: another number of clusters, from the same model; None keeps the number.
 
@@ -71,16 +72,19 @@ def write_mlflow_model(run_dir: Path, folder: Path, num_clusters: int | None = N
         raise UserError(str(error)) from error
     if clusterer.columns is None:
         raise UserError(f"{run_dir}: was not trained on a table. Only rows of a table can be served")
+    found = {name: embedding_of(modality) for name, modality in clusterer.model_.modalities.items()}
+    embeddings = {name: embedding for name, embedding in found.items() if embedding is not None}
     served = {
         name: chosen
         for name, chosen in clusterer.columns.items()
-        if clusterer.model_.modalities[name].kind != "image"
+        if clusterer.model_.modalities[name].kind != "image" and name not in embeddings
     }
     if not served:
         raise UserError(
-            f"{run_dir}: was trained on images alone. Only other columns of a table can be served"
+            f"{run_dir}: was trained on images or features alone. Only other columns of a table can be served"
         )
     clusterer.columns = served
+    extra = "[embed]" if any(embedding.of in served for embedding in embeddings.values()) else ""
     example = _example_rows(clusterer)
     answer = ServedClusterer(clusterer).predict(example)
     columns: list[ColSpec | TensorSpec] = [
@@ -98,7 +102,7 @@ def write_mlflow_model(run_dir: Path, folder: Path, num_clusters: int | None = N
             data_path=str(Path(temporary) / "clusterer"),
             signature=signature,
             input_example=example,
-            pip_requirements=[f"cmvae=={version('cmvae')}"],
+            pip_requirements=[f"cmvae{extra}=={version('cmvae')}"],
         )
 
 

@@ -28,6 +28,7 @@ from cmvae.config import load_run_table
 from cmvae.data.index import OnError, ShardIndex
 from cmvae.datasets import SOURCES
 from cmvae.datasets.columns import ColumnSource
+from cmvae.datasets.embedding import embed_source
 from cmvae.datasets.packing import Part
 from cmvae.datasets.table import check_report, open_new_rows
 from cmvae.utils.arguments import command_parser, non_negative_integer, positive_integer
@@ -125,6 +126,8 @@ def pack(arguments: argparse.Namespace) -> int:
     elif config is not None:
         check_config_path(config, arguments.force)
     source = module.from_arguments(arguments) if like is None else open_like(arguments, like)
+    if isinstance(source, ColumnSource) and hasattr(arguments, "embed") and not checks:
+        source = embed_source(source, arguments.embed, only=arguments.embed_only, on_error=on_error)
     if known_config is None and like is None:
         from cmvae.training.trial import try_starter_config
 
@@ -223,6 +226,8 @@ def check_flags_of_part(arguments: argparse.Namespace, config: Path | None) -> N
         raise UserError(f"--config {config}: give it to cmvae pack join, which makes the index")
     if getattr(arguments, "check", False):
         raise UserError("--check: checks the whole table. Leave out --part")
+    if getattr(arguments, "embed", None):
+        raise UserError("--embed: every part would embed all samples. Leave out --part")
 
 
 def check_config_path(path: Path, force: bool) -> None:

@@ -27,7 +27,10 @@ TABLE_NAME = "table.json"
 CLASSIFIERS_FOLDER = "classifiers"
 FORMAT_VERSION: Final = 1
 # Fields of a modality that may differ between the data of a model and other data.
-_FREE_FIELDS = {"optional", "mean", "std", "dtype"}
+_FREE_FIELDS: dict[str, bool | set[str]] = {
+    **dict.fromkeys(("optional", "mean", "std", "dtype"), True),
+    "embedding": {"of", "weights", "version"},
+}
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 _CLASSIFIER_FILE = re.compile(rf"{CLASSIFIERS_FOLDER}/{NAME_PATTERN}\.safetensors")
 
@@ -220,7 +223,7 @@ class ShardIndex(_Schema):
                     f"{path}: modalities: no {name!r}, only {', '.join(self.modalities)}. Pack a data set "
                     "with this modality, or do without it"
                 )
-            present = found.model_dump()
+            present = found.model_dump(exclude=_FREE_FIELDS)
             # `kind` is compared first: a modality of another kind has other fields.
             for key, before in expected.model_dump(exclude=_FREE_FIELDS).items():
                 if before != (now := present[key]):
@@ -249,4 +252,4 @@ def _missing_index(location: Location) -> str:
 
 def _shorten(value: object) -> str:
     """Shorten a value for a message: a vocabulary has thousands of words."""
-    return textwrap.shorten(str(value), 80, placeholder=" …")
+    return textwrap.shorten(str(value), 160, placeholder=" …")

@@ -7,12 +7,13 @@ from its train split; data for a trained model takes the modality of the model i
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -92,15 +93,36 @@ class ArrayColumn:
         return self._values[row]
 
 
+class ImageFile(Protocol):
+    """A `Path`, or a member of a tar."""
+
+    def read_bytes(self) -> bytes:
+        """The content of the file."""
+
+
+class BoxedFile(NamedTuple):
+    """An image file, of which the square around a box is used."""
+
+    path: Path
+    box: Sequence[float]
+    """Left, top, width and height, in pixels of the file."""
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read_bytes(self) -> bytes:
+        """The content of the file."""
+        return self.path.read_bytes()
+
+
 class ImageColumn:
     """Image files of any size: the largest square in the middle, or around a box, resized.
 
     Args:
-        paths: (N,) file of each row, None where it is missing.
+        files: (N,) file of each row, None where it is missing.
         places: (N,) name of each row for messages: file, row and column.
         modality: size and number of channels.
         on_error: `skip` finds missing files when they are read.
-        boxes: (N,) box around what each image shows: left, top, width and height, in pixels of the file.
 
     Raises:
         UserError: a file does not exist.
@@ -108,32 +130,31 @@ class ImageColumn:
 
     def __init__(
         self,
-        paths: Sequence[Path | None],
+        files: Sequence[ImageFile | None],
         places: Sequence[str],
         modality: ImageModality,
         on_error: OnError = "error",
-        boxes: Sequence[Sequence[float]] | None = None,
     ) -> None:
         if on_error == "error":
             raise_all(
                 f"{place}: {path}: no such file. Fix the path, or leave the cell empty: no image"
-                for path, place in zip(paths, places, strict=True)
-                if path is not None and not path.is_file()
+                for path, place in zip(files, places, strict=True)
+                if isinstance(path, Path) and not path.is_file()
             )
-        self.paths, self.places, self.modality, self._boxes = paths, places, modality, boxes
+        self.originals, self.places, self.modality = files, places, modality
 
     def has(self, row: int) -> bool:
         """Whether the row has an image."""
-        return self.paths[row] is not None
+        return self.originals[row] is not None
 
     def read(self, row: int) -> np.ndarray:
         """(channels, height, width) uint8."""
-        path = self.paths[row]
-        assert path is not None  # noqa: S101 (`has` was asked)
+        file = self.originals[row]
+        assert file is not None  # noqa: S101 (`has` was asked)
         try:
-            return read_image(path, self.modality, None if self._boxes is None else self._boxes[row])
+            return read_image(file, self.modality)
         except ValueError as error:
-            raise DamagedSampleError(f"{self.places[row]}: {path}: {error}") from error
+            raise DamagedSampleError(f"{name_original(self.places[row], file)}: {error}") from error
 
 
 class DamagedColumn:
@@ -146,6 +167,7 @@ class DamagedColumn:
 
     def __init__(self, column: Column, damaged: Mapping[int, str]) -> None:
         self._column, self._damaged, self.modality = column, damaged, column.modality
+        self.originals = originals_of(column)
 
     def has(self, row: int) -> bool:
         """Whether the row has a value, damaged or not."""
@@ -158,9 +180,22 @@ class DamagedColumn:
         return self._column.read(row)
 
 
-def fit_image(paths: Sequence[Path | None], size: int, channels: int = 3) -> ImageModality:
+def originals_of(column: Column) -> Sequence[Any] | None:
+    """(N,) what a column was made from, `ImageFile`, array or sentence, None where it is missing.
+
+    None for columns that keep stored values only.
+    """
+    return getattr(column, "originals", None)
+
+
+def name_original(place: str, original: Any) -> str:
+    """Name of an original value for messages: that of its sample, and its path if it is a file."""
+    return f"{place}: {original}" if isinstance(original, (Path, BoxedFile)) else place
+
+
+def fit_image(files: Sequence[ImageFile | None], size: int, channels: int = 3) -> ImageModality:
     """Images of `size` × `size` pixels; 3 channels, or 1 for grey."""
-    return ImageModality(shape=(channels, size, size), optional=None in paths)
+    return ImageModality(shape=(channels, size, size), optional=None in files)
 
 
 class ArrayImageColumn:
@@ -176,11 +211,11 @@ class ArrayImageColumn:
     def __init__(
         self, images: Sequence[np.ndarray | None], places: Sequence[str], modality: ImageModality
     ) -> None:
-        self._images, self._places, self.modality = images, places, modality
+        self.originals, self._places, self.modality = images, places, modality
 
     def has(self, row: int) -> bool:
         """Whether the row has an image."""
-        return self._images[row] is not None
+        return self.originals[row] is not None
 
     def read(self, row: int) -> np.ndarray:
         """(channels, height, width) uint8.
@@ -188,17 +223,29 @@ class ArrayImageColumn:
         Raises:
             UserError: the image has another size or other values.
         """
-        image = channels_first(np.asarray(self._images[row]))
+        try:
+            image = to_pixels(np.asarray(self.originals[row]))
+        except ValueError as error:
+            raise UserError(f"{self._places[row]}: {error}") from error
         if image.shape != self.modality.shape:
             raise UserError(f"{self._places[row]}: has shape {image.shape}, others {self.modality.shape}")
-        if image.dtype == np.uint8:
-            return image
-        if not np.issubdtype(image.dtype, np.floating) or not (image.min() >= 0 and image.max() <= 1):
-            raise UserError(
-                f"{self._places[row]}: {image.dtype} from {image.min()} to {image.max()}. Give uint8, or "
-                "floating point in [0, 1]"
-            )
-        return (image * 255).round().astype(np.uint8)
+        return image
+
+
+def to_pixels(image: np.ndarray) -> np.ndarray:
+    """An image in memory as (channels, height, width) uint8.
+
+    Raises:
+        ValueError: its values are neither uint8 nor floating point in [0, 1].
+    """
+    image = channels_first(image)
+    if image.dtype == np.uint8:
+        return image
+    if not np.issubdtype(image.dtype, np.floating) or not (image.min() >= 0 and image.max() <= 1):
+        raise ValueError(
+            f"{image.dtype} from {image.min()} to {image.max()}. Give uint8, or floating point in [0, 1]"
+        )
+    return (image * 255).round().astype(np.uint8)
 
 
 def channels_first(image: np.ndarray) -> np.ndarray:
@@ -219,16 +266,16 @@ class TextColumn:
     """
 
     def __init__(self, sentences: Sequence[str | None], modality: TextModality) -> None:
-        self._sentences, self.modality = sentences, modality
+        self.originals, self.modality = sentences, modality
         self._tokenizer = Tokenizer(modality.categories, modality.shape[0])
 
     def has(self, row: int) -> bool:
         """Whether the row has a sentence."""
-        return self._sentences[row] is not None
+        return self.originals[row] is not None
 
     def read(self, row: int) -> np.ndarray:
         """(length,) int64."""
-        sentence = self._sentences[row]
+        sentence = self.originals[row]
         assert sentence is not None  # noqa: S101 (`has` was asked)
         return self._tokenizer.encode(split_words(sentence))
 
@@ -404,15 +451,10 @@ class ColumnSource:
         )
 
 
-def read_image(path: Path | BinaryIO, modality: Modality, box: Sequence[float] | None = None) -> np.ndarray:
+def read_image(file: ImageFile, modality: Modality) -> np.ndarray:
     """Read the largest square, or rectangle of the modality's proportions, in the middle of an image file.
 
-    The image is rotated as its EXIF data says, transparent pixels become white.
-
-    Args:
-        path: the file.
-        modality: size and number of channels.
-        box: take the square around this box instead: left, top, width and height, in pixels of the file.
+    Of a `BoxedFile` it reads the square around the box instead.
 
     Returns:
         (channels, height, width) uint8.
@@ -421,8 +463,27 @@ def read_image(path: Path | BinaryIO, modality: Modality, box: Sequence[float] |
         ValueError: the file is not an image, or has more than 8 bits per channel.
     """
     channels, height, width = modality.shape
+    image = open_image(file, "L" if channels == 1 else "RGB")
+    size, filter_ = (width, height), Image.Resampling.LANCZOS
+    if isinstance(file, BoxedFile):
+        pixels = np.asarray(image.resize(size, filter_, square_around(file.box, image.size)))
+    else:
+        pixels = np.asarray(ImageOps.fit(image, size, filter_))
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def open_image(file: ImageFile, mode: str) -> Image.Image:
+    """Read an image file; it is rotated as its EXIF data says, transparent pixels become white.
+
+    Args:
+        file: the file.
+        mode: mode of Pillow, `L` or `RGB`.
+
+    Raises:
+        ValueError: the file is not an image, or has more than 8 bits per channel.
+    """
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as opened:
+        with Image.open(io.BytesIO(file.read_bytes()), formats=IMAGE_FORMATS) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"has mode {image.mode}, more than 8 bits per channel. Save it with 8 bits")
@@ -430,18 +491,14 @@ def read_image(path: Path | BinaryIO, modality: Modality, box: Sequence[float] |
                 image = image.convert("RGBA")
                 # The colour of fully transparent pixels is arbitrary.
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("L" if channels == 1 else "RGB")
-            size, filter_ = (width, height), Image.Resampling.LANCZOS
-            if box is None:
-                pixels = np.asarray(ImageOps.fit(image, size, filter_))
-            else:
-                pixels = np.asarray(image.resize(size, filter_, square_around(box, image.size)))
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return image.convert(mode)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        # Pillow's own message names an address in memory.
+        what = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(
-            f"cannot be read as an image ({error}). Replace it; supported formats are "
+            f"cannot be read as an image ({what}). Replace it; supported formats are "
             f"{', '.join(IMAGE_FORMATS)}"
         ) from error
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
 def number_classes(names: Sequence[str | None]) -> tuple[np.ndarray, tuple[str, ...]]:

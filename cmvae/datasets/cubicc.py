@@ -25,14 +25,19 @@ from cmvae.datasets.base import random_stream
 from cmvae.datasets.boxes import square_around
 from cmvae.datasets.columns import (
     ArrayColumn,
+    ArrayImageColumn,
+    BoxedFile,
     Column,
     ColumnSource,
     ImageColumn,
+    ImageFile,
     TextColumn,
     fit_image,
     fit_text,
 )
+from cmvae.datasets.embedding import add_embed_arguments
 from cmvae.datasets.splits import Splits, draw_splits, fractions, fractions_text
+from cmvae.datasets.user_data import add_config_argument
 from cmvae.modalities import ImageModality, TextModality
 from cmvae.modalities.text import EOS, PAD, SPECIAL_TOKENS, UNKNOWN
 from cmvae.utils.errors import UserError
@@ -121,10 +126,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shares of the splits in every subspecies; the release has its own splits "
         "(default: 0.7,0.15,0.15)",
     )
+    add_config_argument(parser)
+    add_embed_arguments(parser)
 
 
-def config_for(arguments: argparse.Namespace) -> Path:
-    """The experiment configs/cubicc.yaml, or configs/cubicc_cpu.yaml for cub_mini64."""
+def config_for(arguments: argparse.Namespace) -> Path | None:
+    """The experiment configs/cubicc.yaml, or configs/cubicc_cpu.yaml for cub_mini64.
+
+    None with --config or --embed, for a starter config.
+    """
+    if arguments.config is not None or arguments.embed:
+        return None
     return Path("configs/cubicc.yaml" if arguments.mini is None else "configs/cubicc_cpu.yaml")
 
 
@@ -182,9 +194,10 @@ def open_mini(
     kept = [number for number, name in enumerate(subspecies) if _group_of(name, FAMILIES) is not None]
     rows = _CaptionRows([captions[number] for number in kept])
     images = images[kept] if boxes is None else _crop_frames(images[kept], boxes[kept])
-    pixels = images.transpose(0, 3, 1, 2)
+    pixels = list(images.transpose(0, 3, 1, 2))
+    of_row = [pixels[image] for image in rows.image_of_row.tolist()]
     return rows.source(
-        ArrayColumn(pixels[rows.image_of_row], None, ImageModality(shape=pixels.shape[1:])),
+        ArrayImageColumn(of_row, rows.texts, ImageModality(shape=pixels[0].shape)),
         [subspecies[number] for number in kept],
         [Path(files[number]).stem for number in kept],
         FAMILIES,
@@ -237,10 +250,12 @@ def open_cub(
         )
     paths = [path for folder in classes for path in sorted(folder.glob("*.jpg"))]
     rows = _CaptionRows([_read_captions(captions / path.parent.name / f"{path.stem}.txt") for path in paths])
-    of_row = [paths[image] for image in rows.image_of_row.tolist()]
-    boxes = _read_boxes(root, of_row) if crop else None
+    files: Sequence[ImageFile] = paths
+    if crop:
+        files = [BoxedFile(path, box) for path, box in zip(paths, _read_boxes(root, paths), strict=True)]
+    of_row = [files[image] for image in rows.image_of_row.tolist()]
     return rows.source(
-        ImageColumn(of_row, [str(path) for path in of_row], fit_image(of_row, IMAGE_SIZE), boxes=boxes),
+        ImageColumn(of_row, [str(file) for file in of_row], fit_image(of_row, IMAGE_SIZE)),
         [_strip_number(path.parent.name) for path in paths],
         [path.stem for path in paths],
         SPECIES,

@@ -240,10 +240,12 @@ def open_new_rows(
     found = {name: modality for name, modality in modalities.items() if name not in lacking}
     columns = {}
     for name, values in read_rows(table, schema, found).items():
-        column = make_column(name, values, modalities[name], arguments.on_error)
-        has_all = all(map(column.has, range(len(table.rows))))
-        modality = modalities[name].model_copy(update={"optional": not has_all})
+        modality = modalities[name]
         columns[name] = make_column(name, values, modality, arguments.on_error)
+        if values.kind == modality.kind:
+            has_all = all(map(columns[name].has, range(len(table.rows))))
+            modality = modality.model_copy(update={"optional": not has_all})
+            columns[name] = make_column(name, values, modality, arguments.on_error)
         unknown = describe_unknown(name, count_unknown(values, modality), modality)
         if unknown is not None:
             print(f"note: {unknown}", file=sys.stderr)
@@ -413,9 +415,9 @@ def _warn_of_shared_images(columns: Mapping[str, Column], splits: Splits) -> Non
     """Warn if an image file is in train and in another split, which makes results on that split too good."""
     for name, column in columns.items():
         if isinstance(column, ImageColumn):
-            of_train = {column.paths[row] for row in splits["train"].tolist()} - {None}
+            of_train = {column.originals[row] for row in splits["train"].tolist()} - {None}
             held_out = np.concatenate([splits["validation"], splits["test"]]).tolist()
-            shared = {column.paths[row] for row in held_out} & of_train
+            shared = {column.originals[row] for row in held_out} & of_train
             if shared:
                 print(
                     f"warning: {name}: {len(shared):,} images are in train and in another split, for example "

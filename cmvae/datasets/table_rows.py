@@ -15,7 +15,7 @@ from cmvae.datasets.columns import MAX_NUMBER, resolve_inside
 from cmvae.datasets.dates import date_parts, read_date, varying_parts
 from cmvae.datasets.table_file import NO_TEXT, Table
 from cmvae.datasets.values import Kind, Values
-from cmvae.modalities import Modality, VectorModality
+from cmvae.modalities import Modality, VectorModality, embedding_of
 from cmvae.utils.errors import Problems, UserError
 
 TRUE_AND_FALSE = (("1", "0"), ("1.0", "0.0"), ("true", "false"), ("yes", "no"))
@@ -95,7 +95,7 @@ def find_lacking(
 
 
 def read_rows(table: Table, schema: TableSchema, modalities: Mapping[str, Modality]) -> dict[str, Values]:
-    """Values of the rows by modality.
+    """Values of the rows by modality; images or sentences where a pretrained network makes the vectors.
 
     Args:
         table: the rows.
@@ -111,7 +111,9 @@ def read_rows(table: Table, schema: TableSchema, modalities: Mapping[str, Modali
         if isinstance(modality, VectorModality) and name in schema.dates:
             values[name] = read_dates(table, columns[0], schema.dates[name], modality.columns)
         else:
-            values[name] = read_cells(modality.kind, columns, table, schema.decimal)
+            embedding = embedding_of(modality)
+            kind = modality.kind if embedding is None else embedding.kind
+            values[name] = read_cells(kind, columns, table, schema.decimal)
     return values
 
 

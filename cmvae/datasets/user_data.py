@@ -16,6 +16,7 @@ import numpy as np
 
 from cmvae.datasets.base import DamagedSampleError
 from cmvae.datasets.columns import LENGTH_STEP, Column, is_constant, number_classes
+from cmvae.datasets.embedding import add_embed_arguments
 from cmvae.datasets.splits import DEFAULT_FRACTIONS, fractions
 from cmvae.datasets.values import (
     FitSettings,
@@ -47,6 +48,8 @@ SETTINGS: Mapping[str, Any] = {
     "fractions": DEFAULT_FRACTIONS,
     **asdict(_FIT),
     "config": None,
+    "embed": [],
+    "embed_only": False,
 }
 """Flags about training data and their defaults."""
 MAX_KEY_LENGTH = 80
@@ -97,6 +100,12 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         help="skip: leave out samples with a missing or damaged file, and list them in skipped.txt beside "
         "the shards (default: error)",
     )
+    add_config_argument(parser)
+    add_embed_arguments(parser)
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--config`."""
     parser.add_argument(
         "--config",
         type=Path,

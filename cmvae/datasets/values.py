@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +25,7 @@ from cmvae.datasets.columns import (
     fit_vector,
     number_column,
 )
+from cmvae.datasets.embedding import embed_column
 from cmvae.modalities import (
     BinaryModality,
     CategoricalModality,
@@ -49,7 +49,7 @@ class Values:
     kind: Kind
     data: np.ndarray | list[Any]
     """vector, binary: (N, D) float64, NaN where missing. text, categorical: N str or None. image: N arrays
-    (height, width) or with channels first or last, or N paths, or None."""
+    (height, width) or with channels first or last, or N `ImageFile`s, or None."""
     names: tuple[str, ...] | None = None
     """Names of the D dimensions."""
     places: Sequence[str] | None = None
@@ -74,8 +74,8 @@ class Values:
 
     @property
     def are_files(self) -> bool:
-        """Whether the values are paths."""
-        return any(isinstance(value, Path) for value in self.data)
+        """Whether the values are files of images."""
+        return any(hasattr(value, "read_bytes") for value in self.data)
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,15 @@ def make_column(name: str, values: Values, modality: Modality, on_error: OnError
     """The values as a column of a modality, which may come from other data.
 
     Words that the modality does not know become `<unk>`, categories that it does not know are missing; see
-    `count_unknown`.
+    `count_unknown`. Where a pretrained network made the modality, it computes the numbers from images or
+    sentences.
 
     Raises:
-        UserError: they are of another kind or have another number of dimensions.
+        UserError: they are of another kind or have another number of dimensions, or the network is not
+            available.
     """
+    if isinstance(modality, VectorModality) and modality.embedding is not None and values.kind != "vector":
+        return embed_column(list(values.data), _places(name, values), modality, on_error)
     if values.kind != modality.kind:
         raise UserError(f"{name}: is of kind {values.kind}, but the model was trained on {modality.kind}")
     data: Any = values.data
@@ -157,10 +161,13 @@ def make_column(name: str, values: Values, modality: Modality, on_error: OnError
     if isinstance(modality, CategoricalModality):
         return categorical_column(data, modality)
     assert isinstance(modality, ImageModality)  # noqa: S101 (there are no other kinds)
-    places = values.places or [f"{name}: sample {row}" for row in range(len(data))]
     if values.are_files:
-        return ImageColumn(data, places, modality, on_error)
-    return ArrayImageColumn(data, places, modality)
+        return ImageColumn(data, _places(name, values), modality, on_error)
+    return ArrayImageColumn(data, _places(name, values), modality)
+
+
+def _places(name: str, values: Values) -> Sequence[str]:
+    return values.places or [f"{name}: sample {row}" for row in range(len(values))]
 
 
 class Unknown(NamedTuple):

@@ -21,7 +21,6 @@ from cmvae.datasets.columns import (
     Column,
     ColumnSource,
     DamagedColumn,
-    read_image,
 )
 from cmvae.datasets.folder import read_vector, stack_vectors
 from cmvae.datasets.splits import draw_splits, fractions_text
@@ -35,7 +34,7 @@ from cmvae.datasets.user_data import (
     read_labels,
 )
 from cmvae.datasets.values import Values
-from cmvae.modalities import RESERVED_NAMES, ImageModality
+from cmvae.modalities import RESERVED_NAMES
 from cmvae.modalities.base import NAME_PATTERN
 from cmvae.utils.errors import UserError, raise_all
 from cmvae.utils.progress import progress_bar
@@ -56,7 +55,7 @@ class Member(NamedTuple):
     offset: int
     size: int
 
-    def read(self) -> bytes:
+    def read_bytes(self) -> bytes:
         """Its content.
 
         Raises:
@@ -92,34 +91,6 @@ class Found:
     """Name for messages."""
     members: dict[str, Member] = field(default_factory=dict)
     """By extension in lower case, without the first dot."""
-
-
-class TarImageColumn:
-    """Images in tars: the largest square in the middle, resized.
-
-    Args:
-        members: (N,) member of each row, None where it is missing.
-        places: (N,) name of each row for messages.
-        modality: size and number of channels.
-    """
-
-    def __init__(
-        self, members: Sequence[Member | None], places: Sequence[str], modality: ImageModality
-    ) -> None:
-        self._members, self._places, self.modality = members, places, modality
-
-    def has(self, row: int) -> bool:
-        """Whether the row has an image."""
-        return self._members[row] is not None
-
-    def read(self, row: int) -> np.ndarray:
-        """(channels, height, width) uint8."""
-        member = self._members[row]
-        assert member is not None  # noqa: S101 (`has` was asked)
-        try:
-            return read_image(io.BytesIO(member.read()), self.modality)
-        except ValueError as error:
-            raise DamagedSampleError(f"{self._places[row]}: {error}") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -320,12 +291,10 @@ def _make_column(
     train: np.ndarray,
     arguments: argparse.Namespace,
 ) -> Column:
-    if kind == "image":
-        size = arguments.image_size
-        modality = ImageModality(shape=(arguments.channels, size, size), optional=None in members)
-        return TarImageColumn(members, places, modality)
     damaged: dict[int, str] = {}
-    if kind == "text":
+    if kind == "image":
+        values = Values("image", list(members), places=places)
+    elif kind == "text":
         values = Values("text", read_contents(members, places, _read_text, damaged))
     else:
         rows = read_contents(members, places, _read_vector, damaged)
@@ -338,11 +307,11 @@ def _make_column(
 
 
 def _read_vector(member: Member) -> np.ndarray:
-    return read_vector(io.BytesIO(member.read()))
+    return read_vector(io.BytesIO(member.read_bytes()))
 
 
 def _read_text(member: Member) -> str | None:
     try:
-        return member.read().decode("utf-8").strip() or None
+        return member.read_bytes().decode("utf-8").strip() or None
     except UnicodeDecodeError as error:
         raise ValueError(f"cannot be read as text in UTF-8: {error}") from error

@@ -11,19 +11,21 @@ from cmvae.modalities.binary import BinaryModality
 from cmvae.modalities.categorical import CategoricalModality
 from cmvae.modalities.image import ImageModality
 from cmvae.modalities.text import TextModality
-from cmvae.modalities.vector import VectorModality
+from cmvae.modalities.vector import Embedding, VectorModality, embedding_of
 
 __all__ = [
     "RESERVED_NAMES",
     "AnyModality",
     "BinaryModality",
     "CategoricalModality",
+    "Embedding",
     "ImageModality",
     "Modality",
     "ModalityName",
     "TextModality",
     "VectorModality",
     "check_name",
+    "embedding_of",
 ]
 
 AnyModality = Annotated[

@@ -7,15 +7,39 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from typing_extensions import Self, override
 
-from cmvae.modalities.base import ColumnsModality, as_array
+from cmvae.modalities.base import ColumnsModality, Modality, ModalityName, as_array
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
     from torch import Tensor
+
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+NETWORK_PATTERN = rf"^((timm|torchvision):{_NAME}|sentence-transformers:({_NAME}/)?{_NAME})$"
+"""Library and name of a pretrained network; names that are paths or hubs are none."""
+
+
+class Embedding(BaseModel):
+    """The pretrained network that computed a vector from another modality."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    of: ModalityName
+    """The other modality."""
+    kind: Literal["image", "text"]
+    """Kind of the other modality."""
+    network: str = Field(pattern=NETWORK_PATTERN)
+    """Library and name of the network, such as `timm:vit_small_patch14_dinov2`."""
+    weights: str | None
+    """Local path of the weights; None for those that the library downloads."""
+    version: str
+    """Version of the library."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Hash of the weights."""
 
 
 class VectorModality(ColumnsModality):
@@ -32,6 +56,8 @@ class VectorModality(ColumnsModality):
     """(dimensions,) means of the train split."""
     std: tuple[Annotated[FiniteFloat, Field(gt=0)], ...]
     """(dimensions,) standard deviations of the train split."""
+    embedding: Embedding | None = None
+    """How the numbers were computed from another modality; None if they are data."""
 
     @model_validator(mode="after")
     def _check_statistics(self) -> Self:
@@ -66,6 +92,11 @@ class VectorModality(ColumnsModality):
         return ", ".join(
             f"{column}: {value:.{_num_digits(mean, std)}g}" for column, value, mean, std in named
         )
+
+
+def embedding_of(modality: Modality) -> Embedding | None:
+    """How the numbers of a modality were computed from another one; None if it is data."""
+    return modality.embedding if isinstance(modality, VectorModality) else None
 
 
 def _num_digits(mean: float, std: float) -> int:
