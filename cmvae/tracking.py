@@ -2,7 +2,9 @@
 
 The tracking URI is MLFLOW_TRACKING_URI, or else `sqlite:///mlflow.db` in the working folder, which `mlflow
 ui` shows when it is started there; artifacts go to `mlruns/` beside it. The `mlflow.json` of a run folder
-names its MLflow run, so that a resumed training and an evaluation continue it.
+names its MLflow run, so that a resumed training and an evaluation continue it. A folder with runs, database
+and artifacts can be moved or copied: the record finds the database from its own place, and the paths of
+artifacts in the database are corrected when a run begins or is continued.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ import logging
 import math
 import os
 import platform
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -46,6 +49,15 @@ _MAX_WAIT = 120.0
 # MLflow's pages treat an experiment without a kind as one of language models, and open another page for it.
 _EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
 _MODEL_ARTIFACT = "mlflow_model"
+_ARTIFACTS_FOLDER = "mlruns"
+# Where MLflow stores absolute paths of artifacts: tables and columns of its database.
+_PATH_COLUMNS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 # MLflow accepts digests of up to 36 characters.
 _DIGEST_LENGTH = 36
 # Prefix of the tags that hold the last step of an image series.
@@ -193,6 +205,9 @@ class _RunRecord:
 
     tracking_uri: str
     run_id: str
+    database: str | None = None
+    """Path of an SQLite database from the run folder, which holds when both are moved; it goes before the
+    URI."""
 
 
 def open_tracker(config: ExperimentConfig, run_dir: Path, is_main: bool, task: str = "cmvae") -> Tracker:
@@ -277,12 +292,13 @@ def register_model(run_dir: Path, folder: Path, name: str) -> int:
     uri = _absolute(os.environ.get("MLFLOW_TRACKING_URI") or record.tracking_uri)
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
+        _find_moved_artifacts(uri)
         client.log_artifacts(record.run_id, str(folder), _MODEL_ARTIFACT)
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
         source = f"{client.get_run(record.run_id).info.artifact_uri}/{_MODEL_ARTIFACT}"
         return int(client.create_model_version(name, source, record.run_id).version)
-    except MlflowException as error:
+    except (MlflowException, sqlite3.Error) as error:
         raise UserError(f"--name {name}: cannot be registered in {uri}: {_first_line(error)}") from error
 
 
@@ -364,6 +380,7 @@ def _continue_or_create_run(config: ExperimentConfig, run_dir: Path) -> tuple[Ml
         if not _database_is_missing(uri):
             client = MlflowClient(tracking_uri=uri)
             if _is_alive(client, record.run_id):
+                _find_moved_artifacts(uri)
                 return client, record.run_id, False
         _LOGGER.warning(
             "%s names the MLflow run %s, which does not exist in %s. A new run is created",
@@ -374,8 +391,10 @@ def _continue_or_create_run(config: ExperimentConfig, run_dir: Path) -> tuple[Ml
     uri = _absolute(wanted_uri or f"{_SQLITE}mlflow.db")
     with _creating_database(uri):
         client = MlflowClient(tracking_uri=uri)
+        _find_moved_artifacts(uri)
         run_id = _create_run(client, config)
-    _write_record(run_dir, _RunRecord(uri, run_id))
+    database = os.path.relpath(_database_path(uri), run_dir) if uri.startswith(_SQLITE) else None
+    _write_record(run_dir, _RunRecord(uri, run_id, database))
     return client, run_id, True
 
 
@@ -414,10 +433,15 @@ def _read_record(path: Path) -> _RunRecord | None:
     if not path.is_file():
         return None
     try:
-        return _RunRecord(**json.loads(path.read_text(encoding="utf-8")))
+        record = _RunRecord(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         _LOGGER.warning("%s cannot be read. A new MLflow run is created", path)
         return None
+    if record.database is not None:
+        uri = _SQLITE + os.path.normpath(path.parent.absolute() / record.database)
+        if not _database_is_missing(uri):
+            return replace(record, tracking_uri=uri)
+    return record
 
 
 def _is_alive(client: MlflowClient, run_id: str) -> bool:
@@ -477,15 +501,43 @@ def _absolute(uri: str) -> str:
 
 def _database_is_missing(uri: str) -> bool:
     # SQLite would create an empty database.
-    return uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE).partition("?")[0]).is_file()
+    return uri.startswith(_SQLITE) and not _database_path(uri).is_file()
+
+
+def _database_path(uri: str) -> Path:
+    """The file of an SQLite database."""
+    return Path(uri.removeprefix(_SQLITE).partition("?")[0])
+
+
+def _find_moved_artifacts(uri: str) -> None:
+    """Correct the paths of artifacts that were moved or copied together with their SQLite database.
+
+    MLflow stores absolute paths and cannot change them. Artifacts are those of this database if the folder of
+    a run is beside it.
+    """
+    if not uri.startswith(_SQLITE):
+        return
+    here = f"{_database_path(uri).parent / _ARTIFACTS_FOLDER}/"
+    with closing(sqlite3.connect(_database_path(uri), timeout=_MAX_WAIT)) as connection, connection:
+        stored = connection.execute(
+            "SELECT artifact_uri FROM runs WHERE substr(artifact_uri, 1, ?) != ?", (len(here), here)
+        )
+        split = [path.rpartition(f"/{_ARTIFACTS_FOLDER}/") for (path,) in stored]
+        moved = {f"{root}{name}" for root, name, rest in split if name and Path(here, rest).exists()}
+        for old in moved:
+            for table, column in _PATH_COLUMNS:
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608 (constants)
+                    f"WHERE substr({column}, 1, ?) = ?",
+                    (here, len(old) + 1, len(old), old),
+                )
 
 
 def _creating_database(uri: str) -> AbstractContextManager[object]:
     """Wait for another training that creates the same SQLite database: MLflow fails if two do so at once."""
     if not uri.startswith(_SQLITE):
         return nullcontext()
-    path = uri.removeprefix(_SQLITE).partition("?")[0]
-    return FileLock(f"{path}.lock", timeout=_MAX_WAIT)
+    return FileLock(f"{_database_path(uri)}.lock", timeout=_MAX_WAIT)
 
 
 def _render(figure: Figure) -> Image:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import shutil
 import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -142,6 +146,66 @@ def test_the_digest_is_that_of_the_shards(digits_shards: Path) -> None:
     changed = split.shards[0].model_copy(update={"sha256": "0" * 64})
     splits = {**index.splits, "train": split.model_copy(update={"shards": (changed, *split.shards[1:])})}
     assert index.model_copy(update={"splits": splits}).digest != index.digest
+
+
+@pytest.mark.parametrize(("relocate", "begins_another"), [(shutil.move, False), (shutil.copytree, True)])
+def test_a_project_folder_can_be_moved_or_copied(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    relocate: Callable[[Path, Path], object],
+    begins_another: bool,
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new mlruns"
+    # MLflow remembers within a process where the artifacts of a run are.
+    process = multiprocessing.get_context("fork").Process(target=_train_in, args=(old,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    relocate(old, new)
+    before = sorted(old.rglob("*"))
+    monkeypatch.chdir(new)
+    run_dir = Path("runs/trial")
+    assert read_curves(run_dir, ("train/loss",))["train/loss"] == {1: 3.0}
+    if begins_another:
+        open_tracker(make_config(), Path("runs/another"), is_main=True).end("FINISHED")
+    evaluation = resume_tracker(make_config(), run_dir, is_main=True)
+    evaluation.log_metrics({"test/nmi": 0.5}, step=1)
+    evaluation.log_text("a report", "report")
+    evaluation.end("FINISHED")
+    training = open_tracker(make_config(), run_dir, is_main=True)
+    training.log_metrics({"train/loss": 2.0}, step=2)
+    training.end("FINISHED")
+    assert not own_warnings(caplog)
+    assert sorted(old.rglob("*")) == before  # nothing is written where the project was
+
+    reader = client(new)
+    run = reader.get_run(run_id(run_dir))
+    assert read_curves(new / run_dir, ("train/loss",))["train/loss"] == {1: 3.0, 2: 2.0}
+    assert run.data.metrics["test/nmi"] == 0.5
+    texts = {file.path for file in reader.list_artifacts(run.info.run_id, "texts")}
+    assert texts == {"texts/captions.txt", "texts/report.txt"}
+    downloaded = reader.download_artifacts(run.info.run_id, "texts/report.txt", str(tmp_path))
+    assert Path(downloaded).read_text() == "a report"
+    experiment = reader.get_experiment(run.info.experiment_id)
+    assert Path(experiment.artifact_location) == new / "mlruns" / experiment.experiment_id
+    assert reader.list_artifacts(run_id(Path("runs/other")))
+
+
+def _train_in(folder: Path) -> None:
+    folder.mkdir()
+    os.chdir(folder)
+    log_one_of_everything(open_tracker(make_config(), Path("runs/trial"), is_main=True), folder)
+    open_tracker(make_config(), Path("runs/other"), is_main=True).end("FINISHED")
+
+
+def test_a_run_folder_that_is_moved_alone_keeps_its_database(tmp_path: Path, run_dir: Path) -> None:
+    tracker = open_tracker(make_config(), run_dir, is_main=True)
+    tracker.log_metrics({"train/loss": 3.0}, step=1)
+    tracker.end("FINISHED")
+    moved = tmp_path / "some" / "where" / "else" / "trial"
+    shutil.copytree(run_dir, moved)
+    assert read_curves(moved, ("train/loss",))["train/loss"] == {1: 3.0}
 
 
 def test_curves_of_a_run_without_a_record_or_a_database(tmp_path: Path, run_dir: Path) -> None:

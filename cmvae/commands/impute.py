@@ -7,11 +7,11 @@
 The table is a CSV or Parquet file with columns of the table that the run was trained on; columns
 that it lacks are added. A cell is generated --draws times from the modalities that its row has, and
 gets the mean of numbers, or the most frequent category or text. A number is in the units of the
-table. Columns at the end show how much the draws differ: COLUMN_sd, the standard deviation of
-numbers, and COLUMN_confidence, the share of the draws with this category; they are empty for cells
-that were not missing, which stay as they are. A vector that lacks one of its cells is generated as
-a whole, and only that cell is taken from it. Images and dates are not filled, see cmvae generate.
-Blank rows are left out.
+table. Columns at the end show how sure it is: COLUMN_sd, the standard deviation of the number under
+the model, including the noise of its likelihood, and COLUMN_confidence, the share of the draws with
+this category; they are empty for cells that were not missing, which stay as they are. A vector that
+lacks one of its cells is generated as a whole, and only that cell is taken from it. Images and
+dates are not filled, see cmvae generate. Blank rows are left out.
 
 A command that was interrupted continues where it was if it is started again.
 """

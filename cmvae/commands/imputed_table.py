@@ -26,7 +26,8 @@ from cmvae.modalities import ImageModality, Modality, VectorModality
 from cmvae.modalities.base import ColumnsModality
 from cmvae.models.cmvae import CMVAE
 from cmvae.models.export import weights_sha256
-from cmvae.models.imputation import generate_from_present
+from cmvae.models.imputation import generate_from_present, predictive_deviation
+from cmvae.models.likelihoods import LocationLikelihood
 from cmvae.utils.errors import UserError
 from cmvae.utils.seeds import derive_seed
 
@@ -238,13 +239,20 @@ class _Imputer:
             modality, needed = self.targets[name], gaps[name][lacking]
             # (draws, rows, *shape) of the rows that lack a cell of this modality.
             values = np.stack([modality.to_stored(draw[name]) for draw in draws])[:, needed]
+            pairs, noise = self.pairs.get(name, ()), self._noise_variance(name)
             for number, sample in zip(numbers[needed].tolist(), values.swapaxes(0, 1), strict=True):
-                cells = summarise(modality, sample, self.pairs.get(name, ()), self.decimal)
-                writer.fill(number, name, cells)
+                writer.fill(number, name, summarise(modality, sample, pairs, self.decimal, noise))
+
+    def _noise_variance(self, name: str) -> float:
+        """Variance of a modality's likelihood, of data as the model has it; 0 for categories."""
+        likelihood = self.model.likelihoods[name]
+        if not isinstance(likelihood, LocationLikelihood):
+            return 0.0
+        return likelihood.variance(self.model.config.modalities[name].likelihood.scale)
 
 
 def summarise(
-    modality: Modality, draws: np.ndarray, pairs: Sequence[Pair], decimal: str
+    modality: Modality, draws: np.ndarray, pairs: Sequence[Pair], decimal: str, noise_variance: float = 0.0
 ) -> list[tuple[str, str]]:
     """Cells of a sample of which there are several draws: value and spread for each column.
 
@@ -253,9 +261,11 @@ def summarise(
         draws: (draws, *shape) stored values.
         pairs: of a binary modality the texts of each column.
         decimal: decimal separator.
+        noise_variance: variance of the likelihood of standardised vectors.
     """
     if isinstance(modality, VectorModality):
-        mean, deviation = draws.mean(axis=0, dtype=np.float64), draws.std(axis=0, dtype=np.float64)
+        mean = draws.mean(axis=0, dtype=np.float64)
+        deviation = predictive_deviation(draws, noise_variance * np.square(modality.std))
         return [
             (_number(value, scale, decimal), _number(spread, scale, decimal))
             for value, spread, scale in zip(mean, deviation, modality.std, strict=True)

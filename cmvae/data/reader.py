@@ -6,11 +6,15 @@ training has consumed, is never decoded.
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +27,12 @@ from cmvae.data.split_reader import Batch, DecodedSample, RawSample, SplitReader
 from cmvae.utils.errors import UserError
 
 PREFETCHED_BATCHES = 8
-"""Batches that a reader process prepares in advance, to bridge the time in which it loads a window."""
+"""Batches that a reader process prepares in advance, to bridge the time in which it loads a window. Fewer if
+shared memory is small."""
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where Linux has it)
+# A batch has a few small tensors, and each takes at least a page of shared memory.
+_SMALL_TENSORS_BYTES = 16 * 4096
+_LOGGER = logging.getLogger(__name__)
 
 
 class TrainingLoader:
@@ -77,7 +86,7 @@ class TrainingLoader:
             partial(plan.for_rank, rank=rank, world_size=world_size),
             keep_decoded=shards.num_bytes <= cache_bytes,
         )
-        self._loader = _make_loader(self._dataset, num_workers)
+        self._loader = _make_loader(self._dataset, num_workers, batch_size)
 
     def epoch_batches(self, epoch: int, skip_batches: int = 0) -> Iterator[Batch]:
         """Batches of one epoch after the first `skip_batches`, which are not decoded.
@@ -125,7 +134,8 @@ class EvaluationLoader:
     ) -> None:
         shards = SplitReader(location, split, modalities, on_error)
         self._plan = EvaluationPlan(shards.sizes, batch_size, rank, world_size, num_samples)
-        self._loader = _make_loader(_PlannedDataset(shards, self._plan.for_epoch), num_workers)
+        dataset = _PlannedDataset(shards, self._plan.for_epoch)
+        self._loader = _make_loader(dataset, num_workers, batch_size)
 
     def __len__(self) -> int:
         return self._plan.num_batches
@@ -206,13 +216,60 @@ class _PlannedDataset(IterableDataset):
                     yield slot_of[position], (position, sample)
 
 
-def _make_loader(dataset: _PlannedDataset, num_workers: int) -> DataLoader:
+@contextmanager
+def explain_dead_readers() -> Iterator[None]:
+    """Turn the error of a reader process that was killed into one that says what to do.
+
+    PyTorch raises it from a signal handler, so in whatever the main thread does at that moment.
+
+    Raises:
+        UserError: a reader process died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error.__cause__ or error).partition(". ")[0]
+        raise UserError(
+            f"data.num_workers: a reader process died: {reason}. Memory or {_SHARED_MEMORY} is full: give "
+            "more (docker run --shm-size=1g), or set data.num_workers=0; then continue with --resume"
+        ) from error
+
+
+def _num_prefetched(batch_bytes: int, num_workers: int) -> int:
+    """Number of batches per reader process that shared memory has room for; 0 if not even two."""
+    if not _SHARED_MEMORY.is_dir():
+        return PREFETCHED_BATCHES
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    room = shutil.disk_usage(_SHARED_MEMORY).free // (ranks * num_workers * batch_bytes)
+    # One more batch is in use.
+    return 0 if room < 3 else min(PREFETCHED_BATCHES, room - 1)
+
+
+def _make_loader(dataset: _PlannedDataset, num_workers: int, batch_size: int) -> DataLoader:
+    num_prefetched = None
+    if num_workers > 0:
+        shards = dataset.shards
+        batch_bytes = batch_size * shards.num_bytes // int(shards.ends[-1]) + _SMALL_TENSORS_BYTES
+        # A reader process that finds shared memory full dies.
+        num_prefetched = _num_prefetched(batch_bytes, num_workers)
+        if num_prefetched == 0:
+            _LOGGER.warning(
+                "data.num_workers=%d: not used, because %s has no room for batches of %.1f MB. The training "
+                "process reads the data, which is slower: enlarge it (docker run --shm-size=1g), or set "
+                "data.num_workers=0",
+                num_workers,
+                _SHARED_MEMORY,
+                batch_bytes / 1e6,
+            )
+            num_workers, num_prefetched = 0, None
     return DataLoader(
         dataset,
         batch_size=None,  # the dataset makes batches
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        prefetch_factor=PREFETCHED_BATCHES if num_workers > 0 else None,
+        prefetch_factor=num_prefetched,
         # DataLoader draws a seed per iteration: not from torch's default stream, which is the caller's.
         generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_parent,

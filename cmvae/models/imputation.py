@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,3 +40,19 @@ def generate_from_present(
         for name in names:
             latents.private[name][given] = drawn.private[name]
     return model.decode(latents.shared, {name: latents.private[name] for name in names})
+
+
+def predictive_deviation(means: np.ndarray, noise_variance: np.ndarray) -> np.ndarray:
+    """Standard deviation of p(x | present) by the law of total variance.
+
+    Args:
+        means: (S, D), means of p(x | z, w) for S draws of z and w.
+        noise_variance: (D,), variance of p(x | z, w) in the same units.
+
+    Returns:
+        (D,): the root of the unbiased variance between the draws plus the noise; of the noise alone, if there
+        is a single draw.
+    """
+    between = means.var(axis=0, ddof=1, dtype=np.float64) if len(means) > 1 else 0.0
+    deviation: np.ndarray = np.sqrt(between + noise_variance)
+    return deviation

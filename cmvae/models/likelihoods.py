@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
@@ -51,6 +52,10 @@ class LocationLikelihood(Likelihood):
     @override
     def to_data(self, parameters: Tensor) -> Tensor:
         return parameters
+
+    def variance(self, scale: float) -> float:
+        """Variance of every element around the decoder's output: σ², or 2b² of a Laplace."""
+        return float(FAMILIES[self.family].variance_of(torch.tensor(scale)))
 
 
 class BernoulliLikelihood(Likelihood):

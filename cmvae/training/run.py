@@ -13,6 +13,7 @@ from torch import nn
 
 from cmvae.config import CMVAEExperiment, ExperimentConfig, save_config
 from cmvae.data.index import TABLE_NAME, ShardIndex
+from cmvae.data.reader import explain_dead_readers
 from cmvae.distributed import (
     let_deepspeed_autocast,
     raise_on_all_ranks,
@@ -97,8 +98,12 @@ def run_training(
                     stop,
                     measure,
                 )
-                watching = trainer.heartbeat.watching(log_file)
-                with watching, checkpointer.finishing(), garbage_collected_on_request():
+                with (
+                    explain_dead_readers(),
+                    trainer.heartbeat.watching(log_file),
+                    checkpointer.finishing(),
+                    garbage_collected_on_request(),
+                ):
                     stopped_by = trainer.fit()
             if stopped_by is None:
                 folder = trainer.export()

@@ -10,6 +10,7 @@ from pyarrow import parquet
 
 from cmvae.commands.imputed_table import summarise
 from cmvae.modalities import BinaryModality, CategoricalModality, VectorModality
+from cmvae.models.likelihoods import LocationLikelihood
 
 SPREADS = {"a": "a_sd", "b": "b_sd", "colour": "colour_confidence", "ok": "ok_confidence"}
 FILLED = ("caption", "colour", "a", "b", "ok")
@@ -30,7 +31,8 @@ def check_filled(before, after):
             number_filled += 1
             if column in ("a", "b"):
                 assert (80 if column == "a" else 1) < float(new[column]) < (160 if column == "a" else 4)
-                assert 0 <= float(new[SPREADS[column]]) < 40
+                # At least the noise of the likelihood, whose scale is 0.75 of the deviation in the training.
+                assert (5 if column == "a" else 0.1) < float(new[SPREADS[column]]) < 40
             elif column == "colour":
                 assert new[column] in COLOURS
                 assert 1 / 3 <= float(new["colour_confidence"]) <= 1
@@ -112,15 +114,25 @@ def test_a_spread_that_would_replace_a_column_is_refused(run, table, call, tmp_p
     assert not (tmp_path / "full.csv").exists()
 
 
-def test_draws_are_summarised_as_numpy_does():
+@pytest.mark.parametrize("family", ["normal", "laplace"])
+def test_the_spread_of_numbers_is_that_of_sampled_data(family):
+    """Between means of p(x | z, w) and within it, in the units of the table, where these are sampled."""
     rng = np.random.default_rng(0)
     draws = rng.normal([5.0, -300.0], [1.0, 20.0], size=(50, 2)).astype(np.float32)
-    modality = VectorModality(shape=(2,), columns=("x", "y"), mean=(5.0, -300.0), std=(1.0, 20.0))
-    cells = summarise(modality, draws, (), ".")
+    modality = VectorModality(shape=(2,), columns=("x", "y"), mean=(5.0, -300.0), std=(2.0, 30.0))
+    noise_variance = LocationLikelihood(family).variance(0.6)
+    noise = getattr(rng, family)(0, 0.6, size=(20_000, 50, 2)) * modality.std
+    sampled = (draws + noise).std(axis=(0, 1))
+    cells = summarise(modality, draws, (), ".", noise_variance)
     for dimension, (value, spread) in enumerate(cells):
-        column = draws[:, dimension].astype(float)
-        assert float(value) == pytest.approx(column.mean(), abs=0.02)
-        assert float(spread) == pytest.approx(column.std(), abs=0.02)
+        assert float(value) == pytest.approx(draws[:, dimension].astype(float).mean(), abs=0.02)
+        assert float(spread) == pytest.approx(sampled[dimension], rel=0.02)
+    # A single draw has the spread of the likelihood.
+    ((_, alone), _) = summarise(modality, draws[:1], (), ".", noise_variance)
+    assert float(alone) == pytest.approx(noise.std(axis=(0, 1))[0], rel=0.02)
+
+
+def test_draws_of_categories_are_counted():
     binary = BinaryModality(shape=(2,), columns=("p", "q"))
     draws = np.array([[1, 0], [1, 0], [0, 0], [1, 1]], dtype=np.uint8)
     assert summarise(binary, draws, [("yes", "no"), ("1", "0")], ",") == [("yes", "0,75"), ("0", "0,75")]

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import time
@@ -17,7 +18,7 @@ from PIL import Image
 
 from cmvae.data import split_reader
 from cmvae.data.plan import TrainingPlan
-from cmvae.data.reader import EvaluationLoader, TrainingLoader
+from cmvae.data.reader import EvaluationLoader, TrainingLoader, explain_dead_readers
 from cmvae.modalities import ImageModality
 from cmvae.utils.errors import UserError
 
@@ -283,6 +284,43 @@ def test_workers_outlive_signals_to_the_process_group(make_folder):
     assert len(list(batches)) == loader.batches_per_epoch - 2
     assert len(list(loader.epoch_batches(1))) == loader.batches_per_epoch
     assert all(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.parametrize(("free", "num_processes"), [(2**20, 0), (2**30, 2)])
+def test_small_shared_memory_is_not_filled(make_folder, monkeypatch, caplog, free, num_processes):
+    folder = make_folder(SIZES)
+    expected = keys(training(folder).epoch_batches(0))
+    usage = shutil.disk_usage(folder)._replace(free=free)
+    monkeypatch.setattr("cmvae.data.reader.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    loader = training(folder, num_workers=2)
+    batches = loader.epoch_batches(0)
+    read = [next(batches)["key"]]
+    assert len(torch.multiprocessing.active_children()) == num_processes
+    assert [*read, *keys(batches)] == expected
+    warned = [record.getMessage() for record in caplog.records]
+    if num_processes:
+        assert not warned
+    else:
+        (message,) = warned
+        assert "data.num_workers=2: not used, because /dev/shm has no room" in message
+        assert "docker run --shm-size=1g" in message
+
+
+def test_a_killed_worker_is_an_error_with_a_remedy(make_folder):
+    batches = training(make_folder(SIZES), num_workers=1).epoch_batches(0)
+    next(batches)
+    (worker,) = torch.multiprocessing.active_children()
+
+    @explain_dead_readers()
+    def read_on():
+        os.kill(worker.pid, signal.SIGBUS)
+        list(batches)
+
+    with pytest.raises(UserError, match=r"data\.num_workers: a reader process died: .*--shm-size=1g"):
+        read_on()
+    with pytest.raises(RuntimeError, match="something else"), explain_dead_readers():
+        raise RuntimeError("something else")
 
 
 def report_workers_and_stay(folder, pids) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -96,3 +97,26 @@ def test_packing_training_evaluating_and_clustering_outside_of_the_checkout(inst
         "python", "-c", "from cmvae import CMVAE; print(CMVAE.from_pretrained('runs/digits/export'))"
     )
     assert loaded.stdout.startswith("CMVAE(")
+
+
+def test_the_readmes_estimator_fits_outside_of_the_checkout(installed):
+    run, folder = installed
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if "MultimodalClusterer" in block]
+    short = "settings={'train.max_steps': 3, 'train.batch_size': 8}, verbose=False"
+    program = f"""
+import numpy as np
+import pandas as pd
+rng = np.random.default_rng(0)
+images = rng.integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+sentences = ["a red bird", None, "a small blue bird"] * 10
+frame = pd.DataFrame({{"w": rng.normal(size=30), "h": [np.nan, *range(29)]}})
+new_data = {{"photo": images[:4], "size": frame[["w", "h"]][:4]}}
+{block.replace("seed=0", f"seed=0, {short}")}
+assert labels.shape == (4,)
+loaded = MultimodalClusterer.from_pretrained("birds")
+assert (loaded.predict(new_data) == labels).all()
+"""
+    assert short in program
+    run("python", "-c", program)
+    assert (folder / "birds" / "model.safetensors").is_file()

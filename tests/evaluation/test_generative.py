@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from mixed import MODALITIES, Mixed, MixedOracle
 from quadrants import NUM_CLASSES, SHAPES, Quadrants, class_images
 from refining import make_refiner, record_calls, tell
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,7 +24,7 @@ from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
 from cmvae.datasets.writer import write_shards
 from cmvae.evaluation import feature_networks
-from cmvae.evaluation.classifiers import train_classifiers
+from cmvae.evaluation.classifiers import train_classifier, train_classifiers
 from cmvae.evaluation.context import EvaluationContext
 from cmvae.evaluation.feature_networks import load_feature_networks
 from cmvae.evaluation.frechet import FrechetDistance
@@ -179,6 +181,65 @@ def test_one_modality_that_always_errs_shows_in_its_row_and_column(oracle, evalu
     assert matrix == [[1, 1, 0], [0, 0, 0], [1, 1, 0]]
     assert metrics["coherence/conditional"] == pytest.approx(3 / 6)
     assert metrics["coherence/unconditional"] == 0
+
+
+class HalfLabelled(Quadrants):
+    """Half of the samples have no label, in every split: most of classes 0 and 1, none of class 3."""
+
+    def sample(self, split, index):
+        sample = super().sample(split, index)
+        return dataclasses.replace(sample, label=None) if index % 16 in (0, 1, 2, 4, 5, 6, 8, 9) else sample
+
+
+def test_half_of_the_labels_give_the_coherence_of_those_that_have_one(oracle, quadrants_shards, tmp_path):
+    """The model errs where it sees the classes 0 and 1, which fewer labelled samples have than others."""
+    write_shards(HalfLabelled(), tmp_path / "half")
+    index = ShardIndex.load(tmp_path / "half")
+    assert index.partly_labelled
+    trained = ShardIndex.load(quadrants_shards)
+    shutil.copytree(quadrants_shards / "classifiers", tmp_path / "half" / "classifiers")
+    index = index.model_copy(update={"classifiers": trained.classifiers})
+    oracle.say["m1"] = lambda classes: torch.where(classes < 2, 1 - classes, classes)
+    context = EvaluationContext(
+        oracle,
+        tmp_path / "half",
+        index,
+        EvaluationConfig(num_generated=50, batch_size=32),
+        Accelerator(cpu=True),
+    )
+    metrics = evaluate_generative(context, {"coherence"}).metrics
+
+    test = [HalfLabelled().sample("test", number).label for number in range(HalfLabelled.split_sizes["test"])]
+    labels = [label for label in test if label is not None]
+    assert 0.4 < len(labels) / len(test) < 0.6
+    right = sum(label >= 2 for label in labels) / len(labels)
+    assert right != pytest.approx(sum(n % NUM_CLASSES >= 2 for n in range(len(test))) / len(test), abs=0.1)
+    for target in NAMES:
+        assert metrics[f"coherence/matrix/m0/{target}"] == 1
+        assert metrics[f"coherence/matrix/m1/{target}"] == pytest.approx(right)
+        assert metrics[f"coherence/matrix/m2/{target}"] == 1
+    assert metrics["coherence/conditional"] == pytest.approx((4 + 2 * right) / 6)
+
+
+def test_classifiers_of_half_labelled_data_learn_from_those_that_have_a_label(tmp_path):
+    """The same weights and accuracy as from a data set of the labelled samples alone."""
+    write_shards(HalfLabelled(), tmp_path / "half")
+    train_classifiers(tmp_path / "half", device=torch.device("cpu"), width=2, epochs=3)
+    entries = ShardIndex.load(tmp_path / "half").classifiers
+    context = EvaluationLoader(tmp_path / "half", split="test", modalities=["m1"], batch_size=90)
+    (batch,) = context
+    (train,) = EvaluationLoader(tmp_path / "half", split="train", modalities=["m1"], batch_size=192)
+    rows = train["label"] >= 0
+    assert 0.4 < rows.double().mean() < 0.6
+    alone = train_classifier(
+        train["m1"][rows], train["label"][rows], NUM_CLASSES, width=2, epochs=3, seed=entries["m1"].seed
+    )
+    read, _ = alone.classify(batch["m1"].float() / 255)
+    there = batch["label"] >= 0
+    assert entries["m1"].accuracy == float((read == batch["label"])[there].double().mean())
+    stored = load_file(tmp_path / "half" / entries["m1"].file)
+    for name, tensor in alone.state_dict().items():
+        torch.testing.assert_close(stored[name], tensor)
 
 
 def test_of_several_sources_each_has_its_share(oracle, evaluation_context):

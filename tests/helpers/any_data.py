@@ -1,7 +1,7 @@
 """Tables and folders of all sorts, and what must come of packing them.
 
 Packing either refuses data with a message that people can act on, or gives shards from which what was put in
-is read back, and a starter config that trains for a step.
+is read back, and with which the starter config trains for a step.
 """
 
 from __future__ import annotations
@@ -17,17 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from hypothesis import strategies as st
 from PIL import Image
 
 from cmvae.config import CMVAEExperiment, check_against_shards
+from cmvae.data.batch import to_device
+from cmvae.data.index import ShardIndex
 from cmvae.data.reader import EvaluationLoader
 from cmvae.datasets import folder, table
 from cmvae.datasets.packing import SKIPPED_NAME
 from cmvae.datasets.writer import write_shards
 from cmvae.modalities.tokenizer import split_words
+from cmvae.training.optimization import build_optimizer
 from cmvae.training.starter_config import write_starter_config
+from cmvae.training.tasks import build_task
+from cmvae.training.train_split import open_train_split
 from cmvae.training.trial import try_starter_config
 from cmvae.utils.errors import UserError
 
@@ -106,7 +112,7 @@ def tables(draw: st.DrawFn) -> Table:
     return Table(names, kinds, rows, draw(st.sampled_from([",", ";", "\t", "|"])), flags)
 
 
-def pack_table(made: Table, place: Path, trains: bool) -> bool:
+def pack_table(made: Table, place: Path) -> bool:
     """Whether a table can be packed; if so, what was put in must be read back."""
     path = place / "t.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -132,7 +138,7 @@ def pack_table(made: Table, place: Path, trains: bool) -> bool:
             _check_message(unreadable)
         return False
     try:
-        found = _pack(source, arguments, place, trains)
+        found = _pack(source, arguments)
     except UserError as error:
         _check_message(error)
         return False
@@ -182,14 +188,14 @@ def _timestamp(cell: str) -> float:
     ).total_seconds()
 
 
-def _pack(source: Any, arguments: argparse.Namespace, place: Path, trains: bool) -> dict[str, dict[str, Any]]:
-    """By key the stored values and the label of each sample, read from the shards."""
-    if trains:
-        try_starter_config(source, arguments.out, arguments.on_error)
+def _pack(source: Any, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """By key the stored values and the label of each sample, read from the shards, which train for a step."""
+    try_starter_config(source, arguments.out, arguments.on_error)
     index = write_shards(source, arguments.out, shard_size=25, on_error=arguments.on_error)
     config = CMVAEExperiment.model_validate(yaml.safe_load(write_starter_config(index, arguments.out)))
     assert config.name == "2024"
     check_against_shards(config, index, "starter config")
+    _train_for_a_step(config, index)
     found: dict[str, dict[str, Any]] = {}
     for split in index.splits:
         names = list(index.modalities)
@@ -204,6 +210,25 @@ def _pack(source: Any, arguments: argparse.Namespace, place: Path, trains: bool)
                 }
     assert len(found) == sum(split.num_samples for split in index.splits.values())
     return found
+
+
+def _train_for_a_step(config: CMVAEExperiment, index: ShardIndex) -> None:
+    """One update of the starter config's model from the first batch of the shards."""
+    torch.manual_seed(0)
+    device = torch.device("cpu")
+    task = build_task(config, index, device, None)
+    loader = open_train_split(
+        config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})}),
+        list(config.model.modalities),
+        device,
+    )
+    batch = to_device(next(loader.epoch_batches(0)), index.modalities, device)
+    task.begin(1)
+    loss, _ = task({**batch, "_seed": 0, "_place": range(len(batch["valid"]))})
+    loss.backward()
+    build_optimizer(task, config.optimizer).step()
+    assert loss.isfinite()
+    assert all(parameter.isfinite().all() for parameter in task.parameters())
 
 
 def _check_message(error: UserError) -> None:
@@ -273,7 +298,7 @@ def folders(draw: st.DrawFn) -> Folder:
     return Folder(kinds, files, damaged, labels, flags)
 
 
-def pack_folder(made: Folder, place: Path, trains: bool) -> bool:
+def pack_folder(made: Folder, place: Path) -> bool:
     """Whether a folder can be packed; if so, all samples are in the shards or in the list beside them."""
     root = place / "data"
     for name in made.kinds:
@@ -299,7 +324,7 @@ def pack_folder(made: Folder, place: Path, trains: bool) -> bool:
     arguments = parser.parse_args([str(root), *made.flags])
     try:
         source = folder.from_arguments(arguments)
-        found = _pack(source, arguments, place, trains)
+        found = _pack(source, arguments)
     except UserError as error:
         _check_message(error)
         return False
