@@ -23,6 +23,7 @@ from cmvae.models.distributions import FAMILIES, LocationScale
 from cmvae.models.export import ClusterRecord, load_clusters, load_weights, read_export_config, save_export
 from cmvae.models.hub import find_export
 from cmvae.models.likelihoods import likelihood_of
+from cmvae.models.module_dict import ModuleDict
 from cmvae.models.networks import network_family
 from cmvae.models.networks.encoder import TwoTrunkEncoder
 from cmvae.utils.errors import UserError
@@ -205,8 +206,8 @@ class CMVAE(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.family = FAMILIES[config.family]
         self._map_sizes: dict[str, float] = {}
-        self.encoders = nn.ModuleDict()
-        self.decoders = nn.ModuleDict()
+        self.encoders = ModuleDict()
+        self.decoders = ModuleDict()
         for name, modality_config in config.modalities.items():
             modality = self.modalities[name]
             networks = network_family(modality_config.network or modality.network, modality, name)
@@ -223,7 +224,7 @@ class CMVAE(nn.Module):
         )
         # With one modality, r would be an unused parameter.
         learned = config.auxiliary_prior == "learned" and len(config.modalities) > 1
-        self.auxiliary_priors = nn.ModuleDict(
+        self.auxiliary_priors = ModuleDict(
             {name: AuxiliaryPrior(self.family, config.private_dim) for name in config.modalities}
             if learned
             else {}

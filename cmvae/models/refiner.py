@@ -25,6 +25,7 @@ from cmvae.config import RefinerConfig, SamplerConfig, UNetConfig
 from cmvae.modalities import AnyModality, Modality, ModalityName
 from cmvae.models.diffusion import Diffusion
 from cmvae.models.export import load_weights, read_export_config, save_export
+from cmvae.models.module_dict import ModuleDict
 from cmvae.utils.errors import UserError
 from cmvae.utils.seeds import derive_seed
 
@@ -143,7 +144,7 @@ class Refiner(nn.Module):
         latent_dim = shared_dim if config.conditioning.latent else 0
         if self.reads_private:
             latent_dim = shared_dim + private_dim
-        self.denoisers = nn.ModuleDict(
+        self.denoisers = ModuleDict(
             {
                 group: Denoiser(config, self.modalities[names[0]], len(names), latent_dim)
                 for group, names in self.groups.items()

@@ -225,6 +225,16 @@ def test_export_restores_the_model(tmp_path, inputs):
     assert [path.name for path in tmp_path.iterdir()] == ["export"], "no leftovers after replacing an export"
 
 
+def test_modalities_may_have_names_of_attributes(tmp_path):
+    # Columns of tables are called so.
+    inputs = {"type": torch.rand(2, 3, 8, 12), "values": torch.rand(2, 1, 16, 16)}
+    model = make_model(modalities={"type": IMAGE, "values": GREY})
+    model.save_pretrained(tmp_path)
+    loaded = CMVAE.from_pretrained(tmp_path)
+    assert loaded.assign(inputs).cluster.equal(model.assign(inputs).cluster)
+    assert set(loaded.generate(given=inputs)) == {"type", "values"}
+
+
 def test_damaged_exports_are_reported(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.*missing.*not an export"):
         CMVAE.from_pretrained(tmp_path / "nowhere")
