@@ -50,6 +50,9 @@ _IMAGES_SEEN, _MIN_EPOCHS = 30_000, 5
 # Ranges of the augmentation: rotation in radians, scale and shear, shift in half images, contrast,
 # brightness.
 _TURN, _SCALE, _SHIFT, _CONTRAST, _BRIGHTNESS = 0.14, 0.08, 0.07, 0.4, 0.15
+# With so many train images, half of each batch is not augmented, because interpolation blurs what shows at
+# single pixels, such as digits inverted against grey: accuracy on m0 of PolyMNIST is 0.981 instead of 0.969.
+_MANY_IMAGES = 10_000
 
 
 class ImageClassifier(nn.Module):
@@ -124,6 +127,8 @@ def train_classifier(
 ) -> ImageClassifier:
     """Train a classifier with AdamW and a one-cycle learning rate, on augmented images.
 
+    If there are many images, half of each batch is not augmented.
+
     Deterministic on a CPU: the same arguments give the same weights.
 
     Args:
@@ -150,7 +155,10 @@ def train_classifier(
     for _ in range(epochs):
         order = torch.randperm(len(images), generator=generator).to(images.device)
         for rows in order.split(_BATCH_SIZE)[: total // epochs]:
-            logits, _ = classifier(_augment(images[rows].float() / 255, generator))
+            batch = images[rows].float() / 255
+            num_augmented = len(batch) if len(images) < _MANY_IMAGES else len(batch) // 2
+            batch[:num_augmented] = _augment(batch[:num_augmented], generator)
+            logits, _ = classifier(batch)
             optimizer.zero_grad()
             F.cross_entropy(logits, labels[rows]).backward()
             optimizer.step()
