@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from pretrained import save_timm
+from pretrained import save_torchvision
 from sklearn.metrics import adjusted_rand_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
@@ -197,11 +197,11 @@ def test_columns_of_one_frame_and_files_of_images(tmp_path):
 def test_features_are_computed_from_the_images_of_new_data(tmp_path):
     data, _ = make_data(24, seed=0)
     photos = {"photo": data["photo"]}
-    embed = {"photo": save_timm(tmp_path / "weights.safetensors")}
+    embed = {"photo": save_torchvision(tmp_path / "weights.safetensors")}
     estimator = MultimodalClusterer(2, embed=embed, verbose=False, settings=TINY).fit(photos)
     assert list(estimator.model_.modalities) == ["photo", "photo_features"]
     # Both modalities of a sample agree on where it is: the features reach the model.
-    without = estimator.transform({"photo": [None] * 24, "photo_features": np.zeros((24, 64))})
+    without = estimator.transform({"photo": [None] * 24, "photo_features": np.zeros((24, 512))})
     assert not np.allclose(estimator.transform(photos), without)
     estimator.save_pretrained(tmp_path / "saved")
     loaded = MultimodalClusterer.from_pretrained(tmp_path / "saved")

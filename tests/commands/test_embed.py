@@ -6,7 +6,7 @@ import pytest
 import torch
 from new_rows import make_rows, read
 from packing import write_csv
-from pretrained import save_sentence_transformer, save_timm
+from pretrained import TORCHVISION_NAME, save_sentence_transformer, save_torchvision
 
 from cmvae.config import ModalityConfig, ModelConfig, save_config
 from cmvae.data.index import TABLE_NAME, ShardIndex
@@ -23,7 +23,7 @@ def weights(tmp_path):
 def pack(call, tmp_path, weights):
     """`pack("--embed-only")` packs 30 rows with features of photos and captions; returns the shards."""
     write_csv(tmp_path / "base.csv", make_rows(30, tmp_path))
-    photo, (caption, _) = save_timm(weights), save_sentence_transformer(tmp_path / "words")
+    photo, (caption, _) = save_torchvision(weights), save_sentence_transformer(tmp_path / "words")
 
     def run(*flags):
         code, said, err = call(
@@ -86,12 +86,15 @@ def test_new_rows_are_embedded_with_the_network_of_the_run(flags, pack, make_unt
 
 def test_other_weights_are_refused(pack, make_untrained, weights, call, tmp_path):
     run = make_untrained(pack())
-    save_timm(weights, seed=1)
+    save_torchvision(weights, seed=1)
     load_network.cache_clear()
     code, _, err = call("cluster", run, tmp_path / "base.csv", "--out", tmp_path / "a.csv")
     assert code == 2
-    assert f"timm:test_vit@{weights}: its weights have SHA-256" in err
+    assert f"torchvision:{TORCHVISION_NAME}@{weights}: its weights have SHA-256" in err
     # Shards of a table, a folder or tars that were embedded with other weights.
     code, _, err = call("cluster", run, pack("--force"), "--out", tmp_path / "b.csv")
     assert code == 2
-    assert "modalities.photo_features.embedding: {'kind': 'image', 'network': 'timm:test_vit'" in err
+    assert (
+        f"modalities.photo_features.embedding: {{'kind': 'image', 'network': 'torchvision:{TORCHVISION_NAME}'"
+        in err
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tracemalloc
 from collections.abc import Mapping
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -62,11 +63,12 @@ def live_bytes(monkeypatch):
         def write_and_measure(*arguments):
             write(*arguments)
             gc.collect()
-            storages = {
-                x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-                for x in gc.get_objects()
-                if type(x) is torch.Tensor
-            }
+            storages = {}
+            for x in gc.get_objects():
+                # Tensors of a compiler or an exporter have no storage.
+                with suppress(RuntimeError):
+                    if type(x) is torch.Tensor:
+                        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             found.append(sum(storages.values()) + tracemalloc.get_traced_memory()[0])
 
         monkeypatch.setattr(folder_class, "write", write_and_measure)
@@ -79,8 +81,8 @@ def live_bytes(monkeypatch):
 
 def check(found):
     assert len(found) == NUM_PARTS
-    # Not the sum: an import on the way is no growth per part.
-    assert np.median(np.diff(found)) < PART_BYTES / 10
+    # Not the sum: an import on the way is no growth per part. Kept parts would add more than one each.
+    assert np.median(np.diff(found)) < PART_BYTES / 4
 
 
 def test_generated_samples_are_not_kept(vector_run, call, live_bytes, tmp_path):

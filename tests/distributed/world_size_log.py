@@ -28,10 +28,10 @@ def remember_batch(loop, batches, part):
     return batch
 
 
-def write_line(accelerator, loss, report, stop):
+def write_line(accelerator, loss, *others):
     with open(log, "a") as file:
         file.write(json.dumps([*line, loss.item()]) + "\n")
-    return all_reduce_step_check(accelerator, loss, report, stop)
+    return all_reduce_step_check(accelerator, loss, *others)
 
 
 trainer.Trainer._next_batch = remember_batch

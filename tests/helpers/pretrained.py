@@ -9,17 +9,17 @@ from safetensors.torch import save_file
 
 import cmvae.utils.torchvision_shim  # noqa: F401 isort:skip
 
-TIMM_NAME, TORCHVISION_NAME = "test_vit", "shufflenet_v2_x0_5"
+TORCHVISION_NAME = "resnet18"
 WORDS = ("a", "red", "green", "blue", "thing")
 
 
-def save_timm(path: Path, seed: int = 0) -> str:
-    """Write the weights of a network of timm; returns `LIBRARY:NETWORK@PATH`."""
-    import timm
+def save_torchvision(path: Path, seed: int = 0) -> str:
+    """Write the weights of a network of torchvision; returns `LIBRARY:NETWORK@PATH`."""
+    from torchvision import models
 
     torch.manual_seed(seed)
-    save_file(timm.create_model(TIMM_NAME).state_dict(), path)
-    return f"timm:{TIMM_NAME}@{path}"
+    save_file(models.get_model(TORCHVISION_NAME).state_dict(), path)
+    return f"torchvision:{TORCHVISION_NAME}@{path}"
 
 
 def save_sentence_transformer(folder: Path) -> tuple[str, torch.Tensor]:
