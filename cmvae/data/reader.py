@@ -230,11 +230,15 @@ def explain_dead_readers() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        reason = str(error.__cause__ or error).partition(". ")[0]
-        raise UserError(
-            f"data.num_workers: a reader process died: {reason}. Memory or {_SHARED_MEMORY} is full: give "
-            "more (docker run --shm-size=1g), or set data.num_workers=0; then continue with --resume"
-        ) from error
+        raise _dead_reader(error.__cause__ or error) from error
+
+
+def _dead_reader(error: BaseException) -> UserError:
+    reason = str(error).partition(". ")[0]
+    return UserError(
+        f"data.num_workers: a reader process died: {reason}. Memory or {_SHARED_MEMORY} is full: give "
+        "more (docker run --shm-size=1g), or set data.num_workers=0; then continue with --resume"
+    )
 
 
 def _num_prefetched(batch_bytes: int, num_workers: int) -> int:
@@ -296,7 +300,14 @@ def _exit_when_parent_says() -> None:
 
 
 def _raise_errors(items: Iterable[Batch | str]) -> Iterator[Batch]:
-    for item in items:
+    iterator = iter(items)
+    while True:
+        try:
+            item = next(iterator, None)
+        except ConnectionError as error:  # it died while it handed over a batch
+            raise _dead_reader(error) from error
+        if item is None:
+            return
         if isinstance(item, str):
             raise UserError(item)
         yield item
