@@ -31,6 +31,7 @@ from cmvae.datasets.columns import ColumnSource
 from cmvae.datasets.embedding import embed_source
 from cmvae.datasets.packing import Part
 from cmvae.datasets.table import check_report, open_new_rows
+from cmvae.datasets.user_data import add_config_argument
 from cmvae.utils.arguments import command_parser, non_negative_integer, positive_integer
 from cmvae.utils.errors import UserError
 
@@ -78,12 +79,7 @@ def parse_arguments() -> argparse.Namespace:
         module.add_arguments(command)
     command = commands.add_parser("join", help=JOIN, description=JOIN)
     command.add_argument("out", type=Path, metavar="FOLDER", help="the --out of the parts")
-    command.add_argument(
-        "--config",
-        type=Path,
-        metavar="PATH",
-        help="write the starter config to this file instead of printing it",
-    )
+    add_config_argument(command)
     return parser.parse_args()
 
 

@@ -300,14 +300,10 @@ def _exit_when_parent_says() -> None:
 
 
 def _raise_errors(items: Iterable[Batch | str]) -> Iterator[Batch]:
-    iterator = iter(items)
-    while True:
-        try:
-            item = next(iterator, None)
-        except ConnectionError as error:  # it died while it handed over a batch
-            raise _dead_reader(error) from error
-        if item is None:
-            return
-        if isinstance(item, str):
-            raise UserError(item)
-        yield item
+    try:
+        for item in items:
+            if isinstance(item, str):
+                raise UserError(item)
+            yield item
+    except ConnectionError as error:  # a reader process died while it handed over a batch
+        raise _dead_reader(error) from error

@@ -270,10 +270,10 @@ def join_shards(folder: Path) -> ShardIndex:
     packing = read_packing(folder)
     if not (folder / INDEX_NAME).is_file():
         records = _read_records(folder, packing)
-        index = _make_index(folder, packing, records)
         skipped = [problem for record in records.values() for problem in record.skipped]
         try:
-            tables = {f"{name}.shards" for name, split in index.splits.items() if split.shard_table}
+            index = _make_index(folder, packing, records)
+            tables = {split.shard_table.name for split in index.splits.values() if split.shard_table}
             _remove_others(folder, {*(r.shard.name for r in records.values() if r.shard), *tables})
             if skipped:
                 write_whole(folder / SKIPPED_NAME, "".join(f"{problem}\n" for problem in skipped).encode())
